@@ -1,0 +1,45 @@
+//! The op interface of QLoRA training, and the backends that carry it out.
+//!
+//! # What this crate is
+//!
+//! A set of traits ([`ops`]) that name every operation a LoRA training step of a Qwen model needs,
+//! each with its formula, shapes, dtypes, accumulation type and aliasing rules, and backends that
+//! implement them. Model code (in the `worker` crate) is written once, generic over
+//! [`Backend`], and never learns which one runs.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`ops`] | the contract of every op, one family per file |
+//! | [`tensor`] | owned, contiguous, row-major tensors in a backend's memory |
+//! | [`weight`] | frozen weights as data: f32, bf16, NF4 |
+//! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
+//! | [`oracle`] | float64, naive loops: the judge of every backend |
+//!
+//! # Conventions
+//!
+//! *Packed tokens, no padding.* Activations are `[T, C]`; several documents lie one after another
+//! and [`tensor::Segments`] says where each begins. Documents never see each other.
+//!
+//! *Shape letters:* `T` tokens, `C` model width, `H` query heads, `K` key/value heads, `D` head
+//! dimension, `F` feed-forward width, `V` vocabulary, `R` LoRA rank, `N` rows.
+//!
+//! *No autograd.* Backward ops are explicit. Gradients exist for activations and LoRA tensors only.
+//!
+//! *Determinism.* Every op gives the same bits for the same input on one backend, whatever the
+//! number of threads: each sum has a fixed order.
+//!
+//! *Absent on purpose:* a general tensor library, views with strides, broadcasting, an autograd tape.
+
+pub mod cpu;
+pub mod dtype;
+pub mod error;
+pub mod ops;
+pub mod oracle;
+pub mod tensor;
+pub mod weight;
+
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use ops::{Backend, Op, Support};
+pub use tensor::{Segments, Shape, Tensor};
+pub use weight::{Nf4Scales, Nf4Weight, Weight};

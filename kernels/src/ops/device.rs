@@ -1,0 +1,162 @@
+//! Memory and capabilities: what every op family stands on.
+
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::ops::Precision;
+use crate::tensor::{Shape, Tensor};
+
+/// One op of the interface, for capability questions and reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+#[allow(missing_docs)] // Each variant names the method of the same name.
+pub enum Op {
+    LinearForward,
+    LinearBackward,
+    RmsNormForward,
+    RmsNormBackward,
+    Rope,
+    AttentionForward,
+    AttentionBackward,
+    AddAssign,
+    SwigluForward,
+    SwigluBackward,
+    GatherRows,
+    CopyRows,
+    LinearCrossEntropy,
+    SquaredNorm,
+    AdamwStep,
+    QuantizeNf4,
+    Dequantize,
+}
+
+/// Whether a backend can do an op. Absence is a value: reported, never passed over in silence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Support {
+    /// It can, in every form of the contract.
+    Full,
+    /// It cannot, and why.
+    Absent(String),
+}
+
+/// What a backend's memory pool holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryStats {
+    /// Bytes in live tensors.
+    pub in_use_bytes: u64,
+    /// The most bytes that were ever in live tensors at once (since the last reset).
+    pub peak_bytes: u64,
+    /// Bytes held from the system, free blocks of the pool included.
+    pub reserved_bytes: u64,
+}
+
+/// A place where tensors live. Cloning gives another handle to the same place.
+pub trait Device: Clone + Send + Sync + Sized + 'static {
+    /// Storage of one tensor. Dropping it gives the memory back to the pool.
+    type Buffer: Send + Sync;
+
+    /// A short name for messages: `cpu`, `cuda:0`, `emulated`.
+    fn name(&self) -> &'static str;
+
+    /// Whether this backend can do `op`.
+    fn supports(&self, op: Op) -> Support;
+
+    /// The dtype this backend wants activations in, given the matmul precision.
+    fn activation_dtype(&self, precision: Precision) -> DType;
+
+    /// A tensor whose contents are unspecified. Debug builds fill it with NaN, so that reading what was never
+    /// written cannot go unnoticed.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    fn alloc(&self, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor<Self>>;
+
+    /// A tensor of zeros.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`].
+    fn zeros(&self, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor<Self>> {
+        let mut tensor = self.alloc(dtype, shape)?;
+        self.fill_zero(&mut tensor)?;
+        Ok(tensor)
+    }
+
+    /// Sets every element to zero.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device).
+    fn fill_zero(&self, tensor: &mut Tensor<Self>) -> Result<()>;
+
+    /// A tensor with the given little-endian contents.
+    ///
+    /// # Errors
+    /// [`Error::Value`](crate::Error::Value) when the length is not the shape's; as [`Device::alloc`].
+    fn upload(&self, dtype: DType, shape: impl Into<Shape>, bytes: &[u8]) -> Result<Tensor<Self>> {
+        let mut tensor = self.alloc(dtype, shape)?;
+        self.write(&mut tensor, bytes)?;
+        Ok(tensor)
+    }
+
+    /// Overwrites a tensor with little-endian contents.
+    ///
+    /// # Errors
+    /// [`Error::Value`](crate::Error::Value) when the length is not the tensor's.
+    fn write(&self, tensor: &mut Tensor<Self>, bytes: &[u8]) -> Result<()>;
+
+    /// A tensor's little-endian contents. Waits for every op that writes it.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device).
+    fn read(&self, tensor: &Tensor<Self>) -> Result<Vec<u8>>;
+
+    /// Copies `source` into `target`, which has the same shape; converts between f32 and bf16 (round to nearest even).
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::DType`](crate::Error::DType).
+    fn copy(&self, source: &Tensor<Self>, target: &mut Tensor<Self>) -> Result<()>;
+
+    /// What the memory pool holds.
+    fn memory(&self) -> MemoryStats;
+
+    /// Sets the peak to what is in use now.
+    fn reset_peak(&self);
+
+    /// f32 contents of an f32 or bf16 tensor.
+    ///
+    /// # Errors
+    /// [`Error::DType`](crate::Error::DType) for other dtypes; as [`Device::read`].
+    fn read_f32(&self, tensor: &Tensor<Self>) -> Result<Vec<f32>> {
+        let bytes = self.read(tensor)?;
+        match tensor.dtype() {
+            DType::F32 => Ok(bytemuck::allocation::pod_collect_to_vec(&bytes)),
+            DType::BF16 => {
+                let halves: Vec<u16> = bytemuck::allocation::pod_collect_to_vec(&bytes);
+                Ok(halves
+                    .into_iter()
+                    .map(|bits| f32::from_bits(u32::from(bits) << 16))
+                    .collect())
+            }
+            got => Err(crate::Error::DType {
+                op: "read_f32",
+                argument: "tensor",
+                expected: "f32 or bf16",
+                got,
+            }),
+        }
+    }
+
+    /// An f32 tensor from host values.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    fn upload_f32(&self, shape: impl Into<Shape>, values: &[f32]) -> Result<Tensor<Self>> {
+        self.upload(DType::F32, shape, bytemuck::cast_slice(values))
+    }
+
+    /// An i32 tensor from host values.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    fn upload_i32(&self, shape: impl Into<Shape>, values: &[i32]) -> Result<Tensor<Self>> {
+        self.upload(DType::I32, shape, bytemuck::cast_slice(values))
+    }
+}

@@ -1,0 +1,32 @@
+//! Trains LoRA adapters from rows of a Postgres table.
+//!
+//! # Map
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | [`dataset`] | bytes → examples, with every problem reported; split; packing |
+//! | [`template`] | examples → text → token ids and the loss mask |
+//! | [`model`] | Qwen families, written once over the op interface of `brightrun-kernels` |
+//! | [`train`] | the step, the schedule, exact checkpoints, evaluation, generation |
+//! | [`artifact`] | the adapter's files: written atomically, reloaded, proven |
+//! | [`storage`] | where files live: a local folder, Supabase Storage, S3 |
+//! | [`job`] | the life of one job, from claim to the final transaction |
+//! | [`spec`] | every training setting: default, range, meaning |
+//! | [`error`] | the one outward error type, [`error::Failure`] |
+//! | [`secret`] | a string that cannot be printed or serialised |
+//!
+//! # Absent on purpose
+//!
+//! SQL text (it lives in `schema.sql` and `queue/src/sql`), `unsafe`, and any name of a
+//! compute backend in model code.
+
+pub mod artifact;
+pub mod dataset;
+pub mod error;
+pub mod job;
+pub mod model;
+pub mod secret;
+pub mod spec;
+pub mod storage;
+pub mod template;
+pub mod train;
