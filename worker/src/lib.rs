@@ -11,6 +11,7 @@
 //! | [`artifact`] | the adapter's files: written atomically, reloaded, proven |
 //! | [`storage`] | where files live: a local folder, Supabase Storage, S3 |
 //! | [`job`] | the life of one job, from claim to the final transaction |
+//! | [`config`] | settings of the program: flags, environment, file |
 //! | [`spec`] | every training setting: default, range, meaning |
 //! | [`error`] | the one outward error type, [`error::Failure`] |
 //! | [`secret`] | a string that cannot be printed or serialised |
@@ -21,6 +22,7 @@
 //! compute backend in model code.
 
 pub mod artifact;
+pub mod config;
 pub mod dataset;
 pub mod error;
 pub mod job;
