@@ -1,1 +1,3 @@
-//! (under construction)
+//! The life of one job: from a claimed row to the final transaction.
+
+pub mod input;
