@@ -13,6 +13,7 @@
 //! | [`job`] | the life of one job, from claim to the final transaction |
 //! | [`config`] | settings of the program: flags, environment, file |
 //! | [`spec`] | every training setting: default, range, meaning |
+//! | [`demo`] | the main job on one machine, with a private Postgres and a miniature model |
 //! | [`error`] | the one outward error type, [`error::Failure`] |
 //! | [`secret`] | a string that cannot be printed or serialised |
 //!
@@ -24,6 +25,7 @@
 pub mod artifact;
 pub mod config;
 pub mod dataset;
+pub mod demo;
 pub mod error;
 pub mod job;
 pub mod model;
