@@ -11,6 +11,7 @@
 //! | [`artifact`] | the adapter's files: written atomically, reloaded, proven |
 //! | [`storage`] | where files live: a local folder, Supabase Storage, S3 |
 //! | [`job`] | the life of one job, from claim to the final transaction |
+//! | [`cli`] | the commands of `brightrun` |
 //! | [`config`] | settings of the program: flags, environment, file |
 //! | [`spec`] | every training setting: default, range, meaning |
 //! | [`demo`] | the main job on one machine, with a private Postgres and a miniature model |
@@ -23,6 +24,7 @@
 //! compute backend in model code.
 
 pub mod artifact;
+pub mod cli;
 pub mod config;
 pub mod dataset;
 pub mod demo;
