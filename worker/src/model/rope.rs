@@ -1,0 +1,61 @@
+//! The rotary table, grown to the longest position seen.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use brightrun_kernels::Backend;
+use brightrun_kernels::ops::RopeTable;
+
+use crate::error::Result;
+
+/// Positions are added in steps of this many, so that growing documents do not rebuild the table each time.
+const GROWTH: usize = 1024;
+
+/// A table shared by all layers.
+pub struct RopeCache<B: Backend> {
+    theta: f64,
+    rotary: usize,
+    table: Mutex<Option<(usize, Arc<RopeTable<B>>)>>,
+}
+
+impl<B: Backend> RopeCache<B> {
+    /// A table for heads of which the first `rotary` elements are rotated, with frequencies `theta^(−2p / rotary)`.
+    pub fn new(theta: f64, rotary: usize) -> Self {
+        Self {
+            theta,
+            rotary,
+            table: Mutex::new(None),
+        }
+    }
+
+    /// A table of at least `positions` positions.
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn table(&self, device: &B, positions: usize) -> Result<Arc<RopeTable<B>>> {
+        let mut held = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, table)) = held.as_ref().filter(|(length, _)| *length >= positions) {
+            return Ok(Arc::clone(table));
+        }
+        let length = positions.next_multiple_of(GROWTH).max(GROWTH);
+        let table = Arc::new(self.build(device, length)?);
+        *held = Some((length, Arc::clone(&table)));
+        Ok(table)
+    }
+
+    /// Rounds where Hugging Face's modelling code rounds: power, frequency and angle in f32; cosine and sine of that angle
+    /// are exact to f32.
+    fn build(&self, device: &B, length: usize) -> Result<RopeTable<B>> {
+        let pairs = self.rotary / 2;
+        let frequencies: Vec<f32> = (0..pairs)
+            .map(|pair| 1.0 / self.theta.powf(f64::from((2 * pair) as f32 / self.rotary as f32)) as f32)
+            .collect();
+        let angles = (0..length).flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency));
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles
+            .map(|angle| (f64::from(angle).cos() as f32, f64::from(angle).sin() as f32))
+            .unzip();
+        Ok(RopeTable {
+            cos: device.upload_f32([length, pairs], &cos)?,
+            sin: device.upload_f32([length, pairs], &sin)?,
+        })
+    }
+}
