@@ -1,0 +1,76 @@
+-- >>> engine
+-- =====================================================================================================================
+-- The job engine: schema `brightrun`, no extension, no superuser, PostgreSQL 15 or newer.
+--
+-- It knows queues, kinds, leases and attempts. What a job means is opaque JSON to it. Everything outside calls functions;
+-- nobody but the owner touches a table, and the role `brightrun_worker` can do nothing but execute these functions.
+--
+-- ## Prefixes and places
+--   brightrun.job         what was asked, written once, and how it ended, written once; a cancel request in between
+--   brightrun.ready       one narrow row per job that waits for a worker, now (ready_seq set) or later (ready_seq null)
+--   brightrun.lease       one row per running job: who holds it, the fencing token, when it expires, its latest progress
+--   brightrun.event       append-only history, one partition per UTC day, a default partition so that nothing is lost
+--   brightrun.outbox      messages to the world outside, written in the transaction that makes them true
+--   brightrun.job_kind    optional settings of a kind: its projector and its retry curve
+--   brightrun.sweep       one row: since when the database has been watched without a gap
+--   p_*                   a function's parameter;  v_* a variable;  _name() an internal function, granted to nobody
+--
+-- ## Life of a job
+--
+--             enqueue                claim                        complete
+--      ()  ────────────▶ ready ────────────────▶ running ─────────────────────▶ completed
+--             │            ▲ │                    │ │ │
+--       later │     due at │ │ cancel             │ │ └── fail(user), or the last attempt ──▶ failed ──redrive──▶ ready
+--             ▼     run_at │ │                    │ │
+--          scheduled ──────┘ └──▶ cancelled ◀─────┘ └── fail(system|platform), lease expired ──▶ scheduled (counted)
+--                    cancel ──────▶   ▲  any ending after a cancel request    snooze ──▶ scheduled, release ──▶ ready
+--                                                                                  (interrupted: not counted)
+--
+-- ## Invariants (each is enforced below and guarded by a test named in queue/README.md)
+--   1. one baton:        [ready row] + [lease row] + [outcome set] = 1 for every job, at every commit
+--   2. state is derived: running ⇔ lease row;  ready ⇔ ready row ∧ ready_seq set;  scheduled ⇔ ready row ∧ ready_seq null
+--   3. outcome set ⇔ finished_at set;  completed ⇔ result set;  failed ⇔ error set;  cancelled ⇒ cancel_requested_at set
+--   4. terminal is final: outcome never changes once set, but for redrive(): failed → ready, an operator's act
+--   5. fencing:          a write about a running job is accepted ⇔ its token is the one on the lease row; tokens only grow
+--   6. cancel wins:      cancel_requested_at set ⇒ the outcome can only be cancelled
+--   7. attempts:         attempt ≤ max_attempts; released, snoozed and interrupted runs are not counted
+--   8. no early death:   a lease is declared dead only after it expired ∧ the database was watched for one full lease
+--   9. one clock:        every timestamp comes from brightrun.now(); a worker's clock is never asked
+--
+-- ## Lock order, the same everywhere: baton row (ready or lease) → the app's rows (projector) → job row
+-- An app's transaction that already holds its own row and calls cancel() therefore must never wait for a baton: cancel()
+-- only tries it (SKIP LOCKED) and otherwise leaves its request on the job row, where every ending looks before it commits.
+--
+-- ## Projectors: how an app's own tables follow, in the same transaction, without the engine knowing them
+-- brightrun.job_kind(kind, projector) may name a function  NAME(job_id uuid, event text, detail jsonb) returns void.
+-- It runs as the owner of this schema, inside the transaction of each transition and each report of that kind:
+--   event       detail (always an object; "attempt" and "worker" are added to every one, worker is null while waiting)
+--   enqueued    {}
+--   claimed     {}                                  first claim
+--   resumed     {}                                  every later claim (after retry, snooze, release, redrive)
+--   progress    the worker's progress object        carried by a heartbeat
+--   <other>     the object given to report()        any name that is not in this table
+--   completed   the result object
+--   failed      {code, blame, message, detail}      terminal
+--   retry       {code, blame, message, detail, "retry_at"}
+--   snoozed     {"reason", "run_at"}
+--   released    {"reason"}                          interrupted; not an attempt
+--   cancelled   {"reason", "instead_of"}            instead_of: the ending the worker had asked for, or null
+--   redriven    {"reason"}
+-- A JSON value that is not an object arrives as {"value": …}. If a projector raises, the transition is rolled back with it.
+-- Only where one job's projector could hold up others it is confined: a raising claim postpones that job by a minute, a
+-- raising rescue by one lease, a raising or blocked progress is dropped; each leaves a `projector_error` event.
+-- A projector must ignore events it does not know, and may be called while the app's row is already locked by the caller.
+--
+-- ## What an app calls in its own transaction (both are safe inside an AFTER trigger; nothing stays if it rolls back)
+--   brightrun.enqueue(p_kind text, p_payload jsonb default '{}', p_id uuid default null, p_queue text default 'default',
+--                     p_priority integer default 0, p_owner uuid default null, p_idempotency_key text default null,
+--                     p_max_attempts integer default 3, p_run_at timestamptz default null, p_delay interval default null,
+--                     p_hard_deadline interval default null, p_external_id text default null,
+--                     p_notify boolean default false) returns uuid
+--       lower priority numbers run first; a known p_id, or a known (p_kind, p_idempotency_key), returns the existing job's id
+--       and changes nothing (keys are remembered until the job is pruned)
+--   brightrun.cancel(p_job_id uuid, p_reason text default null) returns text
+--       'cancelled' | 'cancel_requested' (it runs; it will end as cancelled) | 'completed' | 'failed' | null: no such job
+-- =====================================================================================================================
+-- <<< engine
