@@ -43,11 +43,10 @@ declare
 begin
   for wanted in
     select * from (values
-      ('anon',             'nologin noinherit'),
-      ('authenticated',    'nologin noinherit'),
-      ('service_role',     'nologin noinherit bypassrls'),
-      ('authenticator',    'login noinherit'),
-      ('brightrun_worker', 'nologin')) as role (name, options)
+      ('anon',          'nologin noinherit'),
+      ('authenticated', 'nologin noinherit'),
+      ('service_role',  'nologin noinherit bypassrls'),
+      ('authenticator', 'login noinherit')) as role (name, options)
   loop
     continue when to_regrole(wanted.name) is not null;
     begin
@@ -168,6 +167,18 @@ do $$ begin
     );
     alter table storage.objects enable row level security;
     grant all on storage.objects to anon, authenticated, service_role;
+
+    -- Supabase refuses to delete object rows by SQL, since the bytes would stay behind. So does its stand-in.
+    create or replace function storage.protect_delete() returns trigger language plpgsql as $function$
+    begin
+      if coalesce(current_setting('storage.allow_delete_query', true), 'false') <> 'true' then
+        raise exception 'Direct deletion from storage tables is not allowed. Use the Storage API instead.'
+          using errcode = 'insufficient_privilege';
+      end if;
+      return null;
+    end $function$;
+    create trigger protect_objects_delete before delete on storage.objects
+      for each statement execute function storage.protect_delete();
   end if;
 end $$;
 
@@ -186,26 +197,6 @@ do $$ begin
     create function storage.extension(name text) returns text language sql immutable as $function$
       select split_part(split_part(name, '/', -1), '.', -1)
     $function$;
-  end if;
-end $$;
-
--- Supabase refuses to delete object rows by SQL, since the bytes would stay behind. So does the stand-in, and only it.
-do $$ begin
-  if to_regprocedure('storage.protect_delete()') is null
-     and has_schema_privilege('storage', 'create')
-     and pg_has_role((select relowner from pg_class where oid = to_regclass('storage.objects')), 'usage') then
-    create function storage.protect_delete() returns trigger language plpgsql as $function$
-    begin
-      if coalesce(current_setting('storage.allow_delete_query', true), 'false') <> 'true' then
-        raise exception 'Direct deletion from storage tables is not allowed. Use the Storage API instead.'
-          using errcode = 'insufficient_privilege';
-      end if;
-      return null;
-    end $function$;
-    create trigger protect_objects_delete before delete on storage.objects
-      for each statement execute function storage.protect_delete();
-    create trigger protect_buckets_delete before delete on storage.buckets
-      for each statement execute function storage.protect_delete();
   end if;
 end $$;
 
@@ -228,13 +219,6 @@ do $$ begin
   end if;
 end $$;
 comment on schema brightrun is 'The training engine. Not exposed to the API; the app sees its effects in public.';
-
--- Applied versions of this file.
-create table if not exists brightrun.schema_version (
-  version          integer primary key check (version > 0),
-  first_applied_at timestamptz not null default now(),
-  last_applied_at  timestamptz not null default now()
-);
 
 -- ---------------------------------------------------------------------------------------------------------------------
 -- 2.1  Tables
@@ -629,10 +613,11 @@ end $$;
 create or replace function brightrun.guard_dataset_location() returns trigger
 language plpgsql set search_path = '' as $$
 begin
-  if row_security_active('public.datasets') and not (
-       new.storage_bucket = 'training-files'
-    or (new.storage_bucket = 'lora-datasets' and split_part(new.storage_path, '/', 1) = new.user_id::text))
-    or new.storage_path ~ '(^|/)\.\.(/|$)'
+  if row_security_active('public.datasets') and (
+       new.storage_path ~ '(^|/)\.\.(/|$)'
+    or not coalesce(new.storage_bucket = 'training-files'
+                    or (new.storage_bucket = 'lora-datasets' and split_part(new.storage_path, '/', 1) = new.user_id::text),
+                    false))
   then
     raise exception 'Dataset file "%" in bucket "%" is not one that this user may train on.',
       new.storage_path, new.storage_bucket
@@ -700,7 +685,7 @@ begin
   end loop;
 exception when insufficient_privilege then
   raise warning 'Policies on storage.objects could not be created here.'
-    using hint = 'Add them in the dashboard: docs say which, under "Buckets".';
+    using hint = 'Add those of schema.sql, section 2.4, in the dashboard.';
 end $$;
 
 -- >>> engine
@@ -1513,7 +1498,8 @@ begin
            brightrun._number(v_statistics, 'avg_turns_per_conversation', 0, 99999999.99), avg_turns_per_conversation),
          avg_tokens_per_turn = coalesce(
            brightrun._number(v_statistics, 'avg_tokens_per_turn', 0, 99999999.99), avg_tokens_per_turn),
-         sample_data = coalesce(jsonb_path_query_array(brightrun._array(p_detail -> 'sample_data'), '$[0 to 2]'), sample_data)
+         sample_data = case when jsonb_typeof(p_detail -> 'sample_data') = 'array'
+                            then jsonb_path_query_array(p_detail -> 'sample_data', '$[0 to 2]') else sample_data end
    where id = p_dataset.id;
   if v_is_valid then
     perform brightrun._notify_user(
@@ -1552,7 +1538,23 @@ begin
 end $$;
 
 -- ---------------------------------------------------------------------------------------------------------------------
--- 4.6  Registration, and the rows that waited before this file came
+-- 4.6  What the app may read of the engine
+-- ---------------------------------------------------------------------------------------------------------------------
+
+-- The history of one's own job, oldest first. Which machine did the work is left out.
+create or replace function public.training_job_events(job_id uuid)
+returns table (at timestamptz, event text, attempt integer, message text)
+language sql stable security definer set search_path = '' as $$
+  select event.at, event.event, event.attempt::integer,
+         coalesce(event.detail ->> 'message', event.detail ->> 'reason', event.detail ->> 'stage')
+    from brightrun.event as event
+    join public.training_jobs as job on job.id = event.job_id
+   where job.id = training_job_events.job_id and job.user_id = (select auth.uid())
+   order by event.seq
+$$;
+
+-- ---------------------------------------------------------------------------------------------------------------------
+-- 4.7  Registration, and the rows that waited before this file came
 -- ---------------------------------------------------------------------------------------------------------------------
 
 insert into brightrun.job_kind (kind, projector) values
@@ -1584,6 +1586,8 @@ grant usage on schema brightrun to authenticated, service_role;
 grant select on brightrun.dataset_issue to authenticated, service_role;
 revoke all on public.dataset_issues from anon, authenticated;
 grant select on public.dataset_issues to authenticated, service_role;
+revoke execute on function public.training_job_events(uuid) from public, anon;
+grant execute on function public.training_job_events(uuid) to authenticated, service_role;
 
-insert into brightrun.schema_version (version) values (1)
-on conflict (version) do update set last_applied_at = now();
+insert into brightrun.version (section, version) values ('app', 1)
+on conflict (section) do update set version = excluded.version, applied_at = excluded.applied_at;
