@@ -39,9 +39,12 @@ fn nearest(value: f32, boundaries: &[f32; 15]) -> u8 {
 }
 
 /// Codes and scale of one block. A full block is multiplied by the reciprocal of its scale; a shorter last one is divided
-/// by it, and its stored scale has a lower bound: so the peer does it.
+/// by it, and its stored scale has a lower bound: so the peer does it. The scale is NaN when an element is not finite.
 pub(super) fn quantize_block(values: &[f32], packed: &mut [u8]) -> f32 {
     let boundaries = boundaries();
+    if values.iter().any(|value| !value.is_finite()) {
+        return f32::NAN;
+    }
     let absmax = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
     let bounded = absmax.max(SMALLEST_SCALE);
     let full = values.len() == NF4_BLOCK;
