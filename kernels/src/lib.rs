@@ -14,6 +14,7 @@
 //! | [`weight`] | frozen weights as data: f32, bf16, NF4 |
 //! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
 //! | [`oracle`] | float64, naive loops: the judge of every backend |
+//! | [`testing`] | what the conformance suites share |
 //!
 //! # Conventions
 //!
@@ -37,6 +38,7 @@ pub mod error;
 pub mod ops;
 pub mod oracle;
 pub mod tensor;
+pub mod testing;
 pub mod weight;
 
 pub use dtype::DType;
