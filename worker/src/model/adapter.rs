@@ -159,8 +159,7 @@ impl<B: Backend> LoraSet<B> {
             let b = read_factor(device, &file, &key_b, [module.outputs, rank]).map_err(at)?;
             Ok((a, b))
         })?;
-        let stray = file.tensors().len() - 2 * set.pairs().len().min(file.tensors().len() / 2);
-        if stray != 0 {
+        if file.tensors().len() != 2 * set.pairs().len() {
             return Err(at(invalid(format!(
                 "The adapter holds {} tensors, but its target_modules account for {}",
                 file.tensors().len(),

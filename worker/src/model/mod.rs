@@ -12,6 +12,7 @@
 //! | [`attention`], [`mlp`], [`norm`], [`linear`] | the parts, each with `forward` and `backward` |
 //! | [`lora`], [`adapter`] | adapters beside the frozen model; PEFT's files |
 //! | [`decode`], [`cache`] | one document, continued token by token |
+//! | [`synthetic`] | checkpoints of seeded random numbers |
 //! | [`batch`], [`pass`], [`rope`], [`random`] | packed documents; what layers share; rotations; seeded numbers |
 //!
 //! # Invariants
@@ -36,11 +37,12 @@ pub mod norm;
 pub mod pass;
 pub mod random;
 pub mod rope;
+pub mod synthetic;
 pub mod tensor_file;
 pub mod transformer;
 
 pub use self::batch::{Batch, IGNORED};
-pub use self::config::ModelConfig;
+pub use self::config::{Family, ModelConfig};
 pub use self::decode::Decoder;
 pub use self::load::{Encoding, LoadOptions, LoadProgress};
 pub use self::lora::{LoraConfig, LoraGradients, LoraSet, Module, ModuleId};

@@ -36,6 +36,14 @@ impl CounterRandom {
         (self.bits(counter) >> 40) as f32 / (1u32 << 24) as f32
     }
 
+    /// Standard normal (Box & Muller 1958), from the two uniform numbers at `2 · counter` and the one after.
+    pub fn normal(&self, counter: u64) -> f64 {
+        let uniform = |counter| (self.bits(counter) >> 11) as f64 / (1u64 << 53) as f64;
+        // 1 − x is in (0, 1], so its logarithm is finite.
+        let radius = (-2.0 * (1.0 - uniform(2 * counter)).ln()).sqrt();
+        radius * (std::f64::consts::TAU * uniform(2 * counter + 1)).cos()
+    }
+
     /// Uniform in `0..bound` (Lemire's multiply-shift; the bias is below `bound / 2⁶⁴`). 0 when `bound` is 0.
     pub fn below(&self, counter: u64, bound: usize) -> usize {
         (u128::from(self.bits(counter)) * bound as u128 >> 64) as usize
