@@ -482,7 +482,8 @@ grant usage on schema public to anon, authenticated, service_role;
 
 -- Older projects granted everything, TRUNCATE included, which no policy stops.
 revoke all on public.datasets, public.training_jobs, public.metrics_points, public.model_artifacts,
-  public.cost_records, public.notifications from anon, authenticated;
+  public.cost_records, public.notifications, public.training_files, public.training_file_conversations
+  from anon, authenticated;
 grant select on public.datasets, public.training_jobs, public.metrics_points, public.model_artifacts,
   public.cost_records, public.notifications to anon, authenticated;
 grant insert, update, delete on public.datasets to authenticated;
@@ -2838,7 +2839,8 @@ end $$;
 revoke execute on all functions in schema brightrun from public;
 revoke all on all tables in schema brightrun from public, anon, authenticated;
 grant usage on schema brightrun to authenticated, service_role;
-grant select on brightrun.dataset_issue to authenticated, service_role;
+grant select on brightrun.dataset_issue to authenticated;
+grant select on all tables in schema brightrun to service_role;
 revoke all on public.dataset_issues from anon, authenticated;
 grant select on public.dataset_issues to authenticated, service_role;
 revoke execute on function public.training_job_events(uuid) from public, anon;
