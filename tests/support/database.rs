@@ -24,11 +24,8 @@ pub struct Database {
 impl Database {
     /// A new database with nothing in it.
     pub async fn empty() -> Self {
-        let mut config = server();
-        let name = format!("test_{}", Uuid::new_v4().simple());
-        let maintenance = connect(&config).await;
-        maintenance.batch_execute(&format!("create database {name}")).await.unwrap();
-        config.dbname(&name);
+        let url = brightrun_queue::private_server::testing::fresh_database("app").await.unwrap();
+        let config: Config = url.parse().unwrap();
         let owner = connect(&config).await;
         Self { config, owner }
     }
@@ -191,8 +188,4 @@ async fn connect(config: &Config) -> Client {
     let (client, connection) = config.connect(NoTls).await.unwrap();
     tokio::spawn(connection);
     client
-}
-
-fn server() -> Config {
-    std::env::var("DATABASE_URL").unwrap().parse().unwrap()
 }
