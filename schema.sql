@@ -2076,10 +2076,10 @@ on conflict (section) do update set version = excluded.version, applied_at = exc
 
 create table if not exists brightrun.training_projection (
   job_id              uuid primary key references public.training_jobs (id) on delete cascade,
-  settled_cost        numeric(14,4) not null default 0 check (settled_cost >= 0),         -- of finished attempts
-  settled_gpu_seconds numeric(14,3) not null default 0 check (settled_gpu_seconds >= 0),
-  attempt_cost        numeric(14,4) not null default 0 check (attempt_cost >= 0),         -- of the current attempt
-  attempt_gpu_seconds numeric(14,3) not null default 0 check (attempt_gpu_seconds >= 0),
+  settled_cost        numeric(24,4) not null default 0 check (settled_cost >= 0),         -- of finished attempts
+  settled_gpu_seconds numeric(24,3) not null default 0 check (settled_gpu_seconds >= 0),
+  attempt_cost        numeric(24,4) not null default 0 check (attempt_cost >= 0),         -- of the current attempt
+  attempt_gpu_seconds numeric(24,3) not null default 0 check (attempt_gpu_seconds >= 0),
   start_announced     boolean not null default false,  -- job_started was sent
   ended               boolean not null default false,  -- the engine has ended this job; not another request to it
   cost_record_id      uuid                             -- the one cost record
@@ -2312,8 +2312,8 @@ language sql set search_path = '' as $$
      set attempt_gpu_seconds = greatest(attempt_gpu_seconds, used.gpu_seconds),
          attempt_cost = greatest(attempt_cost, coalesce(
            brightrun._number(p_detail, 'cost', 0, 99999999.99),
-           least(used.gpu_seconds / 3600 * brightrun._number(settings.gpu, 'cost_per_gpu_hour', 0, 1e6)
-                   * coalesce(brightrun._number(settings.gpu, 'num_gpus', 1, 1e4), 1), 99999999.99)))
+           used.gpu_seconds / 3600 * brightrun._number(settings.gpu, 'cost_per_gpu_hour', 0, 1e6)
+             * coalesce(brightrun._number(settings.gpu, 'num_gpus', 1, 1e4), 1)))
     from (select brightrun._number(p_detail, 'gpu_seconds', 0, 1e9) as gpu_seconds) as used,
          (select brightrun._gpu_config(p_job.gpu_config) as gpu) as settings
    where job_id = p_job.id

@@ -24,11 +24,8 @@ pub struct Database {
 impl Database {
     /// A new database with nothing in it.
     pub async fn empty() -> Self {
-        let mut config = server();
-        let name = format!("test_{}", Uuid::new_v4().simple());
-        let maintenance = connect(&config).await;
-        maintenance.batch_execute(&format!("create database {name}")).await.unwrap();
-        config.dbname(&name);
+        let url = brightrun_queue::private_server::testing::fresh_database("app").await.unwrap();
+        let config: Config = url.parse().unwrap();
         let owner = connect(&config).await;
         Self { config, owner }
     }
@@ -193,6 +190,70 @@ async fn connect(config: &Config) -> Client {
     client
 }
 
-fn server() -> Config {
-    std::env::var("DATABASE_URL").unwrap().parse().unwrap()
+/// A worker's side of the engine for one claimed training job.
+pub struct Run {
+    client: Client,
+    /// The job's id, which is the app's and the engine's.
+    pub job: Uuid,
+    token: i64,
+}
+
+impl Run {
+    /// Claims the next job of a kind, with the rights of a worker.
+    pub async fn claim(database: &Database, kind: &str) -> Self {
+        let client = database.connect().await;
+        client.batch_execute("set role brightrun_worker").await.unwrap();
+        let row = client
+            .query_one("select job_id, token from brightrun.claim('worker-1', array[$1::text])", &[&kind])
+            .await
+            .unwrap();
+        Self { client, job: row.get(0), token: row.get(1) }
+    }
+
+    /// Reports an event.
+    pub async fn report(&self, event: &str, detail: Value) {
+        let parameters: Parameters<'_> = &[&self.job, &self.token, &event, &detail];
+        self.client.execute("select brightrun.report($1, $2, $3, $4)", parameters).await.unwrap();
+    }
+
+    /// Beats with progress, and returns what the engine tells: alive, cancel, deadline or lost.
+    pub async fn beat(&self, progress: Value) -> String {
+        let parameters: Parameters<'_> = &[&self.job, &self.token, &progress];
+        self.client
+            .query_one("select reply from brightrun.heartbeat(array[$1::uuid], array[$2::bigint], array[$3::jsonb])", parameters)
+            .await
+            .unwrap()
+            .get(0)
+    }
+
+    /// Completes, and returns the state that the job got.
+    pub async fn complete(&self, result: Value) -> Result<String, Error> {
+        let parameters: Parameters<'_> = &[&self.job, &self.token, &result];
+        Ok(self.client.query_one("select brightrun.complete($1, $2, $3)", parameters).await?.get(0))
+    }
+
+    /// Fails, and returns the state that the job got.
+    pub async fn fail(&self, error: Value) -> String {
+        let parameters: Parameters<'_> = &[&self.job, &self.token, &error];
+        self.client.query_one("select brightrun.fail($1, $2, $3)", parameters).await.unwrap().get(0)
+    }
+
+    /// Gives the job back, and returns the state that it got.
+    pub async fn release(&self, reason: &str) -> String {
+        let parameters: Parameters<'_> = &[&self.job, &self.token, &reason];
+        self.client.query_one("select brightrun.release($1, $2, $3)", parameters).await.unwrap().get(0)
+    }
+}
+
+/// What a worker reports when training has succeeded.
+pub fn finished(user: Uuid, artifact: Uuid) -> Value {
+    let folder = format!("{user}/{artifact}");
+    json!({
+        "epoch": 3, "step": 12, "gpu_seconds": 3600, "cost": 7.0,
+        "metrics": { "training_loss": 0.9, "learning_rate": 0.00005 },
+        "artifact": { "id": artifact, "artifacts": {
+            "adapter_model.safetensors": format!("{folder}/adapter_model.safetensors"),
+            "adapter_config.json": format!("{folder}/adapter_config.json"),
+        }},
+    })
 }
