@@ -30,6 +30,7 @@
 //!
 //! *Absent on purpose:* a general tensor library, views with strides, broadcasting, an autograd tape.
 
+mod contract;
 pub mod cpu;
 pub mod dtype;
 pub mod error;
