@@ -15,6 +15,7 @@
 //! | [`stack`] | the same for all experts of a layer |
 //! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
 //! | [`oracle`] | float64, naive loops: the judge of every backend |
+//! | [`testing`] | what the conformance suites share |
 //!
 //! # Conventions
 //!
@@ -39,6 +40,7 @@ pub mod ops;
 pub mod oracle;
 pub mod stack;
 pub mod tensor;
+pub mod testing;
 pub mod weight;
 
 pub use dtype::DType;

@@ -79,6 +79,7 @@ impl Cpu {
         let absmax = floats("quantize_nf4", "absmax", absmax)?;
         let offset = nf4::mean(absmax);
         let map = nf4::dynamic_map();
+        let lookup = nf4::nested_lookup(&map);
         let mut codes = self.alloc(DType::U8, [absmax.len()])?;
         let mut nested_absmax = Vec::new();
         let mut shifted = [0.0; NF4_NESTED_BLOCK];
@@ -88,7 +89,7 @@ impl Cpu {
             for (shifted, value) in shifted.iter_mut().zip(values) {
                 *shifted = value - offset;
             }
-            nested_absmax.push(nf4::quantize_nested_block(shifted, &map, codes));
+            nested_absmax.push(nf4::quantize_nested_block(shifted, &lookup, codes));
         }
         Ok(Nf4Scales::Nested {
             codes,
@@ -117,7 +118,7 @@ impl Cpu {
                         for (i, value) in values.iter_mut().enumerate() {
                             let element = block * NF4_BLOCK + i;
                             let code = codes[element / 2] >> (4 * (1 - element % 2)) & 15;
-                            *value = bf16::from_f32(nf4::CODE[usize::from(code)] * scales[block]).to_f32();
+                            *value = nf4::decode(code, scales[block]).to_f32();
                         }
                     });
                 Ok(values)

@@ -1,0 +1,15 @@
+//! Every op, on every backend, against the float64 oracle.
+//!
+//! A case is a line of data; a failure prints the op, the backend, the shape and the seed, the worst element, both values and
+//! the bound. To run one op's cases: `cargo test --release -p brightrun-kernels --test conformance linear`.
+
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod attention;
+mod backends;
+mod elementwise;
+mod linear;
+mod loss;
+mod memory;
+mod rows;
+mod weights;
