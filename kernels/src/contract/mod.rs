@@ -4,17 +4,33 @@
 //! calls it first and may rely on the result: after it, slices have the lengths the letters say.
 
 mod attention;
+mod convolution;
+mod delta;
 mod elementwise;
+mod gate;
 mod loss;
 mod matmul;
+mod moe;
 mod norm;
 mod quantize;
 mod rows;
 
 pub(crate) use self::attention::{AttentionSizes, attention_backward, attention_forward};
+pub(crate) use self::convolution::{ConvolutionSizes, convolution_backward, convolution_forward};
+pub(crate) use self::delta::{
+    DeltaSizes, delta_gates_backward, delta_gates_forward, delta_rule_backward, delta_rule_forward,
+};
 pub(crate) use self::elementwise::{adamw_step, same_shape};
+pub(crate) use self::gate::{
+    GateSizes, copy_columns, gated_norm_backward, gated_norm_forward, l2_norm_backward, l2_norm_forward,
+    sigmoid_gate_backward, sigmoid_gate_forward,
+};
 pub(crate) use self::loss::linear_cross_entropy;
 pub(crate) use self::matmul::{LinearSizes, linear_backward, linear_forward};
+pub(crate) use self::moe::{
+    GroupedSizes, RoutingSizes, combine, grouped_linear_backward, grouped_linear_forward, route, route_backward,
+    routed_swiglu_backward, routed_swiglu_forward, stack_expert,
+};
 pub(crate) use self::norm::{NormSizes, rms_norm_backward, rms_norm_forward};
 pub(crate) use self::quantize::{dequantize, quantize_nf4, weight_shape};
 pub(crate) use self::rows::{copy_rows, gather_rows, rope};

@@ -63,6 +63,6 @@ impl ActivationOps for Cpu {
     }
 }
 
-fn logistic(x: f32) -> f32 {
+pub(super) fn logistic(x: f32) -> f32 {
     1.0 / (1.0 + (-x).exp())
 }

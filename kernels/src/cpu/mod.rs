@@ -8,16 +8,22 @@
 
 mod activation;
 mod attention;
+mod convolution;
+mod delta;
+mod dense;
 mod embedding;
+mod gate;
 mod loss;
 mod matmul;
 mod memory;
+mod moe;
 mod nf4;
 mod norm;
 mod optimizer;
 mod products;
 mod quantize;
 mod rope;
+mod split;
 mod tasks;
 mod view;
 

@@ -82,6 +82,18 @@ pub(super) fn integers<'a>(op: &'static str, argument: &'static str, tensor: &'a
     }
 }
 
+/// An i32 tensor's elements, to be written.
+pub(super) fn integers_mut<'a>(
+    op: &'static str,
+    argument: &'static str,
+    tensor: &'a mut Tensor<Cpu>,
+) -> Result<&'a mut [i32]> {
+    match tensor.dtype() {
+        DType::I32 => Ok(bytemuck::cast_slice_mut(tensor.buffer_mut().bytes_mut())),
+        _ => Err(wrong(op, argument, "i32", tensor)),
+    }
+}
+
 /// A short vector (a norm's weight, a bias) widened to f32.
 pub(super) fn widened(op: &'static str, argument: &'static str, tensor: &Tensor<Cpu>) -> Result<Vec<f32>> {
     match tensor.dtype() {

@@ -8,8 +8,12 @@
 
 mod activation;
 mod attention;
+mod convolution;
+mod delta;
+mod gate;
 mod loss;
 mod matmul;
+mod moe;
 mod norm;
 mod optimizer;
 mod real;
@@ -17,8 +21,21 @@ mod rope;
 
 pub use self::activation::{swiglu_backward, swiglu_forward};
 pub use self::attention::{AttentionGradients, Heads, attention_backward, attention_forward};
+pub use self::convolution::{Filter, convolution_backward, convolution_forward};
+pub use self::delta::{
+    DeltaGradients, DeltaHeads, DeltaInputs, delta_gates_backward, delta_gates_forward, delta_rule_backward,
+    delta_rule_forward,
+};
+pub use self::gate::{
+    gated_norm_backward, gated_norm_forward, l2_norm_backward, l2_norm_forward, sigmoid_gate_backward,
+    sigmoid_gate_forward,
+};
 pub use self::loss::linear_cross_entropy;
 pub use self::matmul::{Adapter, Layer, LinearGradients, linear_backward, linear_forward};
+pub use self::moe::{
+    Route, by_token, combine, grouped_linear_backward, grouped_linear_forward, route, route_backward,
+    routed_swiglu_backward, routed_swiglu_forward,
+};
 pub use self::norm::{rms_norm_backward, rms_norm_forward};
 pub use self::optimizer::{adamw_step, squared_norm};
 pub use self::real::{Mixed, Real, Single, cast};
@@ -26,3 +43,5 @@ pub use self::rope::rope;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_moe_delta;

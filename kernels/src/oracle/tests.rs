@@ -6,7 +6,7 @@ use crate::testing::Random;
 
 /// Checks `gradient` against the derivative of `loss` at `at`, by the four-point rule
 /// `(f(−2h) − 8 f(−h) + 8 f(h) − f(2h)) / 12h`, whose error is of order h⁴.
-fn check(what: &str, at: &[f64], gradient: &[f64], loss: impl Fn(&[f64]) -> f64) {
+pub(super) fn check(what: &str, at: &[f64], gradient: &[f64], loss: impl Fn(&[f64]) -> f64) {
     let step = 1e-3;
     assert_eq!(at.len(), gradient.len(), "{what}");
     let largest = gradient.iter().fold(1.0f64, |a, b| a.max(b.abs()));
@@ -26,11 +26,11 @@ fn check(what: &str, at: &[f64], gradient: &[f64], loss: impl Fn(&[f64]) -> f64)
     }
 }
 
-fn values(seed: u64, count: usize) -> Vec<f64> {
+pub(super) fn values(seed: u64, count: usize) -> Vec<f64> {
     cast(&Random::new(seed).normal(count))
 }
 
-fn weighted(outputs: &[f64], weights: &[f64]) -> f64 {
+pub(super) fn weighted(outputs: &[f64], weights: &[f64]) -> f64 {
     outputs.iter().zip(weights).map(|(a, b)| a * b).sum()
 }
 

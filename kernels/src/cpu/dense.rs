@@ -1,0 +1,48 @@
+//! Small matrix products of one thread: the inside of a task. All matrices are row-major f32; `C` may be a window of a wider
+//! matrix, whose row length is its stride. Each element of `C` is one sum in one order, whatever the other extents are.
+
+use super::products::dot;
+
+/// `C [m, n] += factor · A [m, k] · B [n, k]ᵀ`; rows of `C` are `stride` apart.
+pub(super) fn add_nt(c: &mut [f32], stride: usize, a: &[f32], b: &[f32], k: usize, factor: f32) {
+    if k == 0 || c.is_empty() {
+        return;
+    }
+    for (c, a) in c.chunks_mut(stride).zip(a.chunks_exact(k)) {
+        for (c, b) in c.iter_mut().zip(b.chunks_exact(k)) {
+            *c += factor * dot(a, b);
+        }
+    }
+}
+
+/// `C [m, n] += factor · A [m, k] · B [k, n]`; rows of `A` are `stride` apart.
+pub(super) fn add_nn(c: &mut [f32], n: usize, a: &[f32], stride: usize, b: &[f32], factor: f32) {
+    if n == 0 {
+        return;
+    }
+    let k = b.len() / n;
+    for (c, a) in c.chunks_exact_mut(n).zip(a.chunks(stride.max(1))) {
+        for (a, b) in a[..k].iter().zip(b.chunks_exact(n)) {
+            let a = factor * a;
+            for (c, b) in c.iter_mut().zip(b) {
+                *c += a * b;
+            }
+        }
+    }
+}
+
+/// `C [m, n] += factor · A [k, m]ᵀ · B [k, n]`.
+pub(super) fn add_tn(c: &mut [f32], n: usize, a: &[f32], b: &[f32], factor: f32) {
+    if n == 0 || c.is_empty() {
+        return;
+    }
+    let m = c.len() / n;
+    for (a, b) in a.chunks_exact(m).zip(b.chunks_exact(n)) {
+        for (c, a) in c.chunks_exact_mut(n).zip(a) {
+            let a = factor * a;
+            for (c, b) in c.iter_mut().zip(b) {
+                *c += a * b;
+            }
+        }
+    }
+}
