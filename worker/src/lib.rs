@@ -13,6 +13,7 @@
 //! | [`job`] | the life of one job, from claim to the final transaction |
 //! | [`cli`] | the commands of `brightrun` |
 //! | [`config`] | settings of the program: flags, environment, file |
+//! | [`recipe`] | from files to a proven adapter: what the command line and a job share |
 //! | [`spec`] | every training setting: default, range, meaning |
 //! | [`demo`] | the main job on one machine, with a private Postgres and a miniature model |
 //! | [`error`] | the one outward error type, [`error::Failure`] |
@@ -31,6 +32,7 @@ pub mod demo;
 pub mod error;
 pub mod job;
 pub mod model;
+pub mod recipe;
 pub mod secret;
 pub mod spec;
 pub mod storage;

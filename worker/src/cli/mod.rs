@@ -108,12 +108,6 @@ pub struct WorkerArguments {
     /// Leave when the queue is empty
     #[arg(long)]
     pub until_idle: bool,
-    /// Leave after this many jobs
-    #[arg(long, value_name = "N")]
-    pub max_jobs: Option<usize>,
-    /// Train only this job
-    #[arg(long, value_name = "UUID")]
-    pub job: Option<Uuid>,
 }
 
 /// `enqueue`.

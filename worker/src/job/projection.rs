@@ -6,12 +6,18 @@
 
 use std::collections::BTreeMap;
 
+use brightrun_kernels::Backend;
+use chrono::Utc;
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::input::Resolved;
+use super::input::{Resolved, TrainJob};
+use crate::artifact::quality::LossPoint;
+use crate::artifact::summary::{ArtifactRow, TrainingSummary, artifact_name, configuration};
+use crate::artifact;
 use crate::error::Failure;
+use crate::recipe::{Delivery, Learnt};
 
 /// The report `resolved`: settings complete, both dialects.
 #[derive(Clone, Debug, Serialize)]
@@ -117,28 +123,11 @@ pub struct Progress<'a> {
     pub gpu_seconds: f64,
 }
 
-/// The artifact of a finished job.
-#[derive(Clone, Debug, Serialize)]
-pub struct Artifact {
-    /// Derived from the job's id.
-    pub id: Uuid,
-    /// Shown to the user.
-    pub name: String,
-    /// File name → object path in the models bucket.
-    pub artifacts: BTreeMap<String, String>,
-    /// The stars and what they are computed from.
-    pub quality_metrics: Value,
-    /// Epochs, steps, loss, duration, cost.
-    pub training_summary: Value,
-    /// Preset and both dialects.
-    pub configuration: Value,
-}
-
 /// The result of a finished job.
 #[derive(Clone, Debug, Serialize)]
 pub struct Completed<'a> {
     /// What was delivered.
-    pub artifact: &'a Artifact,
+    pub artifact: &'a CompletedArtifact,
     /// Final measurements.
     pub metrics: Metrics,
     /// Epochs done.
@@ -165,6 +154,49 @@ pub fn failure_detail(failure: &Failure, gpu_seconds: f64) -> Value {
     detail["place"] = Value::from(failure.place.as_str());
     detail["hint"] = Value::from(failure.hint.as_str());
     detail
+}
+
+/// The artifact's row without its id's column type: what the projection stores in `model_artifacts`.
+#[derive(Clone, Debug, Serialize)]
+pub struct CompletedArtifact {
+    /// Derived from the job's id.
+    pub id: Uuid,
+    /// The row.
+    #[serde(flatten)]
+    pub row: ArtifactRow,
+}
+
+/// The artifact row of a finished job.
+pub fn artifact<B: Backend>(
+    job: &TrainJob,
+    resolved: &Resolved,
+    learnt: &Learnt<B>,
+    delivery: &Delivery,
+    points: &[Point],
+    paths: BTreeMap<String, String>,
+) -> CompletedArtifact {
+    let losses: Vec<LossPoint> = points
+        .iter()
+        .filter_map(|point| Some(LossPoint { training: point.metrics.training_loss?, validation: point.metrics.validation_loss }))
+        .collect();
+    let hours = learnt.summary.elapsed_seconds / 3600.0;
+    let summary = TrainingSummary {
+        epochs_completed: delivery.metrics.epochs,
+        total_steps: delivery.metrics.steps,
+        final_loss: delivery.metrics.last_training_loss,
+        training_duration_hours: hours,
+        total_cost: resolved.price_per_hour * f64::from(resolved.gpu_count) * hours,
+    };
+    CompletedArtifact {
+        id: artifact::artifact_id(job.job_id),
+        row: ArtifactRow::new(
+            artifact_name(Some(&job.dataset.name), Utc::now().date_naive()),
+            artifact::quality::rate(&losses),
+            &summary,
+            configuration(&job.preset_id, &resolved.hyperparameters, &resolved.gpu_config),
+            paths,
+        ),
+    }
 }
 
 /// Any message as JSON.
