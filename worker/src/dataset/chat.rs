@@ -223,6 +223,7 @@ pub(super) fn check_order(findings: &mut Findings<'_>, messages: &[(Message, Str
             "",
             "The conversation has no user message before its answer",
         );
+        return rest.len();
     }
     if let Some((_, path)) = rest.first() {
         let message = format!(

@@ -72,7 +72,11 @@ fn unreadable<R: Read>(
             format!("JSON parse error: {}", json::describe(&error)),
         ),
     };
-    let hint = format!("{} Nothing after this place was read.", code.hint());
+    let advice = match code {
+        IssueCode::JsonTruncated => IssueCode::LastLineTruncated.hint(),
+        _ => code.hint(),
+    };
+    let hint = format!("{advice} Nothing after this place was read.");
     let at = Place { line, ..place.clone() };
     collector.unreadable(&at, Issue::new(code, line, "", message).offset(offset).hint(hint));
     Ok(())

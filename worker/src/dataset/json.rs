@@ -260,7 +260,9 @@ pub(super) fn classify(error: &serde_json::Error) -> IssueCode {
 /// The parser's words without its own position, which is relative to the line.
 pub(super) fn describe(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    text.split(" at line ").next().unwrap_or(&text).to_owned()
+    let words = text.split(" at line ").next().unwrap_or(&text);
+    // What the parser says of a word that starts like `null`, `true` or `false`.
+    words.replace("expected ident", "expected value")
 }
 
 #[cfg(test)]

@@ -115,9 +115,7 @@ pub fn load(path: &Path) -> Result<(Vec<Example>, Report)> {
 fn read<R: Read>(source: &mut Source<R>, collector: &mut Collector<'_>) -> io::Result<()> {
     let window = source.window()?;
     if let Some(refusal) = sniff::not_text(window) {
-        let place = Place::line(1, 0);
-        let issue = Issue::new(refusal.code, 1, "", refusal.message).offset(0);
-        collector.unreadable(&place, issue);
+        collector.issue(Issue::new(refusal.code, 1, "", refusal.message).offset(0));
         return Ok(());
     }
     let has_mark = window.starts_with(lines::BYTE_ORDER_MARK);
