@@ -14,6 +14,7 @@ use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
@@ -630,11 +631,14 @@ async fn cut(response: Response, bytes: usize) -> Response {
     let (parts, body) = response.into_parts();
     let whole = to_bytes(body, 256 << 20).await.expect("a body in memory");
     let head = whole.slice(..bytes.min(whole.len()));
-    let broken = std::io::Error::from(std::io::ErrorKind::ConnectionReset);
-    Response::from_parts(
-        parts,
-        Body::from_stream(futures_util::stream::iter([Ok(head), Err(broken)])),
-    )
+    // The pause lets the server send what it has before the connection breaks.
+    let broken = async {
+        tokio::task::yield_now().await;
+        Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset))
+    };
+    let head = futures_util::stream::iter([Ok(head)]);
+    let body = head.chain(futures_util::stream::once(broken));
+    Response::from_parts(parts, Body::from_stream(body))
 }
 
 fn split(rest: &str) -> Result<(String, String), Response> {

@@ -259,9 +259,8 @@ fn pefts_tensors_are_written_byte_for_byte_as_peft_wrote_them() {
     let golden = fs::read(fixture("qwen3", "adapter_model.safetensors")).unwrap();
     let config = read_json(&fixture("qwen3", "adapter_config.json"));
     let parsed = SafeTensors::deserialize(&golden).unwrap();
-    let mut run = input(&TrainSpec::default(), &[], &[]).clone();
     let spec = TrainSpec { rank: 8, ..spec() };
-    run.spec = &spec;
+    let mut run = input(&spec, &[], &[]);
     run.adapter.rank = 8;
     run.adapter.target_modules = serde_json::from_value(config["target_modules"].clone()).unwrap();
     run.tensors = parsed
@@ -440,7 +439,9 @@ fn what_does_not_fit_is_not_written() {
         run.tensors.push(run.tensors[0].clone())
     });
     check("ADAPTER_TENSOR_UNEXPECTED", &|run| {
-        run.tensors[0].name = "lm_head.weight".to_owned()
+        let mut foreign = run.tensors[0].clone();
+        foreign.name = "lm_head.weight".to_owned();
+        run.tensors.push(foreign);
     });
     check("ADAPTER_SHAPE_MISMATCH", &|run| run.adapter.rank = 3);
     check("ADAPTER_SHAPE_MISMATCH", &|run| run.tensors[0].shape = vec![5, 2]);
