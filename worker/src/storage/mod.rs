@@ -46,6 +46,7 @@ pub mod url_source;
 
 pub use config::StorageConfig;
 pub use http::HttpOptions;
+pub(crate) use sink::disk_failure;
 pub use url_source::UrlSource;
 
 /// The media type of every file this program stores: the only one that the models bucket of

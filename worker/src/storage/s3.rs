@@ -356,3 +356,73 @@ fn status_in(text: &str) -> Option<u16> {
     let (_, rest) = text.split_once("status code: ")?;
     rest.get(..3)?.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use url::Url;
+
+    use super::*;
+
+    fn storage() -> S3Storage {
+        let config = S3Config {
+            endpoint: Some(Url::parse("http://127.0.0.1:1").unwrap()),
+            region: "us-east-1".to_owned(),
+            access_key_id: Secret::new("fake-id-canary"),
+            secret_access_key: Secret::new("fake-secret-canary"),
+            session_token: None,
+            bucket: None,
+            prefix: String::new(),
+        };
+        S3Storage::new(config, HttpOptions::default())
+    }
+
+    #[track_caller]
+    fn check(error: &object_store::Error, code: &str, again: bool) {
+        let (failure, is_again) = match storage().attempt(error, "here".to_owned()) {
+            Attempt::Again(failure, _) => (failure, true),
+            Attempt::Stop(failure) => (failure, false),
+        };
+        assert_eq!((failure.code.as_str(), is_again), (code, again), "{failure}");
+        assert!(!failure.to_string().contains("canary"), "{failure}");
+    }
+
+    #[test]
+    fn the_clients_errors_have_the_codes_of_the_answers_behind_them() {
+        use object_store::Error::{Generic, NotFound};
+        let path = "a-bucket-list/x".to_owned();
+        let absent = |words: &str| NotFound {
+            path: path.clone(),
+            source: words.into(),
+        };
+        check(
+            &absent("status code: 404 Not Found: <Code>NoSuchBucket</Code>"),
+            "STORAGE_BUCKET_MISSING",
+            false,
+        );
+        check(
+            &absent("status code: 404 Not Found: <Code>NoSuchKey</Code>"),
+            "STORAGE_OBJECT_MISSING",
+            false,
+        );
+        let generic = |words: &str| Generic {
+            store: "S3",
+            source: words.into(),
+        };
+        check(
+            &generic("Server returned non-2xx status code: 413 Payload Too Large: "),
+            "STORAGE_TOO_LARGE",
+            false,
+        );
+        check(
+            &generic("Server returned non-2xx status code: 503 : SlowDown"),
+            "STORAGE_UNAVAILABLE",
+            true,
+        );
+        check(
+            &generic("fake-id-canary: connection refused"),
+            "STORAGE_UNAVAILABLE",
+            true,
+        );
+    }
+}
