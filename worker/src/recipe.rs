@@ -25,7 +25,7 @@ use crate::dataset::{self, Example};
 use crate::error::{Failure, Result};
 use crate::model::{LoadOptions, LoadProgress, LoraConfig, LoraSet, Model};
 use crate::spec::{BaseDtype, TrainSpec};
-use crate::template::{ChatTemplate, EncodeOutcome};
+use crate::template::{self, ChatTemplate, LeftOutReason};
 use crate::train::{self, CheckpointReport, Control, EncodedExample, Evaluation, EvaluationReport, StepReport, TrainEvents, TrainRequest, TrainSummary};
 
 /// Most training examples that stand in for held-out ones when a data set is too small to hold any out.
@@ -113,12 +113,12 @@ pub fn prepare(path: &Path, template: &ChatTemplate, spec: &TrainSpec) -> Result
 impl Prepared {
     fn encode(&mut self, example: &Example, template: &ChatTemplate, spec: &TrainSpec) -> Result<Option<EncodedExample>> {
         match template.encode(example, spec.supervise, spec.max_length)? {
-            EncodeOutcome::Encoded(encoded) => {
+            template::Outcome::Used(encoded) => {
                 self.trimmed_examples += u64::from(encoded.trimmed_turns > 0);
-                Ok(Some(EncodedExample { ids: encoded.ids, supervised: encoded.supervised, line: example.line }))
+                Ok(Some(EncodedExample { ids: encoded.ids, supervised: encoded.supervised, line: encoded.line }))
             }
-            EncodeOutcome::Dropped(reason) => {
-                self.dropped.push(DroppedLine { line: example.line, code: reason.code.to_string(), reason: reason.message });
+            template::Outcome::LeftOut(left_out) => {
+                self.dropped.push(dropped_by_length(&left_out, spec.max_length));
                 Ok(None)
             }
         }
@@ -131,6 +131,18 @@ impl Prepared {
         } else {
             (ProofSplit::HeldOut, &self.validation)
         }
+    }
+}
+
+fn dropped_by_length(left_out: &template::LeftOut, limit: usize) -> DroppedLine {
+    let (code, what) = match left_out.reason {
+        LeftOutReason::AnswerTooLong => ("DATA_ANSWER_TOO_LONG", "The answer alone"),
+        LeftOutReason::TurnTooLong => ("DATA_TURN_TOO_LONG", "The answer with its question and the system prompt"),
+    };
+    DroppedLine {
+        line: left_out.line,
+        code: code.to_owned(),
+        reason: format!("{what} has {} tokens, and max_length is {limit}", left_out.tokens),
     }
 }
 
