@@ -16,17 +16,17 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use crate::artifact::{
-    self, AdapterDtype, AdapterLayout, AdapterTensor, ArtifactFiles, ArtifactInput, BaseModel, DataRecord, DroppedLine, MetricPoint,
-    Program, Proof, ProofSplit, RunMetrics, Verification,
-};
-use crate::dataset::report::Report;
-use crate::dataset::{self, Example};
+use crate::artifact::input::{BaseModel, DataRecord, DroppedLine, MetricPoint, Program, Proof, ProofSplit, RunMetrics};
+use crate::artifact::{self, AdapterDtype, AdapterLayout, AdapterTensor, ArtifactFiles, ArtifactInput, Verification};
+use crate::dataset::{self, Dropped, Example, Report};
 use crate::error::{Failure, Result};
 use crate::model::{LoadOptions, LoadProgress, LoraConfig, LoraSet, Model};
 use crate::spec::{BaseDtype, TrainSpec};
 use crate::template::{self, ChatTemplate, LeftOutReason};
-use crate::train::{self, CheckpointReport, Control, EncodedExample, Evaluation, EvaluationReport, StepReport, TrainEvents, TrainRequest, TrainSummary};
+use crate::train::{
+    self, CheckpointReport, Control, EncodedExample, Evaluation, EvaluationReport, StepReport, TrainEvents,
+    TrainRequest, TrainSummary,
+};
 
 /// Most training examples that stand in for held-out ones when a data set is too small to hold any out.
 const PROOF_EXAMPLES: usize = 8;
@@ -49,7 +49,11 @@ impl<B: Backend> Base<B> {
     pub fn load(device: &B, folder: &Path, dtype: BaseDtype, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self> {
         check_folder(folder)?;
         let model = Model::load(device, folder, LoadOptions::from(dtype), progress)?;
-        Ok(Self { model, folder: folder.to_path_buf(), dtype })
+        Ok(Self {
+            model,
+            folder: folder.to_path_buf(),
+            dtype,
+        })
     }
 }
 
@@ -61,9 +65,11 @@ pub fn check_folder(folder: &Path) -> Result<()> {
     if folder.is_dir() {
         return Ok(());
     }
-    Err(Failure::user("MODEL_PATH_MISSING", "There is no model folder at this path")
-        .at(folder.display().to_string())
-        .hint("Give the folder that holds `config.json`; nothing is downloaded in its place"))
+    Err(
+        Failure::user("MODEL_PATH_MISSING", "There is no model folder at this path")
+            .at(folder.display().to_string())
+            .hint("Give the folder that holds `config.json`; nothing is downloaded in its place"),
+    )
 }
 
 /// A data set, tokenised and split.
@@ -98,24 +104,39 @@ pub fn prepare(path: &Path, template: &ChatTemplate, spec: &TrainSpec) -> Result
     let held_out: std::collections::BTreeSet<usize> = parts.validation.iter().copied().collect();
     for (index, example) in examples.iter().enumerate() {
         if let Some(encoded) = prepared.encode(example, template, spec)? {
-            let part = if held_out.contains(&index) { &mut prepared.validation } else { &mut prepared.train };
+            let part = if held_out.contains(&index) {
+                &mut prepared.validation
+            } else {
+                &mut prepared.train
+            };
             part.push(encoded);
         }
     }
     if prepared.train.is_empty() {
-        return Err(Failure::user("DATASET_NO_EXAMPLES", "No example of the data set can be trained on")
-            .at(path.display().to_string())
-            .hint("Raise max_length, or shorten the answers"));
+        return Err(
+            Failure::user("DATASET_NO_EXAMPLES", "No example of the data set can be trained on")
+                .at(path.display().to_string())
+                .hint("Raise max_length, or shorten the answers"),
+        );
     }
     Ok(prepared)
 }
 
 impl Prepared {
-    fn encode(&mut self, example: &Example, template: &ChatTemplate, spec: &TrainSpec) -> Result<Option<EncodedExample>> {
+    fn encode(
+        &mut self,
+        example: &Example,
+        template: &ChatTemplate,
+        spec: &TrainSpec,
+    ) -> Result<Option<EncodedExample>> {
         match template.encode(example, spec.supervise, spec.max_length)? {
             template::Outcome::Used(encoded) => {
                 self.trimmed_examples += u64::from(encoded.trimmed_turns > 0);
-                Ok(Some(EncodedExample { ids: encoded.ids, supervised: encoded.supervised, line: encoded.line }))
+                Ok(Some(EncodedExample {
+                    ids: encoded.ids,
+                    supervised: encoded.supervised,
+                    line: encoded.line,
+                }))
             }
             template::Outcome::LeftOut(left_out) => {
                 self.dropped.push(dropped_by_length(&left_out, spec.max_length));
@@ -127,7 +148,10 @@ impl Prepared {
     /// The examples whose loss proves the adapter: the held-out ones, or the first training examples where none are.
     pub fn proof_examples(&self) -> (ProofSplit, &[EncodedExample]) {
         if self.validation.is_empty() {
-            (ProofSplit::Training, &self.train[..self.train.len().min(PROOF_EXAMPLES)])
+            (
+                ProofSplit::Training,
+                &self.train[..self.train.len().min(PROOF_EXAMPLES)],
+            )
         } else {
             (ProofSplit::HeldOut, &self.validation)
         }
@@ -137,7 +161,10 @@ impl Prepared {
 fn dropped_by_length(left_out: &template::LeftOut, limit: usize) -> DroppedLine {
     let (code, what) = match left_out.reason {
         LeftOutReason::AnswerTooLong => ("DATA_ANSWER_TOO_LONG", "The answer alone"),
-        LeftOutReason::TurnTooLong => ("DATA_TURN_TOO_LONG", "The answer with its question and the system prompt"),
+        LeftOutReason::TurnTooLong => (
+            "DATA_TURN_TOO_LONG",
+            "The answer with its question and the system prompt",
+        ),
     };
     DroppedLine {
         line: left_out.line,
@@ -146,8 +173,12 @@ fn dropped_by_length(left_out: &template::LeftOut, limit: usize) -> DroppedLine 
     }
 }
 
-fn dropped_by_parser(dropped: &dataset::report::Dropped) -> DroppedLine {
-    DroppedLine { line: dropped.line, code: dropped.reason.to_string(), reason: dropped.reason.meaning().to_owned() }
+fn dropped_by_parser(dropped: &Dropped) -> DroppedLine {
+    DroppedLine {
+        line: dropped.line,
+        code: dropped.reason.to_string(),
+        reason: dropped.reason.meaning().to_owned(),
+    }
 }
 
 /// A trained adapter in memory.
@@ -182,11 +213,19 @@ pub fn learn<B: Backend>(
     checkpoints: Option<Checkpoints<'_>>,
     events: &mut dyn TrainEvents,
 ) -> Result<Learnt<B>> {
-    let config = LoraConfig { rank: spec.rank, alpha: spec.lora_alpha(), targets: spec.targets.clone() };
+    let config = LoraConfig {
+        rank: spec.rank,
+        alpha: spec.lora_alpha(),
+        targets: spec.targets.clone(),
+    };
     let mut lora = LoraSet::initialise(base.model.device(), config, base.model.modules(), spec.seed)?;
     let (_, proof) = data.proof_examples();
     let base_loss = evaluate(base, None, proof, spec, events)?.map(|evaluation| evaluation.loss);
-    let mut recorder = Recorder { events, points: Vec::new(), validation_loss: None };
+    let mut recorder = Recorder {
+        events,
+        points: Vec::new(),
+        validation_loss: None,
+    };
     let summary = train::run(
         TrainRequest {
             model: &base.model,
@@ -200,7 +239,12 @@ pub fn learn<B: Backend>(
         &mut recorder,
     )?;
     let points = recorder.points;
-    Ok(Learnt { lora, summary, base_loss, points })
+    Ok(Learnt {
+        lora,
+        summary,
+        base_loss,
+        points,
+    })
 }
 
 /// Mean loss per supervised token; `None` when a stop was asked for meanwhile.
@@ -280,12 +324,24 @@ pub struct Delivery {
 ///
 /// # Errors
 /// `ARTIFACT_…`, `ADAPTER_…`, `STORAGE_…`.
-pub fn deliver<B: Backend>(base: &Base<B>, data: &Prepared, spec: &TrainSpec, learnt: &Learnt<B>, labels: &Labels<'_>, folder: &Path) -> Result<Delivery> {
+pub fn deliver<B: Backend>(
+    base: &Base<B>,
+    data: &Prepared,
+    spec: &TrainSpec,
+    learnt: &Learnt<B>,
+    labels: &Labels<'_>,
+    folder: &Path,
+) -> Result<Delivery> {
     let (split, examples) = data.proof_examples();
     let proof = prove(base, &learnt.lora, examples, spec)?;
     let metrics = run_metrics(learnt, data, proof.loss);
     let tensors = adapter_tensors(base, &learnt.lora)?;
-    let issues: Vec<Value> = data.report.issues.iter().filter_map(|issue| serde_json::to_value(issue).ok()).collect();
+    let issues: Vec<Value> = data
+        .report
+        .issues
+        .iter()
+        .filter_map(|issue| serde_json::to_value(issue).ok())
+        .collect();
     let input = ArtifactInput {
         job_id: labels.job_id,
         base: base_record(base, &labels.base_model)?,
@@ -300,7 +356,12 @@ pub fn deliver<B: Backend>(base: &Base<B>, data: &Prepared, spec: &TrainSpec, le
         tensors,
         data: data_record(data, &labels.dataset_name),
         metrics: metrics.clone(),
-        proof: Proof { split, loss: proof.loss, examples: examples.len() as u64, supervised_tokens: proof.supervised_tokens as u64 },
+        proof: Proof {
+            split,
+            loss: proof.loss,
+            examples: examples.len() as u64,
+            supervised_tokens: proof.supervised_tokens as u64,
+        },
         points: &learnt.points,
         issues: &issues,
         samples: &[],
@@ -320,12 +381,25 @@ pub fn deliver<B: Backend>(base: &Base<B>, data: &Prepared, spec: &TrainSpec, le
         prove(base, &reloaded, examples, spec).map(|evaluation| evaluation.loss)
     })?;
     let files = artifact::record_verification(folder, &verification)?;
-    Ok(Delivery { files, verification, metrics })
+    Ok(Delivery {
+        files,
+        verification,
+        metrics,
+    })
 }
 
-fn prove<B: Backend>(base: &Base<B>, lora: &LoraSet<B>, examples: &[EncodedExample], spec: &TrainSpec) -> Result<Evaluation> {
-    train::evaluate(&base.model, Some(lora), examples, spec.micro_batch_tokens, &mut || true)?
-        .ok_or_else(|| Failure::system("PROOF_INTERRUPTED", "The evaluation of the finished adapter was interrupted"))
+fn prove<B: Backend>(
+    base: &Base<B>,
+    lora: &LoraSet<B>,
+    examples: &[EncodedExample],
+    spec: &TrainSpec,
+) -> Result<Evaluation> {
+    train::evaluate(&base.model, Some(lora), examples, spec.micro_batch_tokens, &mut || true)?.ok_or_else(|| {
+        Failure::system(
+            "PROOF_INTERRUPTED",
+            "The evaluation of the finished adapter was interrupted",
+        )
+    })
 }
 
 fn adapter_tensors<'a, B: Backend>(base: &Base<B>, lora: &LoraSet<B>) -> Result<Vec<AdapterTensor<'a>>> {
@@ -335,7 +409,7 @@ fn adapter_tensors<'a, B: Backend>(base: &Base<B>, lora: &LoraSet<B>) -> Result<
         let (key_a, key_b) = pair.keys();
         for (key, tensor) in [(key_a, &pair.a), (key_b, &pair.b)] {
             tensors.push(AdapterTensor {
-                key,
+                name: key,
                 shape: tensor.shape().extents().to_vec(),
                 data: device.read_f32(tensor)?.into(),
             });
@@ -347,7 +421,11 @@ fn adapter_tensors<'a, B: Backend>(base: &Base<B>, lora: &LoraSet<B>) -> Result<
 fn base_record<B: Backend>(base: &Base<B>, name: &str) -> Result<BaseModel> {
     let path = base.folder.join("config.json");
     let config = std::fs::read(&path).map_err(|error| {
-        Failure::system("MODEL_UNREADABLE", format!("The model's configuration cannot be read: {error}")).at(path.display().to_string())
+        Failure::system(
+            "MODEL_UNREADABLE",
+            format!("The model's configuration cannot be read: {error}"),
+        )
+        .at(path.display().to_string())
     })?;
     Ok(BaseModel {
         id: name.to_owned(),
@@ -382,9 +460,17 @@ fn run_metrics<B: Backend>(learnt: &Learnt<B>, data: &Prepared, proof_loss: f64)
         steps: summary.step as u64,
         epochs,
         tokens: summary.tokens,
-        supervised_tokens: data.train.iter().map(|example| example.supervised_tokens() as u64).sum(),
+        supervised_tokens: data
+            .train
+            .iter()
+            .map(|example| example.supervised_tokens() as u64)
+            .sum(),
         seconds: summary.elapsed_seconds,
-        tokens_per_second: if summary.elapsed_seconds > 0.0 { summary.tokens as f64 / summary.elapsed_seconds } else { 0.0 },
+        tokens_per_second: if summary.elapsed_seconds > 0.0 {
+            summary.tokens as f64 / summary.elapsed_seconds
+        } else {
+            0.0
+        },
         peak_memory_bytes: summary.peak_bytes,
     }
 }

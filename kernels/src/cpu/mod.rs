@@ -8,10 +8,10 @@
 
 mod activation;
 mod attention;
+mod ceiling;
 mod convolution;
 mod delta;
 mod dense;
-mod ceiling;
 mod embedding;
 mod gate;
 mod loss;
@@ -25,9 +25,9 @@ mod optimizer;
 mod products;
 mod quantize;
 mod rope;
-mod split;
 mod scratch;
 mod simd;
+mod split;
 mod tasks;
 mod view;
 

@@ -22,11 +22,16 @@ pub fn print_json(value: &impl Serialize) -> Result<()> {
 /// `CLI_OUTPUT_FAILED` when standard output is gone.
 pub fn print_line(line: &str) -> Result<()> {
     let mut output = anstream::stdout().lock();
-    writeln!(output, "{line}").and_then(|()| output.flush()).map_err(|error| output_failed(&error))
+    writeln!(output, "{line}")
+        .and_then(|()| output.flush())
+        .map_err(|error| output_failed(&error))
 }
 
 fn output_failed(error: &dyn std::fmt::Display) -> Failure {
-    Failure::system("CLI_OUTPUT_FAILED", format!("Standard output cannot be written: {error}"))
+    Failure::system(
+        "CLI_OUTPUT_FAILED",
+        format!("Standard output cannot be written: {error}"),
+    )
 }
 
 /// Prints a failure on standard error and gives its exit code: 1 for the user's fault, 3 for any other.
@@ -66,7 +71,11 @@ pub fn bytes(number: u64) -> String {
         value /= 1000.0;
         unit += 1;
     }
-    if unit == 0 { format!("{number} B") } else { format!("{value:.1} {}", units[unit]) }
+    if unit == 0 {
+        format!("{number} B")
+    } else {
+        format!("{value:.1} {}", units[unit])
+    }
 }
 
 /// `3725` → `1 h 2 min`.
@@ -89,8 +98,17 @@ mod tests {
 
     #[test]
     fn numbers_read_as_people_write_them() {
-        assert_eq!([thousands(7), thousands(1234), thousands(1_234_567)], ["7", "1,234", "1,234,567"]);
-        assert_eq!([bytes(999), bytes(1500), bytes(2_000_000_000)], ["999 B", "1.5 kB", "2.0 GB"]);
-        assert_eq!([duration(3.21), duration(75.0), duration(3725.0), duration(f64::NAN)], ["3.2 s", "1 min 15 s", "1 h 2 min", "unknown"]);
+        assert_eq!(
+            [thousands(7), thousands(1234), thousands(1_234_567)],
+            ["7", "1,234", "1,234,567"]
+        );
+        assert_eq!(
+            [bytes(999), bytes(1500), bytes(2_000_000_000)],
+            ["999 B", "1.5 kB", "2.0 GB"]
+        );
+        assert_eq!(
+            [duration(3.21), duration(75.0), duration(3725.0), duration(f64::NAN)],
+            ["3.2 s", "1 min 15 s", "1 h 2 min", "unknown"]
+        );
     }
 }

@@ -111,6 +111,16 @@ pub fn load(path: &Path) -> Result<(Vec<Example>, Report)> {
     Ok((examples, report))
 }
 
+/// Reports on the dataset file at `path` without keeping its examples.
+///
+/// # Errors
+///
+/// As [`load`].
+pub fn check(path: &Path) -> Result<Report> {
+    let file = File::open(path).map_err(|error| open_failed(path, &error))?;
+    scan(file, &ScanOptions::default(), &mut |_| {}).map_err(|failure| failure.at(path.display().to_string()))
+}
+
 /// Looks at the first bytes and reads the rest accordingly.
 fn read<R: Read>(source: &mut Source<R>, collector: &mut Collector<'_>) -> io::Result<()> {
     let window = source.window()?;

@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::input::{Resolved, TrainJob};
+use crate::artifact;
 use crate::artifact::quality::LossPoint;
 use crate::artifact::summary::{ArtifactRow, TrainingSummary, artifact_name, configuration};
-use crate::artifact;
 use crate::error::Failure;
 use crate::recipe::{Delivery, Learnt};
 
@@ -177,7 +177,12 @@ pub fn artifact<B: Backend>(
 ) -> CompletedArtifact {
     let losses: Vec<LossPoint> = points
         .iter()
-        .filter_map(|point| Some(LossPoint { training: point.metrics.training_loss?, validation: point.metrics.validation_loss }))
+        .filter_map(|point| {
+            Some(LossPoint {
+                training: point.metrics.training_loss?,
+                validation: point.metrics.validation_loss,
+            })
+        })
         .collect();
     let hours = learnt.summary.elapsed_seconds / 3600.0;
     let summary = TrainingSummary {

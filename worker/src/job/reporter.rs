@@ -65,7 +65,14 @@ pub struct Reporter {
 impl Reporter {
     /// A reporter for a job whose compute began at `started`.
     pub fn new(context: JobContext, started: Instant) -> Self {
-        Self { context, started, stage: Stage::Training, points: Vec::new(), latest: None, validation_loss: None }
+        Self {
+            context,
+            started,
+            stage: Stage::Training,
+            points: Vec::new(),
+            latest: None,
+            validation_loss: None,
+        }
     }
 
     /// Begins a stage.
@@ -87,7 +94,11 @@ impl Reporter {
 
     /// The last step's measurements with the proven held-out loss.
     pub fn final_metrics(&self, delivery: &Delivery) -> Metrics {
-        let mut metrics = self.latest.as_ref().map(|report| self.metrics(report)).unwrap_or_default();
+        let mut metrics = self
+            .latest
+            .as_ref()
+            .map(|report| self.metrics(report))
+            .unwrap_or_default();
         metrics.training_loss = metrics.training_loss.or(delivery.metrics.last_training_loss);
         metrics.validation_loss = delivery.metrics.last_validation_loss.or(metrics.validation_loss);
         metrics
@@ -136,7 +147,11 @@ impl TrainEvents for Reporter {
 
     fn on_step(&mut self, report: &StepReport) -> Control {
         if is_charted(report.step as u64, report.total_steps as u64) {
-            self.points.push(Point { step: report.step as u64, epoch: epoch_of(report), metrics: self.metrics(report) });
+            self.points.push(Point {
+                step: report.step as u64,
+                epoch: epoch_of(report),
+                metrics: self.metrics(report),
+            });
         }
         tracing::debug!(step = report.step, loss = report.loss, "step");
         self.latest = Some(*report);

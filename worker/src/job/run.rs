@@ -40,7 +40,11 @@ impl<B: Backend> Handler for TrainHandler<B> {
         let services = self.services.clone();
         async move {
             services.sweep_job_folders(context.queue()).await;
-            let mut attempt = Attempt { services, context, started: Instant::now() };
+            let mut attempt = Attempt {
+                services,
+                context,
+                started: Instant::now(),
+            };
             let result = attempt.run().await;
             attempt.end(result).await
         }
@@ -81,18 +85,28 @@ impl<B: Backend> Attempt<B> {
         self.stage(Stage::Validating)?;
         let (data, template) = self.prepare(&job, &resolved).await?;
         let total_steps = DataOrder::new(&resolved.spec, data.train.len()).total_steps() as u64;
-        self.report("resolved", &ResolvedReport::new(&resolved, Some(total_steps))).await?;
+        self.report("resolved", &ResolvedReport::new(&resolved, Some(total_steps)))
+            .await?;
         self.rehearse_storage(&job).await?;
 
         self.stage(Stage::Loading)?;
-        let running = RunningReport { stage: Stage::Loading.name(), gpu_type: &resolved.gpu_type, gpu_count: resolved.gpu_count };
+        let running = RunningReport {
+            stage: Stage::Loading.name(),
+            gpu_type: &resolved.gpu_type,
+            gpu_count: resolved.gpu_count,
+        };
         self.report("running", &running).await?;
         self.started = Instant::now();
         let loaded = self.services.base(resolved.spec.base_dtype, template).await?;
 
         let mut warnings = resolved.warnings.clone();
         warnings.extend(size_warning(&job, &fetched));
-        let labels = OwnedLabels { job_id: job.job_id, base_model: resolved.base_model.clone(), dataset_name: job.dataset.name.clone(), warnings };
+        let labels = OwnedLabels {
+            job_id: job.job_id,
+            base_model: resolved.base_model.clone(),
+            dataset_name: job.dataset.name.clone(),
+            warnings,
+        };
         let (reporter, learnt, delivery) = self.compute(loaded, Arc::new(data), &resolved, labels.clone()).await?;
 
         self.stage(Stage::Uploading)?;
@@ -130,10 +144,21 @@ impl<B: Backend> Attempt<B> {
             }
             Err(Interruption::Stopped(reason)) => {
                 // An ending that carries no cost: said before it. When even that is refused, the lease is gone.
-                if let Err(error) = self.context.report("spend", &projection::spend(self.gpu_seconds())).await {
+                if let Err(error) = self
+                    .context
+                    .report("spend", &projection::spend(self.gpu_seconds()))
+                    .await
+                {
                     tracing::debug!(%error, "the spend of a stopped attempt could not be reported");
                 }
-                Ending::Release(if reason == StopReason::Shutdown { "shutdown" } else { "cancelled" }.to_owned())
+                Ending::Release(
+                    if reason == StopReason::Shutdown {
+                        "shutdown"
+                    } else {
+                        "cancelled"
+                    }
+                    .to_owned(),
+                )
             }
         }
     }
@@ -154,7 +179,10 @@ impl<B: Backend> Attempt<B> {
     }
 
     fn check_stop(&self) -> std::result::Result<(), Interruption> {
-        self.context.stop().requested().map_or(Ok(()), |reason| Err(Interruption::Stopped(reason)))
+        self.context
+            .stop()
+            .requested()
+            .map_or(Ok(()), |reason| Err(Interruption::Stopped(reason)))
     }
 
     /// Begins a stage: says so with the next heartbeat, and ends here if a stop was asked for.
@@ -189,7 +217,11 @@ impl<B: Backend> Attempt<B> {
     async fn fetch_dataset(&self, job: &TrainJob) -> Result<Fetched> {
         let row = &job.dataset;
         let target = self.dataset_file(job);
-        let fetched = self.services.storage.get_to_file(&row.storage_bucket, &row.storage_path, &target).await?;
+        let fetched = self
+            .services
+            .storage
+            .get_to_file(&row.storage_bucket, &row.storage_path, &target)
+            .await?;
         tracing::info!(bytes = fetched.bytes, sha256 = %fetched.sha256, "data set fetched");
         fetched.not_empty(&format!("{}/{}", row.storage_bucket, row.storage_path))
     }
@@ -208,7 +240,8 @@ impl<B: Backend> Attempt<B> {
         let scanned = file.clone();
         let report = blocking(move || dataset::check(&scanned)).await?;
         if let Some(failure) = report.failure() {
-            self.report("dataset_invalid", &super::validate::verdict(&report)).await?;
+            self.report("dataset_invalid", &super::validate::verdict(&report))
+                .await?;
             return Err(failure.into());
         }
         let template = self.services.template().await?;
@@ -220,7 +253,10 @@ impl<B: Backend> Attempt<B> {
     /// Writes, reads back and deletes a small object where the adapter will go: found out now, not after hours of training.
     async fn rehearse_storage(&self, job: &TrainJob) -> Result<()> {
         let prefix = format!("{}/{}", job.user_id, artifact::artifact_id(job.job_id));
-        self.services.storage.probe(&self.services.config.storage.models_bucket, &prefix).await
+        self.services
+            .storage
+            .probe(&self.services.config.storage.models_bucket, &prefix)
+            .await
     }
 
     /// Training, writing and proving, on a thread of its own.
@@ -236,7 +272,10 @@ impl<B: Backend> Attempt<B> {
         let mut reporter = Reporter::new(self.context.clone(), self.started);
         blocking(move || {
             let checkpoints = folder.join("checkpoints");
-            let place = Checkpoints { folder: &checkpoints, resume: true };
+            let place = Checkpoints {
+                folder: &checkpoints,
+                resume: true,
+            };
             reporter.enter(Stage::Training);
             let learnt = recipe::learn(&loaded.base, &data, &spec, Some(place), &mut reporter)?;
             if let train::Outcome::Stopped(_) = learnt.summary.outcome {
@@ -282,6 +321,10 @@ fn queue_trouble(error: &brightrun_queue::Error) -> Failure {
 /// The client claims a size when it creates the row; what lies in storage decides.
 fn size_warning(job: &TrainJob, fetched: &Fetched) -> Option<String> {
     let claimed = u64::try_from(job.dataset.file_size.unwrap_or(0)).unwrap_or(0);
-    (claimed > 0 && claimed != fetched.bytes)
-        .then(|| format!("The data set's row says {claimed} bytes, its file has {}", fetched.bytes))
+    (claimed > 0 && claimed != fetched.bytes).then(|| {
+        format!(
+            "The data set's row says {claimed} bytes, its file has {}",
+            fetched.bytes
+        )
+    })
 }

@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::error::{Failure, Result};
+use crate::error::{Blame, Failure, Result};
 use crate::recipe::{self, Base};
 use crate::spec::BaseDtype;
 use crate::storage::{self, HttpOptions, Storage, StorageConfig};
@@ -45,31 +45,43 @@ pub fn open_storage(config: &Config) -> Result<Arc<dyn Storage>> {
     storage::open(&place, &HttpOptions::default())
 }
 
+/// The folder of the configured checkpoint.
+///
+/// # Errors
+/// `CONFIG_MISSING` when none is configured, `MODEL_PATH_MISSING` when it is not there.
+pub fn model_folder(config: &Config) -> Result<&Path> {
+    let folder = config.model.path.as_deref().ok_or_else(|| {
+        Failure::system("CONFIG_MISSING", "No base model is configured")
+            .at("setting `model.path`")
+            .hint("Give `--model DIR`, set BRIGHTRUN_MODEL_PATH, or write it into brightrun.toml")
+    })?;
+    // A worker without its model is not the job's fault: another worker may have it.
+    recipe::check_folder(folder).map_err(|failure| Failure {
+        blame: Blame::System,
+        ..failure
+    })?;
+    Ok(folder)
+}
+
 impl<B: Backend> Services<B> {
     /// Services on a device.
     pub fn new(config: Config, storage: Arc<dyn Storage>, device: B) -> Self {
-        Self { config, storage, device, loaded: Mutex::new(None) }
+        Self {
+            config,
+            storage,
+            device,
+            loaded: Mutex::new(None),
+        }
     }
 
-    /// The folder of the configured checkpoint.
-    ///
-    /// # Errors
-    /// `CONFIG_MISSING` when none is configured, `MODEL_PATH_MISSING` when it is not there.
-    pub fn model_folder(&self) -> Result<&Path> {
-        let folder = self.config.model.path.as_deref().ok_or_else(|| {
-            Failure::system("CONFIG_MISSING", "No base model is configured")
-                .at("setting `model.path`")
-                .hint("Give `--model DIR`, set BRIGHTRUN_MODEL_PATH, or write it into brightrun.toml")
-        })?;
-        // A worker without its model is not the job's fault: another worker may have it.
-        recipe::check_folder(folder).map_err(|failure| Failure { blame: crate::error::Blame::System, ..failure })?;
-        Ok(folder)
+    fn model_folder(&self) -> Result<&Path> {
+        model_folder(&self.config)
     }
 
     /// Tokenizer and template alone: enough to look at a data set, and ready in a moment.
     ///
     /// # Errors
-    /// As [`Self::model_folder`]; `TEMPLATE_…`.
+    /// As [`model_folder`]; `TEMPLATE_…`.
     pub async fn template(&self) -> Result<Arc<ChatTemplate>> {
         if let Some(loaded) = &*self.loaded.lock().await {
             return Ok(loaded.template.clone());
@@ -81,7 +93,7 @@ impl<B: Backend> Services<B> {
     /// The base model in the wanted encoding. It stays in memory for the next job; another encoding replaces it.
     ///
     /// # Errors
-    /// As [`Self::model_folder`]; the loader's own.
+    /// As [`model_folder`]; the loader's own.
     pub async fn base(&self, dtype: BaseDtype, template: Arc<ChatTemplate>) -> Result<Arc<Loaded<B>>> {
         let mut slot = self.loaded.lock().await;
         if let Some(loaded) = slot.as_ref().filter(|loaded| loaded.base.dtype == dtype) {
@@ -106,9 +118,13 @@ impl<B: Backend> Services<B> {
 
     /// Removes the folders of jobs that have ended. Best effort: what cannot be asked or removed stays.
     pub async fn sweep_job_folders(&self, queue: &Queue) {
-        let Ok(entries) = std::fs::read_dir(self.config.worker.work_dir.join("jobs")) else { return };
+        let Ok(entries) = std::fs::read_dir(self.config.worker.work_dir.join("jobs")) else {
+            return;
+        };
         for entry in entries.flatten() {
-            let Some(job_id) = entry.file_name().to_str().and_then(|name| Uuid::try_parse(name).ok()) else { continue };
+            let Some(job_id) = entry.file_name().to_str().and_then(|name| Uuid::try_parse(name).ok()) else {
+                continue;
+            };
             let ended = matches!(queue.status(job_id).await, Ok(Some(status)) if status.state.is_terminal());
             if ended && let Err(error) = std::fs::remove_dir_all(entry.path()) {
                 tracing::warn!(%job_id, %error, "the folder of an ended job cannot be removed");
@@ -128,7 +144,10 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send
         Err(error) => match error.try_into_panic() {
             // The runner records it as INTERNAL_PANIC with its text.
             Ok(panic) => std::panic::resume_unwind(panic),
-            Err(error) => Err(Failure::system("INTERNAL_INTERRUPTED", format!("A thread was interrupted: {error}"))),
+            Err(error) => Err(Failure::system(
+                "INTERNAL_INTERRUPTED",
+                format!("A thread was interrupted: {error}"),
+            )),
         },
     }
 }

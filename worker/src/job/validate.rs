@@ -10,8 +10,7 @@ use serde_json::{Value, json};
 use super::input::DatasetRow;
 use super::projection;
 use super::services::blocking;
-use crate::dataset;
-use crate::dataset::report::Report;
+use crate::dataset::{self, Report};
 use crate::error::{Blame, Failure, Result};
 use crate::storage::Storage;
 
@@ -29,28 +28,43 @@ struct ValidateJob {
 impl ValidateHandler {
     /// A handler that fetches from `storage` into `work_dir`.
     pub fn new(storage: Arc<dyn Storage>, work_dir: impl Into<std::path::PathBuf>) -> Self {
-        Self { storage, work_dir: work_dir.into() }
+        Self {
+            storage,
+            work_dir: work_dir.into(),
+        }
     }
 
     async fn validate(&self, context: &JobContext) -> Result<Value> {
         let job: ValidateJob = serde_json::from_value(context.payload().clone()).map_err(|error| {
-            Failure::user("JOB_PAYLOAD_INVALID", format!("The data set's row cannot be understood: {error}"))
+            Failure::user(
+                "JOB_PAYLOAD_INVALID",
+                format!("The data set's row cannot be understood: {error}"),
+            )
         })?;
         std::fs::create_dir_all(&self.work_dir).map_err(|error| {
-            Failure::system("WORK_DIR_UNWRITABLE", format!("The work folder cannot be made: {error}"))
-                .at(self.work_dir.display().to_string())
+            Failure::system(
+                "WORK_DIR_UNWRITABLE",
+                format!("The work folder cannot be made: {error}"),
+            )
+            .at(self.work_dir.display().to_string())
         })?;
         let folder = tempfile::tempdir_in(&self.work_dir).map_err(|error| {
-            Failure::system("WORK_DIR_UNWRITABLE", format!("The work folder cannot be written: {error}"))
-                .at(self.work_dir.display().to_string())
+            Failure::system(
+                "WORK_DIR_UNWRITABLE",
+                format!("The work folder cannot be written: {error}"),
+            )
+            .at(self.work_dir.display().to_string())
         })?;
         let file = folder.path().join("dataset");
         let row = &job.dataset;
-        self.storage.get_to_file(&row.storage_bucket, &row.storage_path, &file).await.map_err(|failure| Failure {
-            // The app's own validator began its message so, and its page looks for nothing else.
-            message: format!("Failed to download file: {}", failure.message),
-            ..failure
-        })?;
+        self.storage
+            .get_to_file(&row.storage_bucket, &row.storage_path, &file)
+            .await
+            .map_err(|failure| Failure {
+                // The app's own validator began its message so, and its page looks for nothing else.
+                message: format!("Failed to download file: {}", failure.message),
+                ..failure
+            })?;
         let report = blocking(move || dataset::check(&file)).await?;
         Ok(verdict(&report))
     }
@@ -95,5 +109,8 @@ fn refusal(failure: &Failure) -> JobFailure {
         Blame::System => QueueBlame::System,
         Blame::Platform => QueueBlame::Platform,
     };
-    JobFailure { detail: projection::failure_detail(failure, 0.0), ..JobFailure::new(blame, failure.code.as_str(), failure.message.as_str()) }
+    JobFailure {
+        detail: projection::failure_detail(failure, 0.0),
+        ..JobFailure::new(blame, failure.code.as_str(), failure.message.as_str())
+    }
 }

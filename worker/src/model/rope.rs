@@ -49,7 +49,8 @@ impl<B: Backend> RopeCache<B> {
         let frequencies: Vec<f32> = (0..pairs)
             .map(|pair| 1.0 / self.theta.powf(f64::from((2 * pair) as f32 / self.rotary as f32)) as f32)
             .collect();
-        let angles = (0..length).flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency));
+        let angles =
+            (0..length).flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency));
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles
             .map(|angle| (f64::from(angle).cos() as f32, f64::from(angle).sin() as f32))
             .unzip();

@@ -94,6 +94,11 @@ impl ModelFiles {
         hex::encode(digest.finalize())
     }
 
+    /// Where the files are that belong to an adapter: tokenizer, templates, named tokens.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.hashes.iter().map(|(name, _)| self.folder.join(name)).collect()
+    }
+
     /// Copies the files into `folder`, byte for byte; returns their names.
     pub fn copy_to(&self, folder: &Path) -> Result<Vec<String>> {
         for (name, hash) in &self.hashes {

@@ -179,6 +179,11 @@ impl ChatTemplate {
         self.files.hash()
     }
 
+    /// The files an adapter is delivered with: tokenizer, templates, named tokens.
+    pub fn files(&self) -> Vec<std::path::PathBuf> {
+        self.files.paths()
+    }
+
     /// Copies the tokenizer and template files into `folder`, byte for byte; returns their names.
     ///
     /// # Errors

@@ -77,8 +77,9 @@ impl RunIdentity {
     /// # Errors
     /// `INTERNAL_ENCODING` when the settings cannot be encoded.
     pub fn new(spec: &TrainSpec, model: &str, data: String) -> Result<Self> {
-        let encoded = serde_json::to_value(spec)
-            .map_err(|error| Failure::system("INTERNAL_ENCODING", format!("The settings cannot be encoded: {error}")))?;
+        let encoded = serde_json::to_value(spec).map_err(|error| {
+            Failure::system("INTERNAL_ENCODING", format!("The settings cannot be encoded: {error}"))
+        })?;
         let fields = encoded.as_object().into_iter().flatten();
         Ok(Self {
             settings: fields
@@ -162,16 +163,29 @@ impl CheckpointFolder {
         })?;
         let sealed = Sealed {
             state: state.clone(),
-            sha256: seal(state, tensors.iter().map(|(name, _, bytes)| (name.as_str(), bytes.as_slice())))?,
+            sha256: seal(
+                state,
+                tensors.iter().map(|(name, _, bytes)| (name.as_str(), bytes.as_slice())),
+            )?,
         };
         let metadata = HashMap::from([(METADATA_KEY.to_owned(), encoded(&sealed)?)]);
         let views = tensors
             .iter()
-            .map(|(name, shape, bytes)| Ok((name, TensorView::new(StoredDtype::F32, shape.extents().to_vec(), bytes)?)))
+            .map(|(name, shape, bytes)| {
+                Ok((
+                    name,
+                    TensorView::new(StoredDtype::F32, shape.extents().to_vec(), bytes)?,
+                ))
+            })
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
         let file = views
             .and_then(|views| safetensors::serialize(views, Some(metadata)))
-            .map_err(|error| Failure::system("INTERNAL_ENCODING", format!("The checkpoint cannot be encoded: {error}")))?;
+            .map_err(|error| {
+                Failure::system(
+                    "INTERNAL_ENCODING",
+                    format!("The checkpoint cannot be encoded: {error}"),
+                )
+            })?;
         let path = self.directory.join(format!("step-{:08}.ckpt", state.step));
         self.write(&path, &file)?;
         self.remove_old();
@@ -188,7 +202,9 @@ impl CheckpointFolder {
         temporary.as_file().sync_all().map_err(failed)?;
         temporary.persist(path).map_err(|error| failed(error.error))?;
         // The rename is on the disk only when the folder is.
-        File::open(&self.directory).and_then(|folder| folder.sync_all()).map_err(failed)
+        File::open(&self.directory)
+            .and_then(|folder| folder.sync_all())
+            .map_err(failed)
     }
 
     /// The newest checkpoint that is whole, restored into `lora` and `optimizer`; `None` when there is none.
@@ -255,7 +271,10 @@ type HostTensors = BTreeMap<String, Vec<u8>>;
 fn read(path: &Path) -> Result<(TrainState, HostTensors)> {
     let damaged = |message: &str| Failure::system("CHECKPOINT_DAMAGED", message).at(path.display().to_string());
     let file = TensorFile::open(path)?;
-    let metadata = file.metadata().get(METADATA_KEY).ok_or_else(|| damaged("It is not a checkpoint"))?;
+    let metadata = file
+        .metadata()
+        .get(METADATA_KEY)
+        .ok_or_else(|| damaged("It is not a checkpoint"))?;
     let sealed: Sealed = serde_json::from_str(metadata).map_err(|_| damaged("Its state cannot be read"))?;
     if sealed.state.format != FORMAT {
         return Err(damaged("It was written by another version"));
@@ -314,8 +333,12 @@ fn seal<'a>(state: &TrainState, tensors: impl Iterator<Item = (&'a str, &'a [u8]
 }
 
 fn encoded(value: &impl Serialize) -> Result<String> {
-    serde_json::to_string(value)
-        .map_err(|error| Failure::system("INTERNAL_ENCODING", format!("The checkpoint's state cannot be encoded: {error}")))
+    serde_json::to_string(value).map_err(|error| {
+        Failure::system(
+            "INTERNAL_ENCODING",
+            format!("The checkpoint's state cannot be encoded: {error}"),
+        )
+    })
 }
 
 /// Visits every tensor of a run under its name.

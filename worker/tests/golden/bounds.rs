@@ -66,10 +66,16 @@ pub fn relative_to_largest(got: &[f32], expected: &[f32]) -> f64 {
     if got.len() != expected.len() || expected.is_empty() {
         return f64::INFINITY;
     }
-    let largest = expected.iter().fold(0.0f64, |largest, value| largest.max(f64::from(value.abs())));
+    let largest = expected
+        .iter()
+        .fold(0.0f64, |largest, value| largest.max(f64::from(value.abs())));
     let worst = got.iter().zip(expected).fold(0.0f64, |worst, (got, expected)| {
         let difference = (f64::from(*got) - f64::from(*expected)).abs();
-        if difference.is_nan() { f64::NAN } else { worst.max(difference) }
+        if difference.is_nan() {
+            f64::NAN
+        } else {
+            worst.max(difference)
+        }
     });
     match largest == 0.0 {
         true => worst,
@@ -83,12 +89,20 @@ pub fn relative_norm(got: &[f32], expected: &[f32]) -> f64 {
         return f64::INFINITY;
     }
     let square = |value: f64| value * value;
-    let difference: f64 = got.iter().zip(expected).map(|(got, expected)| square(f64::from(*got) - f64::from(*expected))).sum();
+    let difference: f64 = got
+        .iter()
+        .zip(expected)
+        .map(|(got, expected)| square(f64::from(*got) - f64::from(*expected)))
+        .sum();
     let size: f64 = expected.iter().map(|value| square(f64::from(*value))).sum();
     (difference / size).sqrt()
 }
 
 /// Relative error of one number.
 pub fn relative(got: f64, expected: f64) -> f64 {
-    if got == expected { 0.0 } else { (got - expected).abs() / expected.abs() }
+    if got == expected {
+        0.0
+    } else {
+        (got - expected).abs() / expected.abs()
+    }
 }

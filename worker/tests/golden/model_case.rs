@@ -7,7 +7,7 @@ use brightrun_kernels::ops::{Device, Precision};
 use brightrun_worker::error::Failure;
 use brightrun_worker::model::adapter::AdapterDtype;
 use brightrun_worker::model::tensor_file::TensorFile;
-use brightrun_worker::model::{Batch, Encoding, LoadOptions, LoraGradients, LoraSet, Model, BackwardSettings};
+use brightrun_worker::model::{BackwardSettings, Batch, Encoding, LoadOptions, LoraGradients, LoraSet, Model};
 use brightrun_worker::spec::{Schedule, TrainSpec};
 use brightrun_worker::train::EncodedExample;
 use brightrun_worker::train::schedule::LearningRate;
@@ -89,7 +89,12 @@ impl<'a> Case<'a> {
         let examples = examples(&tensors)?;
         let config = model.config();
         let tokens: usize = examples.iter().map(|example| example.ids.len()).sum();
-        let widths = [config.hidden, config.intermediate, config.heads * config.head_dim, tokens];
+        let widths = [
+            config.hidden,
+            config.intermediate,
+            config.heads * config.head_dim,
+            tokens,
+        ];
         Ok(Self {
             folder,
             device,
@@ -119,7 +124,11 @@ impl<'a> Case<'a> {
         for batch in self.separate() {
             got.extend(model.logits(lora, &batch)?);
         }
-        Ok(Check::new(name, relative_to_largest(&got, &self.expected(name)?), self.bounds.forward()))
+        Ok(Check::new(
+            name,
+            relative_to_largest(&got, &self.expected(name)?),
+            self.bounds.forward(),
+        ))
     }
 
     fn adapted(&self, model: &Model<Cpu>) -> Result<Vec<Check>, Failure> {
@@ -143,7 +152,11 @@ impl<'a> Case<'a> {
             got.extend_from_slice(&losses[..losses.len() - 1]);
         }
         let expected = self.expected("lora.token_loss")?;
-        Ok(Check::new("lora.token_loss", relative_to_largest(&got, &expected), self.bounds.forward()))
+        Ok(Check::new(
+            "lora.token_loss",
+            relative_to_largest(&got, &expected),
+            self.bounds.forward(),
+        ))
     }
 
     /// Both sequences in one row give the logits that each gives alone.
@@ -153,7 +166,11 @@ impl<'a> Case<'a> {
             alone.extend(model.logits(Some(lora), &batch)?);
         }
         let together = model.logits(Some(lora), &self.packed())?;
-        Ok(Check::new("packed", relative_to_largest(&together, &alone), self.bounds.forward()))
+        Ok(Check::new(
+            "packed",
+            relative_to_largest(&together, &alone),
+            self.bounds.forward(),
+        ))
     }
 
     /// The gradient of the mean loss over both sequences, packed into one row.
@@ -174,7 +191,12 @@ impl<'a> Case<'a> {
                 checks.push(Check::new(format!("grad of {key}"), error, self.bounds.backward()));
             }
         }
-        let named = self.tensors.tensors().keys().filter(|name| name.starts_with("grad.")).count();
+        let named = self
+            .tensors
+            .tensors()
+            .keys()
+            .filter(|name| name.starts_with("grad."))
+            .count();
         let uncovered = named as f64 - checks.len() as f64;
         checks.push(Check::new("gradients-not-compared", uncovered.abs(), 0.0));
         Ok(checks)
@@ -182,13 +204,24 @@ impl<'a> Case<'a> {
 
     /// The optimizer steps, through the very code that trains.
     fn training(&self, model: &Model<Cpu>, mut lora: LoraSet<Cpu>) -> Result<Vec<Check>, Failure> {
-        let hyper = self.settings.hyper.as_ref().ok_or_else(|| broken("no `hyper`".to_owned()))?;
+        let hyper = self
+            .settings
+            .hyper
+            .as_ref()
+            .ok_or_else(|| broken("no `hyper`".to_owned()))?;
         let spec = spec(hyper)?;
         let rate = LearningRate::new(&spec, hyper.steps);
         let examples: Vec<&EncodedExample> = self.examples.iter().collect();
-        let counts = [self.settings.losses.len(), self.settings.grad_norms.len() + 1, self.settings.learning_rates.len() + 1];
+        let counts = [
+            self.settings.losses.len(),
+            self.settings.grad_norms.len() + 1,
+            self.settings.learning_rates.len() + 1,
+        ];
         if counts != [hyper.steps + 1; 3] {
-            return Err(broken(format!("{} steps need other numbers of values than {counts:?}", hyper.steps)));
+            return Err(broken(format!(
+                "{} steps need other numbers of values than {counts:?}",
+                hyper.steps
+            )));
         }
         let mut checks = Vec::new();
         let mut trainer = Trainer::new(model, &mut lora, &spec)?;
@@ -203,12 +236,20 @@ impl<'a> Case<'a> {
             let rate = relative(learning_rate, self.settings.learning_rates[step]);
             checks.push(Check::new(format!("loss of step {step}"), loss, bound));
             checks.push(Check::new(format!("grad_norm of step {step}"), norm, bound));
-            checks.push(Check::new(format!("learning_rate of step {step}"), rate, FLOAT32_EPSILON));
+            checks.push(Check::new(
+                format!("learning_rate of step {step}"),
+                rate,
+                FLOAT32_EPSILON,
+            ));
         }
         let losses = model.forward_losses(Some(&lora), &self.packed())?;
         let mean = losses.iter().map(|loss| f64::from(*loss)).sum::<f64>() / self.packed().supervised_tokens() as f64;
         let bound = self.bounds.after_steps(hyper.steps);
-        checks.push(Check::new("loss after the last step", relative(mean, self.settings.losses[hyper.steps]), bound));
+        checks.push(Check::new(
+            "loss after the last step",
+            relative(mean, self.settings.losses[hyper.steps]),
+            bound,
+        ));
         checks.extend(self.final_adapter(model, &lora, bound)?);
         Ok(checks)
     }
@@ -226,7 +267,12 @@ impl<'a> Case<'a> {
             let (key_a, key_b) = pair.keys();
             for (key, start) in [(key_a, &pair.a), (key_b, &pair.b)] {
                 let start = self.device.read_f32(start)?;
-                let moved = |end: Vec<f32>| end.iter().zip(&start).map(|(end, start)| end - start).collect::<Vec<f32>>();
+                let moved = |end: Vec<f32>| {
+                    end.iter()
+                        .zip(&start)
+                        .map(|(end, start)| end - start)
+                        .collect::<Vec<f32>>()
+                };
                 let error = relative_norm(&moved(saved.read(&key)?.to_f32()?), &moved(last.read(&key)?.to_f32()?));
                 checks.push(Check::new(format!("adapter_final {key}"), error, bound));
             }
@@ -266,7 +312,9 @@ fn examples(tensors: &TensorFile) -> Result<Vec<EncodedExample>, Failure> {
         true => integers("labels")?.1,
         false => ids.clone(),
     };
-    let length = *shape.last().ok_or_else(|| broken("input_ids has no extents".to_owned()))?;
+    let length = *shape
+        .last()
+        .ok_or_else(|| broken("input_ids has no extents".to_owned()))?;
     Ok(ids
         .chunks(length)
         .zip(labels.chunks(length))

@@ -47,7 +47,10 @@ pub fn stirred_lora(model: &Model<Cpu>, spec: &TrainSpec) -> LoraSet<Cpu> {
         let values: Vec<f32> = (0..pair.b.shape().elements())
             .map(|place| 0.1 * random.normal(place as u64) as f32)
             .collect();
-        model.device().write(&mut pair.b, bytemuck::cast_slice(&values)).unwrap();
+        model
+            .device()
+            .write(&mut pair.b, bytemuck::cast_slice(&values))
+            .unwrap();
     }
     set
 }
@@ -60,7 +63,9 @@ pub fn examples(count: usize) -> Vec<EncodedExample> {
             let length = 6 + random.below(place as u64, 20);
             let start = random.below(1000 + place as u64, VOCABULARY);
             EncodedExample {
-                ids: (0..length).map(|step| ((start + 7 * step) % VOCABULARY) as i32).collect(),
+                ids: (0..length)
+                    .map(|step| ((start + 7 * step) % VOCABULARY) as i32)
+                    .collect(),
                 supervised: (0..length).map(|step| step >= length / 3).collect(),
                 line: place as u64 + 1,
             }
@@ -125,5 +130,9 @@ pub fn trained(
         resume: checkpoints.is_some_and(|(_, resume)| resume),
     };
     let summary = run(request, &mut events).unwrap();
-    (adapter.to_safetensors(model.device(), AdapterDtype::F32).unwrap(), events.steps, summary)
+    (
+        adapter.to_safetensors(model.device(), AdapterDtype::F32).unwrap(),
+        events.steps,
+        summary,
+    )
 }

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
+use super::super::dense::dot;
 use super::super::dense::{add_nn, add_nt, add_tn};
-use super::super::products::dot;
 use super::chunk::{Chunk, Head, chunks, gather, scale_rows};
 use crate::ops::DELTA_CHUNK;
 

@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use super::super::Cpu;
+use super::super::dense::rounded;
 use super::super::dense::{add_nn, add_nt, add_tn};
-use super::super::products::rounded;
 use super::super::split::take;
 use super::super::view::{floats, floats_mut};
 use super::matrix::Matrix;
