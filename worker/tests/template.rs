@@ -376,6 +376,10 @@ fn every_line_of_the_real_data_has_a_supervised_answer() {
             count(&used),
             count(&used[..6])
         );
+        if name == "smollm2" {
+            // Counted with transformers 5.23; the evaluation reference of 2.99078 is a mean over them.
+            assert_eq!(count(&used[..6]), 2358);
+        }
     }
 }
 
