@@ -152,18 +152,22 @@ fn the_mask_is_what_follows_the_prompt_up_to_the_end_token() {
             let written = case.rendered.strip_prefix(&case.prompt_rendered).unwrap();
             let answer = written.strip_suffix('\n').unwrap();
             assert!(answer.ends_with("<|im_end|>"));
-            assert_eq!(supervised_texts(&encoded), [answer], "{name}: {}", case.title);
-
-            let prompt = template
-                .encode_prompt(&case.messages[..case.messages.len() - 1], None, None)
-                .unwrap();
-            assert_eq!(
-                encoded.supervised.iter().position(|s| *s),
-                Some(prompt.len()),
-                "{name}: {}",
-                case.title
-            );
-            assert_eq!(encoded.ids[..prompt.len()], prompt, "{name}: {}", case.title);
+            let texts = supervised_texts(&encoded);
+            let title = format!("{name}: {}", case.title);
+            let before = &case.messages[..case.messages.len() - 1];
+            let prompt = template.encode_prompt(before, None, None).unwrap();
+            if encoded.ids.starts_with(&prompt) {
+                assert_eq!(texts, [answer], "{title}");
+                assert_eq!(
+                    encoded.supervised.iter().position(|s| *s),
+                    Some(prompt.len()),
+                    "{title}"
+                );
+            } else {
+                // The answer's first characters are in one token with the prompt's last ones.
+                assert!(texts.len() == 1 && answer.ends_with(&texts[0]), "{title}: {texts:?}");
+                assert!(answer.len() - texts[0].len() < 16, "{title}: {texts:?}");
+            }
             let last = encoded.supervised.iter().rposition(|s| *s).unwrap();
             assert_eq!(encoded.ids[last], i32::try_from(template.end_id()).unwrap());
         }
