@@ -60,7 +60,7 @@ impl LineReader<'_, '_> {
         self.end_blank_run();
         match self.text(place, bytes, ended) {
             Ok(text) => self.parse(place, text, ended),
-            Err(issue) => self.collector.unreadable(place, issue),
+            Err(issue) => self.collector.unreadable(place, *issue),
         }
     }
 
@@ -94,31 +94,31 @@ impl LineReader<'_, '_> {
         text
     }
 
-    fn text<'l>(&self, place: &Place, bytes: &'l [u8], ended: bool) -> Result<&'l str, Issue> {
+    fn text<'l>(&self, place: &Place, bytes: &'l [u8], ended: bool) -> Result<&'l str, Box<Issue>> {
         if let Some(at) = bytes.iter().position(|byte| *byte == 0) {
-            return Err(self.issue(
+            return Err(Box::new(self.issue(
                 place,
                 IssueCode::Binary,
                 "The line contains NUL bytes: it is binary, not text".to_owned(),
                 at,
-            ));
+            )));
         }
         std::str::from_utf8(bytes).map_err(|error| {
             let at = error.valid_up_to();
             if !ended && error.error_len().is_none() {
-                return self.issue(
+                return Box::new(self.issue(
                     place,
                     IssueCode::LastLineTruncated,
                     "The last line stops in the middle of a character".to_owned(),
                     at,
-                );
+                ));
             }
             let message = format!(
                 "Byte {} of the line (0x{:02X}) is not UTF-8",
                 at + 1,
                 bytes.get(at).copied().unwrap_or(0)
             );
-            self.issue(place, IssueCode::InvalidUtf8, message, at)
+            Box::new(self.issue(place, IssueCode::InvalidUtf8, message, at))
         })
     }
 
@@ -148,10 +148,8 @@ impl LineReader<'_, '_> {
         };
         let mut issue = self.issue(place, code, message, column.saturating_sub(1));
         let near = around(text, column);
-        if code == IssueCode::JsonInvalid {
-            if let Some(hint) = json_hint(near) {
-                issue = issue.hint(hint);
-            }
+        if let Some(hint) = json_hint(near).filter(|_| code == IssueCode::JsonInvalid) {
+            issue = issue.hint(hint);
         }
         issue.snippet(near, self.collector.options.snippet_characters)
     }

@@ -314,30 +314,63 @@ impl Rendering {
 
     /// Where answer `index` stands in the hidden text, with its end token.
     fn region(&self, template: &ChatTemplate, index: usize) -> Result<Range<usize>> {
-        let before = self.messages.get(..index).unwrap_or_default();
-        let options = RenderOptions {
-            add_generation_prompt: true,
-            enable_thinking: None,
-            tools: self.tools.as_ref(),
-        };
-        let prompt = template.jinja.render(before, options)?;
-        let Some(written) = self.hidden.strip_prefix(&prompt) else {
-            return Err(structure(
-                "the prompt that asks for an answer is not the beginning of the conversation with the answer",
-            ));
-        };
-        let start = prompt.len();
+        let start = self.start_of(template, index)?;
         let end = self.pieces.iter().find_map(|piece| match piece {
             Piece::Control { id, bytes } if *id == template.end_token && bytes.start >= start => Some(bytes.end),
             _ => None,
         });
         let end = end.ok_or_else(|| structure("no end token follows an answer"))?;
-        let answer = written.get(..end - start).unwrap_or_default();
+        let answer = self.hidden.get(start..end).unwrap_or_default();
         let content = self.messages.get(index).map_or("", |message| core_of(message));
         if !answer.contains(content) {
             return Err(altered(index));
         }
         Ok(start..end)
+    }
+
+    /// Where the model starts to write answer `index`: after the prompt that asks for it.
+    ///
+    /// Templates may render a message differently once others follow (Qwen3 gives only the last
+    /// of two neighbouring answers a `<think>` block). Then the prompt is not the beginning of
+    /// the whole, and the header that the generation prompt adds tells the answers apart.
+    fn start_of(&self, template: &ChatTemplate, index: usize) -> Result<usize> {
+        let before = self.messages.get(..index).unwrap_or_default();
+        let options = |add_generation_prompt| RenderOptions {
+            add_generation_prompt,
+            enable_thinking: None,
+            tools: self.tools.as_ref(),
+        };
+        let prompt = template.jinja.render(before, options(true))?;
+        if self.hidden.starts_with(&prompt) {
+            return Ok(prompt.len());
+        }
+        let without_header = template.jinja.render(before, options(false))?;
+        let header = prompt.strip_prefix(&without_header).unwrap_or_default();
+        let starts = self.ends_of(header);
+        let is_answer = |message: &&Message| message.role == Role::Assistant;
+        if starts.len() != self.messages.iter().filter(is_answer).count() {
+            return Err(structure(
+                "the prompt that asks for an answer is not in the conversation",
+            ));
+        }
+        let ordinal = before.iter().filter(is_answer).count();
+        starts
+            .get(ordinal)
+            .copied()
+            .ok_or_else(|| structure("an answer has no header"))
+    }
+
+    /// Where each `header` ends that starts with a control token of the template's.
+    fn ends_of(&self, header: &str) -> Vec<usize> {
+        let controls = self
+            .pieces
+            .iter()
+            .filter(|piece| matches!(piece, Piece::Control { .. }));
+        let starts = controls.map(|piece| piece.bytes().start);
+        let is_header = |start: &usize| {
+            !header.is_empty() && self.hidden.get(*start..).is_some_and(|rest| rest.starts_with(header))
+        };
+        starts.filter(is_header).map(|start| start + header.len()).collect()
     }
 
     /// Every message must be in the text, in order.

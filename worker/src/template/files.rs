@@ -33,6 +33,36 @@ const NAMED_TOKENS: [&str; 7] = [
     "mask_token",
 ];
 
+/// Model types whose tokenizer transformers takes to be Qwen2's when the checkpoint names no class.
+const QWEN_TYPES: [&str; 5] = ["qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next"];
+
+/// How text is cut into words before the merges apply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pipeline {
+    /// As `tokenizer.json` says.
+    AsWritten,
+    /// As Qwen2's tokenizer does, whatever `tokenizer.json` says.
+    Qwen2,
+}
+
+impl Pipeline {
+    /// The choice of transformers 5 (`AutoTokenizer`): its `Qwen2Tokenizer` takes vocabulary and
+    /// merges from `tokenizer.json` and brings the rest itself. It is used when the checkpoint
+    /// names that class, when a Qwen model names none, and always for the model type `qwen2`.
+    /// Servers built on transformers do the same, so training must.
+    fn of(model: &Map<String, Value>, tokenizer: &Map<String, Value>) -> Self {
+        let text = |map: &'_ Map<String, Value>, key: &str| map.get(key).and_then(Value::as_str).map(ToOwned::to_owned);
+        let model_type = text(model, "model_type").unwrap_or_default();
+        let class = text(tokenizer, "tokenizer_class").or_else(|| text(model, "tokenizer_class"));
+        let is_qwen = match class.as_deref().map(|class| class.trim_end_matches("Fast")) {
+            Some("Qwen2Tokenizer") => true,
+            Some(_) => model_type == "qwen2",
+            None => QWEN_TYPES.contains(&model_type.as_str()),
+        };
+        if is_qwen { Self::Qwen2 } else { Self::AsWritten }
+    }
+}
+
 /// What was read from a model folder.
 pub(super) struct ModelFiles {
     folder: PathBuf,
@@ -44,6 +74,8 @@ pub(super) struct ModelFiles {
     pub templates: Vec<(String, String)>,
     /// `bos_token` and the like, with `additional_special_tokens`.
     pub named_tokens: Vec<(String, Value)>,
+    /// How text is cut into words before the merges apply.
+    pub pipeline: Pipeline,
     /// Ids named as end of sequence by `generation_config.json` or `config.json`.
     pub end_ids: Vec<u32>,
 }
@@ -65,17 +97,19 @@ impl ModelFiles {
         })?;
         let config = read_object(&folder.join("tokenizer_config.json"))?;
         let special = read_object(&folder.join("special_tokens_map.json"))?;
+        let model = read_object(&folder.join("config.json"))?;
         Ok(Self {
             templates: templates(folder, &config)?,
             named_tokens: named_tokens(&config, &special),
             end_ids: end_ids(folder)?,
+            pipeline: Pipeline::of(&model, &config),
             folder: folder.to_owned(),
             hashes,
             tokenizer,
         })
     }
 
-    /// SHA-256 over the tokenizer, the templates and the named tokens: equal hashes give equal ids.
+    /// SHA-256 over the tokenizer, its pipeline, the templates and the named tokens: equal hashes give equal ids.
     pub fn hash(&self) -> String {
         let mut digest = Sha256::new();
         let mut add = |part: &[u8]| {
@@ -83,6 +117,7 @@ impl ModelFiles {
             digest.update(part);
         };
         add(&self.tokenizer);
+        add(format!("{:?}", self.pipeline).as_bytes());
         for (name, source) in &self.templates {
             add(name.as_bytes());
             add(source.as_bytes());

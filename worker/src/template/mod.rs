@@ -57,7 +57,7 @@ impl ChatTemplate {
     /// token, so that a model could not learn to stop.
     pub fn load(folder: &Path) -> Result<Self> {
         let mut files = ModelFiles::read(folder)?;
-        let tokens = Tokens::load(&folder.join("tokenizer.json"), &files.tokenizer)?;
+        let tokens = Tokens::load(&folder.join("tokenizer.json"), &files.tokenizer, files.pipeline)?;
         let variables = files
             .named_tokens
             .iter()

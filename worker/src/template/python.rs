@@ -125,16 +125,7 @@ pub(super) fn float(value: f64) -> String {
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
     if value == 0.0 || (-4..16).contains(&exponent) {
-        return format!("{value:?}")
-            .split('e')
-            .next()
-            .map_or_else(String::new, |plain| {
-                if plain.contains('.') && !format!("{value:?}").contains('e') {
-                    plain.to_owned()
-                } else {
-                    plain_decimal(value)
-                }
-            });
+        return plain_decimal(value);
     }
     let sign = if exponent < 0 { '-' } else { '+' };
     format!("{digits}e{sign}{:02}", exponent.abs())

@@ -9,8 +9,13 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
 
-use tokenizers::{AddedToken, Tokenizer};
+use tokenizers::normalizers::NFC;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
+use super::files::Pipeline;
 use crate::error::{Failure, Result};
 
 /// One token and the bytes of the text it stands for.
@@ -44,7 +49,7 @@ pub(super) struct Tokens {
 
 impl Tokens {
     /// Reads `tokenizer.json`.
-    pub fn load(path: &Path, bytes: &[u8]) -> Result<Self> {
+    pub fn load(path: &Path, bytes: &[u8], pipeline: Pipeline) -> Result<Self> {
         let invalid = |error: &dyn std::fmt::Display| {
             Failure::user("TOKENIZER_INVALID", format!("The tokenizer cannot be read: {error}"))
                 .at(path.display().to_string())
@@ -53,6 +58,9 @@ impl Tokens {
         let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| invalid(&error))?;
         tokenizer.with_truncation(None).map_err(|error| invalid(&error))?;
         tokenizer.with_padding(None);
+        if pipeline == Pipeline::Qwen2 {
+            use_qwen2_pipeline(&mut tokenizer).map_err(|error| invalid(&error))?;
+        }
         let mut controls: Vec<(u32, AddedToken)> = tokenizer
             .get_added_tokens_decoder()
             .into_iter()
@@ -221,6 +229,24 @@ impl Tokens {
             )
         })
     }
+}
+
+/// Qwen2's words: letters with one leading mark, single digits, runs of marks, line breaks apart
+/// (transformers, `models/qwen2/tokenization_qwen2.py`).
+const QWEN2_WORDS: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|",
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+
+/// Puts Qwen2's normalizer and pre-tokenizer in the place of the file's.
+fn use_qwen2_pipeline(tokenizer: &mut Tokenizer) -> tokenizers::Result<()> {
+    let words = SplitPattern::Regex(QWEN2_WORDS.to_owned());
+    let split = Split::new(words, SplitDelimiterBehavior::Isolated, false)?;
+    let bytes = ByteLevel::default().add_prefix_space(false).use_regex(false);
+    tokenizer.with_normalizer(Some(NFC))?;
+    tokenizer.with_pre_tokenizer(Some(Sequence::new(vec![split.into(), bytes.into()])));
+    tokenizer.with_decoder(Some(ByteLevel::default()));
+    Ok(())
 }
 
 fn stands_alone(text: &str, start: usize, end: usize) -> bool {
