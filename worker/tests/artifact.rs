@@ -459,9 +459,12 @@ fn a_folder_that_cannot_be_written_is_named() {
     check_code(written, "STORAGE_FOLDER_UNWRITABLE");
 }
 
+/// Spoils the artifact in a folder.
+type Damage<'a> = &'a dyn Fn(&Path);
+
 #[test]
 fn every_damage_to_the_files_has_its_code() {
-    let damages: [(&str, &dyn Fn(&Path)); 8] = [
+    let damages: [(&str, Damage); 8] = [
         ("ARTIFACT_HASH_MISMATCH", &|dir| {
             let path = dir.join("adapter_model.safetensors");
             let mut bytes = fs::read(&path).unwrap();
@@ -510,7 +513,7 @@ fn every_damage_to_the_files_has_its_code() {
 fn every_fault_of_an_adapter_has_its_code_even_when_the_hashes_agree() {
     const A: &str = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
     const B: &str = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight";
-    let faults: [(&str, &dyn Fn(&Path)); 10] = [
+    let faults: [(&str, Damage); 10] = [
         ("ADAPTER_UNTRAINED", &|dir| {
             changed_weights(dir, |all| all.get_mut(B).unwrap().1.fill(0.0))
         }),

@@ -442,9 +442,9 @@ async fn a_duplicate_answer_to_a_replacing_post_becomes_a_put() {
 #[tokio::test]
 async fn a_signed_url_is_read_and_its_expiry_is_its_givers_to_mend() {
     let (server, storage) = supabase().await;
-    server.seed("lora-datasets", "u/d/données.jsonl", b"{}");
+    server.seed("lora-datasets", "u/d/données 100% ?#1.jsonl", b"{}");
     let url = storage
-        .signed_url("lora-datasets", "u/d/données.jsonl", 60)
+        .signed_url("lora-datasets", "u/d/données 100% ?#1.jsonl", 60)
         .await
         .unwrap();
     assert_eq!(read_url(&url).await, b"{}");

@@ -340,7 +340,7 @@ fn scan_values(reader: &mut impl Read, dtype: Dtype, elements: usize, name: &str
         let taken = left.min(CHUNK_BYTES);
         let chunk = &mut buffer[..taken];
         reader.read_exact(chunk).map_err(|error| disk_failure(&error, file))?;
-        for value in chunk.chunks_exact(width).map(|bytes| value_of(bytes)) {
+        for value in chunk.chunks_exact(width).map(value_of) {
             if !value.is_finite() {
                 return Err(
                     Failure::system("ADAPTER_NOT_FINITE", format!("The tensor holds {value}"))

@@ -1,4 +1,6 @@
 //! Anything that speaks S3: Amazon, Supabase's S3 endpoint, RunPod volumes, MinIO, R2.
+//!
+//! The client repeats single requests by itself; only a download that breaks off is begun again here.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -108,16 +110,16 @@ impl S3Storage {
         }
     }
 
-    async fn put_in_parts(&self, client: &AmazonS3, key: &Key, file: &Path, content_type: &str) -> Result<(), Attempt> {
+    async fn put_in_parts(&self, client: &AmazonS3, key: &Key, file: &Path, content_type: &str) -> Result<()> {
         let place = || format!("Object `{key}`");
         let options = PutMultipartOptions {
             attributes: content_type_of(content_type),
             ..Default::default()
         };
         let upload = client.put_multipart_opts(key, options).await;
-        let upload = upload.map_err(|error| self.attempt(&error, place()))?;
+        let upload = upload.map_err(|error| self.failure(&error, place()))?;
         let mut parts = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
-        let sent: Result<(), Attempt> = async {
+        let sent: Result<()> = async {
             let mut reader = tokio::fs::File::open(file)
                 .await
                 .map_err(|error| disk_failure(&error, file))?;
@@ -131,18 +133,18 @@ impl S3Storage {
                     return Ok(());
                 };
                 let room = parts.wait_for_capacity(PARTS_IN_FLIGHT).await;
-                room.map_err(|error| self.attempt(&error, place()))?;
+                room.map_err(|error| self.failure(&error, place()))?;
                 parts.write(chunk);
             }
         }
         .await;
-        if let Err(attempt) = sent {
+        if let Err(failure) = sent {
             // Abandoned parts cost the owner money; if this fails too, the bucket's own rule removes them.
             let _abort_is_best_effort = parts.abort().await;
-            return Err(attempt);
+            return Err(failure);
         }
         let finished = parts.finish().await;
-        finished.map(drop).map_err(|error| self.attempt(&error, place()))
+        finished.map(drop).map_err(|error| self.failure(&error, place()))
     }
 
     async fn confirm(&self, bucket: &str, path: &str, bytes: u64) -> Result<ObjectInfo> {
@@ -157,10 +159,10 @@ impl S3Storage {
         })
     }
 
-    async fn get(&self, bucket: &str, path: &str) -> Result<(object_store::GetResult, Expectation), Attempt> {
+    async fn get(&self, bucket: &str, path: &str) -> Result<(object_store::GetResult, Expectation)> {
         let (client, key) = self.locate(bucket, path)?;
         let result = client.get_opts(&key, GetOptions::default()).await;
-        let result = result.map_err(|error| self.attempt(&error, place(bucket, path)))?;
+        let result = result.map_err(|error| self.failure(&error, place(bucket, path)))?;
         let expected = Expectation {
             bytes: Some(result.meta.size),
             limit_bytes: self.options.download_limit_bytes,
@@ -190,10 +192,7 @@ impl Storage for S3Storage {
             return self.put_bytes(bucket, path, content.into(), content_type).await;
         }
         let (client, key) = self.locate(bucket, path)?;
-        retry(&self.options.retry, || {
-            self.put_in_parts(&client, &key, local_file, content_type)
-        })
-        .await?;
+        self.put_in_parts(&client, &key, local_file, content_type).await?;
         self.confirm(bucket, path, bytes).await
     }
 

@@ -382,16 +382,15 @@ impl Storage for SupabaseStorage {
             })
             .await?;
         let reply: Value = read_json(response, &place).await?;
-        let relative = reply
-            .get("signedURL")
-            .and_then(Value::as_str)
-            .map(|path| path.trim_start_matches('/'));
-        let signed = relative.and_then(|relative| self.base.join(relative).ok());
-        // Joining an absolute URL would leave the project's host.
-        let signed = signed.filter(|signed| signed.origin() == self.base.origin());
-        signed
-            .map(|signed| Secret::new(signed.as_str()))
-            .ok_or_else(|| unreadable(&place))
+        // Of the signed path only the token is used: it comes back unencoded, and a path of the
+        // answer's choosing could lead to another host.
+        let signed = reply.get("signedURL").and_then(Value::as_str);
+        let (_, token) = signed
+            .and_then(|signed| signed.rsplit_once("?token="))
+            .ok_or_else(|| unreadable(&place))?;
+        let mut signed = self.url("object/sign", &[bucket, path]);
+        signed.query_pairs_mut().append_pair("token", token);
+        Ok(Secret::new(signed.as_str()))
     }
 }
 
