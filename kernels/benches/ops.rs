@@ -38,7 +38,8 @@ struct Bench {
 }
 
 impl Bench {
-    /// Times `body`: the median of runs that together take about half a second.
+    /// Times `body`: the fastest of runs that together take about half a second, so that other users of the machine disturb
+    /// the result as little as possible.
     fn run(&mut self, op: &str, shape: &str, work: Work, mut body: impl FnMut()) {
         if self.filter.as_ref().is_some_and(|filter| !op.contains(filter.as_str())) {
             return;
@@ -51,8 +52,7 @@ impl Bench {
             body();
             times.push(start.elapsed().as_secs_f64());
         }
-        times.sort_by(f64::total_cmp);
-        let seconds = times[times.len() / 2];
+        let seconds = times.into_iter().fold(f64::INFINITY, f64::min);
         let (rate, unit, ceiling) = match work {
             Work::Flops(flops) => (flops / seconds / 1e9, "GFLOP/s", self.flops_ceiling),
             Work::Bytes(bytes) => (bytes / seconds / 1e9, "GB/s", self.bytes_ceiling),
