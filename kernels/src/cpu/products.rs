@@ -109,7 +109,7 @@ impl Cpu {
                 E::fill(
                     simd,
                     &values[(first + row) * columns..][..columns],
-                    1.0,
+                    factor,
                     rounded,
                     filled,
                 );
