@@ -81,7 +81,12 @@ fn golden_cases_agree_with_the_peers() {
         }
     }
     assert!(cases > 0, "no golden case was found in {}", root.display());
-    assert!(failed.is_empty(), "{} of {cases} golden cases disagree: {}", failed.len(), failed.join(", "));
+    assert!(
+        failed.is_empty(),
+        "{} of {cases} golden cases disagree: {}",
+        failed.len(),
+        failed.join(", ")
+    );
 }
 
 /// One line per case; for a failed one, one more for each broken bound.
@@ -96,12 +101,25 @@ fn report(name: &str, result: CaseResult) -> bool {
     let is_good = checks.iter().all(Check::holds);
     let summary: Vec<String> = worst_of_each(&checks)
         .iter()
-        .map(|check| format!("{} {:.1e}/{:.1e}", check.quantity.split(' ').next().unwrap(), check.error, check.bound))
+        .map(|check| {
+            format!(
+                "{} {:.1e}/{:.1e}",
+                check.quantity.split(' ').next().unwrap(),
+                check.error,
+                check.bound
+            )
+        })
         .collect();
     let verdict = if is_good { "agrees" } else { "DISAGREES" };
-    say(&format!("golden {name}: {verdict} (error/bound): {}", summary.join(", ")));
+    say(&format!(
+        "golden {name}: {verdict} (error/bound): {}",
+        summary.join(", ")
+    ));
     for check in checks.iter().filter(|check| !check.holds()) {
-        say(&format!("    {}: error {:.3e} is above {:.3e}", check.quantity, check.error, check.bound));
+        say(&format!(
+            "    {}: error {:.3e} is above {:.3e}",
+            check.quantity, check.error, check.bound
+        ));
     }
     is_good
 }
@@ -112,7 +130,9 @@ fn worst_of_each(checks: &[Check]) -> Vec<&Check> {
     for check in checks {
         let word = check.quantity.split(' ').next();
         match worst.iter_mut().find(|other| other.quantity.split(' ').next() == word) {
-            Some(other) if check.error / check.bound > other.error / other.bound || check.error.is_nan() => *other = check,
+            Some(other) if check.error / check.bound > other.error / other.bound || check.error.is_nan() => {
+                *other = check
+            }
             Some(_) => {}
             None => worst.push(check),
         }

@@ -33,7 +33,12 @@ fn mean_loss(model: &Model<Cpu>, lora: &LoraSet<Cpu>, batch: &Batch) -> f64 {
 /// Moves all factors along their gradient, by `distance` of its length, and gives the loss there.
 fn loss_along(model: &Model<Cpu>, spec: &TrainSpec, batch: &Batch, directions: &[Vec<f32>], distance: f64) -> f64 {
     let mut moved = stirred_lora(model, spec);
-    let length = directions.iter().flatten().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+    let length = directions
+        .iter()
+        .flatten()
+        .map(|value| f64::from(*value).powi(2))
+        .sum::<f64>()
+        .sqrt();
     for (pair, direction) in moved.pairs_mut().iter_mut().zip(directions.chunks(2)) {
         for (tensor, direction) in [&mut pair.a, &mut pair.b].into_iter().zip(direction) {
             let mut values = model.device().read_f32(tensor).unwrap();
@@ -52,18 +57,31 @@ fn loss_along(model: &Model<Cpu>, spec: &TrainSpec, batch: &Batch, directions: &
 fn the_gradient_is_the_slope_of_the_loss() {
     for family in [Family::Qwen2, Family::Qwen3] {
         let (model, batch) = (model(family, 2, REFERENCE), batch());
-        for targets in [&["q_proj", "k_proj"][..], &["v_proj", "o_proj"], &["gate_proj"], &["up_proj", "down_proj"]] {
+        for targets in [
+            &["q_proj", "k_proj"][..],
+            &["v_proj", "o_proj"],
+            &["gate_proj"],
+            &["up_proj", "down_proj"],
+        ] {
             let spec = TrainSpec {
                 targets: targets.iter().map(ToString::to_string).collect(),
                 ..spec()
             };
             let directions = gradients(&model, &stirred_lora(&model, &spec), &batch, 0);
-            let length = directions.iter().flatten().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+            let length = directions
+                .iter()
+                .flatten()
+                .map(|value| f64::from(*value).powi(2))
+                .sum::<f64>()
+                .sqrt();
             let h = 1e-2;
             let loss = |distance| loss_along(&model, &spec, &batch, &directions, distance);
             let slope = (loss(h) - loss(-h)) / (2.0 * h);
             assert!(length > 1e-3, "{targets:?}: a gradient of {length} proves nothing");
-            assert!((slope / length - 1.0).abs() < 1e-3, "{targets:?}: slope {slope}, gradient {length}");
+            assert!(
+                (slope / length - 1.0).abs() < 1e-3,
+                "{targets:?}: slope {slope}, gradient {length}"
+            );
         }
     }
 }
@@ -116,14 +134,19 @@ fn gradients_of_packed_documents_are_the_sum_of_each_alone() {
         let alone = packed([document]);
         let share = alone.supervised_tokens() as f64 / whole.supervised_tokens() as f64;
         for (sum, part) in sum.iter_mut().zip(gradients(&model, &lora, &alone, 0)) {
-            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += share * f64::from(part));
+            sum.iter_mut()
+                .zip(part)
+                .for_each(|(sum, part)| *sum += share * f64::from(part));
         }
     }
     // Sums over at most 256 terms through two layers, in another order: 2·λ·depth·√n·u with λ = 4 (Higham & Mary 2019).
     let bound = 2.0 * 4.0 * 31.0 * 16.0 * f64::from(f32::EPSILON) / 2.0;
     for (together, sum) in together.iter().zip(&sum) {
         let largest = sum.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
-        let worst = together.iter().zip(sum).fold(0.0f64, |worst, (one, other)| worst.max((f64::from(*one) - other).abs()));
+        let worst = together
+            .iter()
+            .zip(sum)
+            .fold(0.0f64, |worst, (one, other)| worst.max((f64::from(*one) - other).abs()));
         assert!(worst <= bound * largest, "{worst} of {largest}");
     }
 }

@@ -63,19 +63,44 @@ enum Targets {
 impl PeftConfig {
     fn into_config(self) -> Result<LoraConfig> {
         let refused = [
-            (self.peft_type.as_deref().is_some_and(|kind| kind != "LORA"), "peft_type other than LORA"),
+            (
+                self.peft_type.as_deref().is_some_and(|kind| kind != "LORA"),
+                "peft_type other than LORA",
+            ),
             (self.use_rslora, "use_rslora"),
             (self.use_dora, "use_dora"),
             (self.fan_in_fan_out, "fan_in_fan_out"),
-            (self.lora_bias || self.bias.as_deref().is_some_and(|bias| bias != "none"), "a trained bias"),
-            (!self.rank_pattern.is_empty() || !self.alpha_pattern.is_empty(), "rank_pattern or alpha_pattern"),
-            (self.target_parameters.is_some_and(|list| !list.is_empty()), "target_parameters"),
-            (self.modules_to_save.is_some_and(|list| !list.is_empty()), "modules_to_save"),
-            (self.layers_to_transform.is_some_and(|value| !value.is_null()), "layers_to_transform"),
+            (
+                self.lora_bias || self.bias.as_deref().is_some_and(|bias| bias != "none"),
+                "a trained bias",
+            ),
+            (
+                !self.rank_pattern.is_empty() || !self.alpha_pattern.is_empty(),
+                "rank_pattern or alpha_pattern",
+            ),
+            (
+                self.target_parameters.is_some_and(|list| !list.is_empty()),
+                "target_parameters",
+            ),
+            (
+                self.modules_to_save.is_some_and(|list| !list.is_empty()),
+                "modules_to_save",
+            ),
+            (
+                self.layers_to_transform.is_some_and(|value| !value.is_null()),
+                "layers_to_transform",
+            ),
         ];
-        let used: Vec<&str> = refused.iter().filter(|(is_used, _)| *is_used).map(|(_, name)| *name).collect();
+        let used: Vec<&str> = refused
+            .iter()
+            .filter(|(is_used, _)| *is_used)
+            .map(|(_, name)| *name)
+            .collect();
         if !used.is_empty() {
-            return Err(invalid(format!("The adapter uses what is not supported: {}", used.join(", "))));
+            return Err(invalid(format!(
+                "The adapter uses what is not supported: {}",
+                used.join(", ")
+            )));
         }
         let targets = match self.target_modules {
             Some(Targets::Names(names)) => names,
@@ -83,7 +108,9 @@ impl PeftConfig {
             None => Vec::new(),
         };
         if self.r == 0 || targets.is_empty() {
-            return Err(invalid("The adapter's config has rank 0 or names no target_modules".to_owned()));
+            return Err(invalid(
+                "The adapter's config has rank 0 or names no target_modules".to_owned(),
+            ));
         }
         Ok(LoraConfig {
             rank: self.r,
@@ -209,7 +236,9 @@ fn read_factor<B: Backend>(device: &B, file: &TensorFile, key: &str, shape: [usi
     }
     let host = file.read(key)?;
     if let Some(element) = host.first_non_finite() {
-        return Err(invalid(format!("Element {element} of the adapter's tensor `{key}` is infinite or not a number")));
+        return Err(invalid(format!(
+            "Element {element} of the adapter's tensor `{key}` is infinite or not a number"
+        )));
     }
     Ok(device.upload(DType::F32, shape, &host.widened()?.bytes)?)
 }

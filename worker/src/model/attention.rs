@@ -123,7 +123,13 @@ impl<B: Backend> Attention<B> {
         Ok((q, k, v))
     }
 
-    fn rotated(&self, pass: &Pass<'_, B>, linear: &Linear<B>, norm: Option<&Norm<B>>, x: &Tensor<B>) -> Result<Heads<B>> {
+    fn rotated(
+        &self,
+        pass: &Pass<'_, B>,
+        linear: &Linear<B>,
+        norm: Option<&Norm<B>>,
+        x: &Tensor<B>,
+    ) -> Result<Heads<B>> {
         let projected = linear.forward(pass, x)?;
         let raw = self.split(projected.y)?;
         let (mut ready, raw) = match norm {
@@ -133,7 +139,8 @@ impl<B: Backend> Attention<B> {
                 (y, Some((raw, rstd)))
             }
         };
-        pass.device.rope(&mut ready, &pass.positions, &pass.rope, RopeDirection::Forward)?;
+        pass.device
+            .rope(&mut ready, &pass.positions, &pass.rope, RopeDirection::Forward)?;
         Ok(Heads {
             ready,
             raw,
@@ -188,12 +195,23 @@ impl<B: Backend> Attention<B> {
     ) -> Result<()> {
         let inputs_matter = dx.is_some() || [&self.q, &self.k, &self.v].iter().any(|linear| linear.is_adapted(pass));
         if !inputs_matter {
-            return self.o.backward(pass, gradients, (&trace.out, trace.o_hidden.as_ref()), dy, None);
+            return self
+                .o
+                .backward(pass, gradients, (&trace.out, trace.o_hidden.as_ref()), dy, None);
         }
         let mut dout = pass.activation([pass.tokens(), self.o.inputs()])?;
         let saved = (&trace.out, trace.o_hidden.as_ref());
-        self.o.backward(pass, gradients, saved, dy, Some((&mut dout, Write::Overwrite)))?;
-        let [dq, dk, dv] = self.scores_backward(pass, &trace.q.ready, &trace.k.ready, &trace.v.ready, trace.out, trace.lse, dout)?;
+        self.o
+            .backward(pass, gradients, saved, dy, Some((&mut dout, Write::Overwrite)))?;
+        let [dq, dk, dv] = self.scores_backward(
+            pass,
+            &trace.q.ready,
+            &trace.k.ready,
+            &trace.v.ready,
+            trace.out,
+            trace.lse,
+            dout,
+        )?;
         let dq = rotated_backward(pass, self.q_norm.as_ref(), trace.q.raw, dq)?;
         let dk = rotated_backward(pass, self.k_norm.as_ref(), trace.k.raw, dk)?;
         let dv = joined(dv)?;
@@ -249,7 +267,8 @@ fn rotated_backward<B: Backend>(
     raw: Option<(Tensor<B>, Tensor<B>)>,
     mut gradient: Tensor<B>,
 ) -> Result<Tensor<B>> {
-    pass.device.rope(&mut gradient, &pass.positions, &pass.rope, RopeDirection::Backward)?;
+    pass.device
+        .rope(&mut gradient, &pass.positions, &pass.rope, RopeDirection::Backward)?;
     let Some((norm, (raw, rstd))) = norm.zip(raw) else {
         return joined(gradient);
     };

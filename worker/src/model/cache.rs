@@ -19,7 +19,10 @@ impl<B: Backend> KeyValueCache<B> {
     /// # Errors
     /// The backend's own.
     pub fn new(device: &B, dtype: DType, capacity: usize, width: usize) -> Result<Self> {
-        let tensors = (device.zeros(dtype, [capacity, width])?, device.zeros(dtype, [capacity, width])?);
+        let tensors = (
+            device.zeros(dtype, [capacity, width])?,
+            device.zeros(dtype, [capacity, width])?,
+        );
         Ok(Self {
             tensors: Some(tensors),
             capacity,

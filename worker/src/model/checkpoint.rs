@@ -70,7 +70,12 @@ impl Checkpoint {
         if !absent.is_empty() {
             return Err(Failure::platform(
                 "MODEL_FILE_MISSING",
-                format!("{} of {} shards are missing: {}", absent.len(), names.len(), shortened(&absent)),
+                format!(
+                    "{} of {} shards are missing: {}",
+                    absent.len(),
+                    names.len(),
+                    shortened(&absent)
+                ),
             )
             .at(directory.display().to_string())
             .hint("Finish the download of this checkpoint"));
@@ -137,7 +142,9 @@ impl Checkpoint {
             .hint("Check that config.json belongs to these weights and that all shards are there"));
         }
         for tensor in expected {
-            let Some(stored) = self.tensor(&tensor.name) else { continue };
+            let Some(stored) = self.tensor(&tensor.name) else {
+                continue;
+            };
             if stored.shape != tensor.shape {
                 return Err(Failure::user(
                     "MODEL_TENSOR_SHAPE",
@@ -194,15 +201,26 @@ fn read_index(path: &Path) -> Result<Index> {
     let index: Index =
         serde_json::from_str(&text).map_err(|error| failure(format!("The index is not valid JSON: {error}")))?;
     // An index is outside data: it must not lead out of its folder.
-    match index.weight_map.values().find(|name| name.contains(['/', '\\']) || name.starts_with('.')) {
-        Some(name) => Err(failure(format!("The index names `{name}`, which is not a plain file name"))),
+    match index
+        .weight_map
+        .values()
+        .find(|name| name.contains(['/', '\\']) || name.starts_with('.'))
+    {
+        Some(name) => Err(failure(format!(
+            "The index names `{name}`, which is not a plain file name"
+        ))),
         None => Ok(index),
     }
 }
 
 /// A list for a message: the first few, and how many more.
 fn shortened(names: &[&str]) -> String {
-    let shown = names.iter().take(NAMES_IN_A_MESSAGE).copied().collect::<Vec<_>>().join(", ");
+    let shown = names
+        .iter()
+        .take(NAMES_IN_A_MESSAGE)
+        .copied()
+        .collect::<Vec<_>>()
+        .join(", ");
     match names.len().saturating_sub(NAMES_IN_A_MESSAGE) {
         0 => shown,
         more => format!("{shown} and {more} more"),

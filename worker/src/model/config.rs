@@ -130,7 +130,8 @@ impl ModelConfig {
     /// `MODEL_CONFIG_INVALID` for bad JSON, a missing or impossible number; `MODEL_UNSUPPORTED` for anything that this
     /// program would compute differently from the checkpoint's authors.
     pub fn parse(text: &str) -> Result<Self> {
-        let raw: Raw = serde_json::from_str(text).map_err(|error| invalid(format!("config.json is not valid: {error}")))?;
+        let raw: Raw =
+            serde_json::from_str(text).map_err(|error| invalid(format!("config.json is not valid: {error}")))?;
         let family = raw.family()?;
         raw.refuse_what_is_not_computed()?;
         let hidden = extent("hidden_size", raw.hidden_size)?;
@@ -241,24 +242,35 @@ impl Raw {
                 let name = other
                     .or_else(|| self.architectures.as_ref()?.first().map(String::as_str))
                     .unwrap_or("none given");
-                Err(unsupported(format!("The model's architecture `{name}` is not supported"))
-                    .hint(format!("Use a checkpoint whose model_type is one of: {}", SUPPORTED.join(", "))))
+                Err(
+                    unsupported(format!("The model's architecture `{name}` is not supported")).hint(format!(
+                        "Use a checkpoint whose model_type is one of: {}",
+                        SUPPORTED.join(", ")
+                    )),
+                )
             }
         }
     }
 
     fn refuse_what_is_not_computed(&self) -> Result<()> {
         if let Some(activation) = self.hidden_act.as_deref().filter(|name| *name != "silu") {
-            return Err(unsupported(format!("The activation `{activation}` is not supported, only `silu`")));
+            return Err(unsupported(format!(
+                "The activation `{activation}` is not supported, only `silu`"
+            )));
         }
         if let Some(settings) = self.quantization_config.as_ref().filter(|value| !value.is_null()) {
-            let method = settings.get("quant_method").and_then(|value| value.as_str()).unwrap_or("unknown");
+            let method = settings
+                .get("quant_method")
+                .and_then(|value| value.as_str())
+                .unwrap_or("unknown");
             return Err(unsupported(format!("The checkpoint is already quantised (`{method}`)"))
                 .hint("Use the bf16, f16 or f32 release of this model"));
         }
         if self.window_is_on() {
-            return Err(unsupported("The model's layers use a sliding attention window".to_owned())
-                .hint("Use a checkpoint with full attention in every layer"));
+            return Err(
+                unsupported("The model's layers use a sliding attention window".to_owned())
+                    .hint("Use a checkpoint with full attention in every layer"),
+            );
         }
         Ok(())
     }
@@ -354,7 +366,10 @@ mod tests {
             (json!({"model_type": "llama"}), "llama"),
             (json!({"hidden_act": "gelu"}), "gelu"),
             (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "yarn"),
-            (json!({"layer_types": ["full_attention", "sliding_attention"]}), "window"),
+            (
+                json!({"layer_types": ["full_attention", "sliding_attention"]}),
+                "window",
+            ),
             (
                 json!({"use_sliding_window": true, "sliding_window": 128, "max_window_layers": 1}),
                 "window",
@@ -390,10 +405,20 @@ mod tests {
 
     #[test]
     fn biases_and_norms_follow_the_family() {
-        let names = |config: ModelConfig| config.tensors().into_iter().map(|tensor| tensor.name).collect::<Vec<_>>();
+        let names = |config: ModelConfig| {
+            config
+                .tensors()
+                .into_iter()
+                .map(|tensor| tensor.name)
+                .collect::<Vec<_>>()
+        };
         let qwen2 = names(parse_with(json!({"model_type": "qwen2", "tie_word_embeddings": true})).unwrap());
         assert!(qwen2.contains(&"model.layers.1.self_attn.k_proj.bias".to_owned()));
-        assert!(!qwen2.iter().any(|name| name.contains("o_proj.bias") || name.contains("q_norm") || name == "lm_head.weight"));
+        assert!(
+            !qwen2
+                .iter()
+                .any(|name| name.contains("o_proj.bias") || name.contains("q_norm") || name == "lm_head.weight")
+        );
         let qwen3 = names(parse_with(json!({})).unwrap());
         assert!(qwen3.contains(&"model.layers.0.self_attn.q_norm.weight".to_owned()));
         assert!(!qwen3.iter().any(|name| name.ends_with("bias")));

@@ -32,7 +32,11 @@ impl<'a, B: Backend> Decoder<'a, B> {
         Ok(Self {
             model,
             lora,
-            states: model.layers.iter().map(|layer| state(&layer.mixer)).collect::<Result<_>>()?,
+            states: model
+                .layers
+                .iter()
+                .map(|layer| state(&layer.mixer))
+                .collect::<Result<_>>()?,
             length: 0,
         })
     }

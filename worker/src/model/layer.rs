@@ -176,7 +176,14 @@ impl<B: Backend> Layer<B> {
         };
         let Mixer::Attention(attention) = &self.mixer;
         let mixer_matters = below || attention.linears().iter().any(|linear| linear.is_adapted(pass));
-        self.feed_backward(pass, gradients, (inner.feed_forward, down_hidden), &inner.middle, dy, mixer_matters)?;
+        self.feed_backward(
+            pass,
+            gradients,
+            (inner.feed_forward, down_hidden),
+            &inner.middle,
+            dy,
+            mixer_matters,
+        )?;
         drop(inner.middle);
         if !mixer_matters {
             return Ok(());
@@ -209,7 +216,8 @@ impl<B: Backend> Layer<B> {
         }
         let mut dnormed = pass.activation(middle.shape())?;
         mlp.backward(pass, gradients, saved, &normed.y, dy, Some(&mut dnormed))?;
-        self.middle_norm.backward(pass, (middle, &normed.rstd), &dnormed, (dy, Write::Accumulate))
+        self.middle_norm
+            .backward(pass, (middle, &normed.rstd), &dnormed, (dy, Write::Accumulate))
     }
 
     /// The forward pass again, from the checkpoint, without the last projection.

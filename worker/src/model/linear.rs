@@ -52,7 +52,9 @@ impl<B: Backend> Linear<B> {
         let device = pass.device;
         let rows = x.shape().rows();
         let mut y = pass.activation([rows, self.outputs()])?;
-        let adapter = pass.lora.and_then(|lora| Some((lora.pair(self.module)?, lora.config())));
+        let adapter = pass
+            .lora
+            .and_then(|lora| Some((lora.pair(self.module)?, lora.config())));
         let mut hidden = match adapter {
             Some((_, config)) => Some(device.alloc(DType::F32, [rows, config.rank])?),
             None => None,
@@ -94,8 +96,9 @@ impl<B: Backend> Linear<B> {
         let adapter = match pass.lora.and_then(|lora| Some((lora, lora.pair(self.module)?))) {
             None => None,
             Some((lora, pair)) => {
-                let (hidden, (gradient_a, gradient_b)) =
-                    hidden.zip(gradients.of(lora, self.module)).ok_or_else(|| foreign_trace(&pair.path))?;
+                let (hidden, (gradient_a, gradient_b)) = hidden
+                    .zip(gradients.of(lora, self.module))
+                    .ok_or_else(|| foreign_trace(&pair.path))?;
                 Some(LoraBackward {
                     x,
                     a: &pair.a,
@@ -123,5 +126,8 @@ impl<B: Backend> Linear<B> {
 
 /// The trace or the gradients were made with another adapter than the pass has.
 fn foreign_trace(path: &str) -> Failure {
-    Failure::system("INTERNAL_TRACE", format!("The backward pass of `{path}` got another adapter's trace or gradients"))
+    Failure::system(
+        "INTERNAL_TRACE",
+        format!("The backward pass of `{path}` got another adapter's trace or gradients"),
+    )
 }

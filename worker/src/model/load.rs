@@ -91,7 +91,10 @@ impl<B: Backend> Model<B> {
         let checkpoint = Checkpoint::open(directory)?;
         let expected = config.tensors();
         checkpoint.check(&expected)?;
-        report_unused(&checkpoint, &expected.iter().map(|tensor| tensor.name.as_str()).collect());
+        report_unused(
+            &checkpoint,
+            &expected.iter().map(|tensor| tensor.name.as_str()).collect(),
+        );
         let mut loader = Loader {
             device,
             checkpoint: &checkpoint,
@@ -116,7 +119,11 @@ impl<B: Backend> Model<B> {
 fn report_unused(checkpoint: &Checkpoint, expected: &std::collections::BTreeSet<&str>) {
     let unused: Vec<&str> = checkpoint.names().filter(|name| !expected.contains(name)).collect();
     if let Some(first) = unused.first() {
-        tracing::warn!(count = unused.len(), first, "the checkpoint holds tensors that this model does not use");
+        tracing::warn!(
+            count = unused.len(),
+            first,
+            "the checkpoint holds tensors that this model does not use"
+        );
     }
 }
 
@@ -159,7 +166,9 @@ impl<B: Backend> Loader<'_, B> {
 
     fn layer(&mut self, config: &ModelConfig, prefix: &str) -> Result<Layer<B>> {
         let head_norm = |loader: &mut Self, name: &str| match config.qk_norm {
-            true => loader.norm(config, &format!("{prefix}.self_attn.{name}.weight")).map(Some),
+            true => loader
+                .norm(config, &format!("{prefix}.self_attn.{name}.weight"))
+                .map(Some),
             false => Ok(None),
         };
         Ok(Layer {
@@ -231,9 +240,16 @@ impl<B: Backend> Loader<'_, B> {
     /// A norm's weight or a bias: f32 or bf16, an f16 one widened.
     fn vector(&mut self, name: &str) -> Result<Tensor<B>> {
         let host = self.read(name)?;
-        let host = if host.dtype == DType::F16 { host.widened()? } else { host };
+        let host = if host.dtype == DType::F16 {
+            host.widened()?
+        } else {
+            host
+        };
         let tensor = self.upload(&host)?;
-        self.count(if host.dtype == DType::BF16 { "bf16" } else { "f32" }, tensor.size_bytes());
+        self.count(
+            if host.dtype == DType::BF16 { "bf16" } else { "f32" },
+            tensor.size_bytes(),
+        );
         Ok(tensor)
     }
 
@@ -248,7 +264,9 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn upload(&self, host: &HostTensor) -> Result<Tensor<B>> {
-        Ok(self.device.upload(host.dtype, brightrun_kernels::Shape::new(&host.shape), &host.bytes)?)
+        Ok(self
+            .device
+            .upload(host.dtype, brightrun_kernels::Shape::new(&host.shape), &host.bytes)?)
     }
 
     fn counted(&mut self, weight: Weight<B>) -> Weight<B> {

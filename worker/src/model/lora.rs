@@ -80,7 +80,10 @@ impl LoraConfig {
             }
         }
         let named = |module: &Module| self.targets.iter().any(|target| module.is_named(target));
-        Ok((0..modules.len()).filter(|place| named(&modules[*place])).map(ModuleId).collect())
+        Ok((0..modules.len())
+            .filter(|place| named(&modules[*place]))
+            .map(ModuleId)
+            .collect())
     }
 }
 
@@ -209,7 +212,12 @@ impl<B: Backend> LoraGradients<B> {
         let pairs = lora
             .pairs
             .iter()
-            .map(|pair| Ok((device.zeros(DType::F32, pair.a.shape())?, device.zeros(DType::F32, pair.b.shape())?)))
+            .map(|pair| {
+                Ok((
+                    device.zeros(DType::F32, pair.a.shape())?,
+                    device.zeros(DType::F32, pair.b.shape())?,
+                ))
+            })
             .collect::<Result<_>>()?;
         Ok(Self { pairs })
     }
@@ -264,7 +272,11 @@ fn unknown_target(target: &str, modules: &[Module]) -> Failure {
             near.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(" or ")
         ),
     };
-    Failure::user("LORA_TARGET_UNKNOWN", format!("The LoRA target `{target}` matches no module of this model")).hint(hint)
+    Failure::user(
+        "LORA_TARGET_UNKNOWN",
+        format!("The LoRA target `{target}` matches no module of this model"),
+    )
+    .hint(hint)
 }
 
 #[cfg(test)]
@@ -295,7 +307,10 @@ mod tests {
     #[test]
     fn targets_match_whole_parts_of_a_path() {
         assert_eq!(resolve(&["up_proj"]).unwrap(), [ModuleId(2)]);
-        assert_eq!(resolve(&["self_attn.q_proj", "up_proj"]).unwrap(), [ModuleId(0), ModuleId(2)]);
+        assert_eq!(
+            resolve(&["self_attn.q_proj", "up_proj"]).unwrap(),
+            [ModuleId(0), ModuleId(2)]
+        );
         assert!(resolve(&["proj"]).is_err());
     }
 
@@ -303,7 +318,10 @@ mod tests {
     fn a_target_that_matches_nothing_names_what_was_probably_meant() {
         let failure = resolve(&["q_proj", "upproj"]).unwrap_err();
         assert_eq!(failure.code, "LORA_TARGET_UNKNOWN");
-        assert!(failure.message.contains("upproj") && failure.hint.contains("up_proj"), "{failure}");
+        assert!(
+            failure.message.contains("upproj") && failure.hint.contains("up_proj"),
+            "{failure}"
+        );
         assert!(resolve(&["xyz"]).unwrap_err().hint.contains("k_proj, q_proj, up_proj"));
     }
 }

@@ -74,10 +74,12 @@ impl<B: Backend> Mlp<B> {
         {
             let activated = activated(pass, &trace)?;
             let saved = (&activated, down_hidden);
-            self.down.backward(pass, gradients, saved, dy, Some((&mut dactivated, Write::Overwrite)))?;
+            self.down
+                .backward(pass, gradients, saved, dy, Some((&mut dactivated, Write::Overwrite)))?;
         }
         let (mut dgate, mut dup) = (pass.activation(gate)?, pass.activation(up)?);
-        pass.device.swiglu_backward(&trace.gate.y, &trace.up.y, &dactivated, &mut dgate, &mut dup)?;
+        pass.device
+            .swiglu_backward(&trace.gate.y, &trace.up.y, &dactivated, &mut dgate, &mut dup)?;
         drop((trace.gate.y, trace.up.y, dactivated));
         let parts = [
             (&self.gate, trace.gate.hidden, dgate, Write::Overwrite),

@@ -18,7 +18,10 @@ pub struct CounterRandom {
 impl CounterRandom {
     /// The stream for a purpose (`"lora-init model.layers.0…"`) under a seed. Streams of different purposes are unrelated.
     pub fn new(seed: u64, purpose: &str) -> Self {
-        let digest = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(purpose).finalize();
+        let digest = Sha256::new()
+            .chain_update(seed.to_le_bytes())
+            .chain_update(purpose)
+            .finalize();
         let key = digest.iter().take(8).fold(0, |key, byte| key << 8 | u64::from(*byte));
         Self { key }
     }

@@ -65,7 +65,8 @@ impl<B: Backend> RopeCache<B> {
             RopeFrequencies::F32 => (0..pairs).map(exact).collect(),
             RopeFrequencies::Bf16 => (0..pairs).map(|pair| bf16::from_f32(exact(pair)).to_f32()).collect(),
         };
-        let angles = (0..length).flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency));
+        let angles =
+            (0..length).flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency));
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles
             .map(|angle| (f64::from(angle).cos() as f32, f64::from(angle).sin() as f32))
             .unzip();

@@ -105,7 +105,9 @@ fn write_tensors(mut file: BufWriter<File>, tensors: &[ExpectedTensor], seed: u6
             file.write_all(&bf16::from_f64(value).to_le_bytes())?;
         }
     }
-    file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()
+    file.into_inner()
+        .map_err(std::io::IntoInnerError::into_error)?
+        .sync_all()
 }
 
 fn values(tensor: &ExpectedTensor, seed: u64) -> impl Iterator<Item = f64> {

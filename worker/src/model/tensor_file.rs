@@ -132,7 +132,10 @@ impl HostTensor {
             DType::F32 => Ok(bytemuck::allocation::pod_collect_to_vec(&self.bytes)),
             DType::BF16 => Ok(self.halves().map(|bits| bf16::from_bits(bits).to_f32()).collect()),
             DType::F16 => Ok(self.halves().map(|bits| f16::from_bits(bits).to_f32()).collect()),
-            other => Err(Failure::user("MODEL_UNSUPPORTED", format!("{other} is not a float type this program reads"))),
+            other => Err(Failure::user(
+                "MODEL_UNSUPPORTED",
+                format!("{other} is not a float type this program reads"),
+            )),
         }
     }
 
@@ -160,7 +163,11 @@ impl HostTensor {
         if self.dtype == DType::BF16 {
             return Ok(self);
         }
-        let halves: Vec<u16> = self.to_f32()?.into_iter().map(|value| bf16::from_f32(value).to_bits()).collect();
+        let halves: Vec<u16> = self
+            .to_f32()?
+            .into_iter()
+            .map(|value| bf16::from_f32(value).to_bits())
+            .collect();
         Ok(Self {
             dtype: DType::BF16,
             shape: self.shape,
@@ -184,7 +191,11 @@ impl HostTensor {
     }
 
     fn halves(&self) -> impl Iterator<Item = u16> + '_ {
-        self.bytes.as_chunks::<2>().0.iter().map(|pair| u16::from_le_bytes(*pair))
+        self.bytes
+            .as_chunks::<2>()
+            .0
+            .iter()
+            .map(|pair| u16::from_le_bytes(*pair))
     }
 }
 
@@ -192,9 +203,13 @@ impl HostTensor {
 fn read_header(path: &Path, file: &File, length: u64) -> Result<Vec<u8>> {
     let mut prefix = [0; 8];
     if length < 8 {
-        return Err(damaged(path, format!("The file has {length} bytes, too few for a safetensors header")));
+        return Err(damaged(
+            path,
+            format!("The file has {length} bytes, too few for a safetensors header"),
+        ));
     }
-    file.read_exact_at(&mut prefix, 0).map_err(|error| read_failure(path, &error))?;
+    file.read_exact_at(&mut prefix, 0)
+        .map_err(|error| read_failure(path, &error))?;
     let header_length = u64::from_le_bytes(prefix);
     if header_length > LARGEST_HEADER_BYTES || header_length > length - 8 {
         return Err(damaged(
@@ -203,7 +218,8 @@ fn read_header(path: &Path, file: &File, length: u64) -> Result<Vec<u8>> {
         ));
     }
     let mut header = vec![0; 8 + header_length as usize];
-    file.read_exact_at(&mut header, 0).map_err(|error| read_failure(path, &error))?;
+    file.read_exact_at(&mut header, 0)
+        .map_err(|error| read_failure(path, &error))?;
     Ok(header)
 }
 
@@ -216,13 +232,19 @@ fn locate(path: &Path, metadata: &Metadata, data_start: u64) -> Result<(BTreeMap
     let mut end = 0;
     for (name, info) in infos {
         let dtype = supported_dtype(path, &name, info.dtype)?;
-        let elements = info.shape.iter().try_fold(1usize, |product, extent| product.checked_mul(*extent));
+        let elements = info
+            .shape
+            .iter()
+            .try_fold(1usize, |product, extent| product.checked_mul(*extent));
         let bytes = elements.and_then(|count| count.checked_mul(dtype.size_bytes()));
         let (start, stop) = info.data_offsets;
         if start != end || bytes != stop.checked_sub(start) {
             return Err(damaged(
                 path,
-                format!("The header places the tensor `{name}` ({dtype} {:?}) at bytes {start} to {stop}", info.shape),
+                format!(
+                    "The header places the tensor `{name}` ({dtype} {:?}) at bytes {start} to {stop}",
+                    info.shape
+                ),
             ));
         }
         end = stop;
@@ -293,7 +315,11 @@ mod tests {
         let whole = write_sample(&path);
         for length in 0..whole.len() {
             std::fs::write(&path, &whole[..length]).unwrap();
-            assert_eq!(TensorFile::open(&path).unwrap_err().code, "MODEL_FILE_DAMAGED", "{length} bytes");
+            assert_eq!(
+                TensorFile::open(&path).unwrap_err().code,
+                "MODEL_FILE_DAMAGED",
+                "{length} bytes"
+            );
         }
         std::fs::write(&path, [whole, vec![0]].concat()).unwrap();
         assert_eq!(TensorFile::open(&path).unwrap_err().code, "MODEL_FILE_DAMAGED");

@@ -72,7 +72,12 @@ impl<B: Backend> Model<B> {
 
     /// The surroundings of a pass over `batch`.
     pub(crate) fn pass<'a>(&'a self, lora: Option<&'a LoraSet<B>>, batch: &'a Batch) -> Result<Pass<'a, B>> {
-        let longest = batch.positions.iter().copied().max().map_or(0, |last| last as usize + 1);
+        let longest = batch
+            .positions
+            .iter()
+            .copied()
+            .max()
+            .map_or(0, |last| last as usize + 1);
         if longest > self.config.max_positions {
             return Err(Failure::user(
                 "MODEL_TOO_LONG",
@@ -167,7 +172,8 @@ impl<B: Backend> Model<B> {
         let losses = self.losses(&pass, batch, &normed.y, wanted)?;
         let mut gradient = pass.activation(x.shape())?;
         let saved = (&x, &normed.rstd);
-        self.final_norm.backward(&pass, saved, &dnormed, (&mut gradient, Write::Overwrite))?;
+        self.final_norm
+            .backward(&pass, saved, &dnormed, (&mut gradient, Write::Overwrite))?;
         drop((x, normed, dnormed));
         for (place, layer) in self.layers.iter().enumerate().rev() {
             let Some(trace) = traces.pop() else { break };

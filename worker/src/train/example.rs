@@ -32,9 +32,14 @@ impl EncodedExample {
         }
         if self.ids.len() > max_positions {
             let length = self.ids.len();
-            return Some(format!("has {length} tokens, but the model was made for {max_positions}"));
+            return Some(format!(
+                "has {length} tokens, but the model was made for {max_positions}"
+            ));
         }
-        let outside = self.ids.iter().find(|id| usize::try_from(**id).map_or(true, |id| id >= vocabulary));
+        let outside = self
+            .ids
+            .iter()
+            .find(|id| usize::try_from(**id).map_or(true, |id| id >= vocabulary));
         outside.map(|id| format!("has the token {id}, but the model knows {vocabulary} tokens"))
     }
 }

@@ -79,25 +79,37 @@ fn check(prompt: &[i32], settings: &GenerateSettings) -> Result<()> {
     ];
     match rules.into_iter().find(|(holds, _)| !holds) {
         None => Ok(()),
-        Some((_, rule)) => Err(Failure::user("GENERATE_SETTINGS", format!("Nothing can be generated: {rule}"))),
+        Some((_, rule)) => Err(Failure::user(
+            "GENERATE_SETTINGS",
+            format!("Nothing can be generated: {rule}"),
+        )),
     }
 }
 
 /// `draw` is uniform in `[0, 1)`.
 fn choose(logits: &[f32], settings: &GenerateSettings, draw: f32) -> Result<i32> {
-    let best = logits.iter().enumerate().max_by(|left, right| left.1.total_cmp(right.1).then(right.0.cmp(&left.0)));
+    let best = logits
+        .iter()
+        .enumerate()
+        .max_by(|left, right| left.1.total_cmp(right.1).then(right.0.cmp(&left.0)));
     let (best, highest) = match best {
         Some((place, logit)) if logits.iter().all(|logit| logit.is_finite()) => (place, *logit),
         _ => {
-            return Err(Failure::system("GENERATE_NON_FINITE", "The model's logits are not finite")
-                .hint("The adapter or the model is broken"));
+            return Err(
+                Failure::system("GENERATE_NON_FINITE", "The model's logits are not finite")
+                    .hint("The adapter or the model is broken"),
+            );
         }
     };
     if settings.temperature == 0.0 {
         return Ok(best as i32);
     }
     let weight = |logit: f32| f64::from((logit - highest) / settings.temperature).exp();
-    let mut ranked: Vec<(f64, usize)> = logits.iter().enumerate().map(|(id, logit)| (weight(*logit), id)).collect();
+    let mut ranked: Vec<(f64, usize)> = logits
+        .iter()
+        .enumerate()
+        .map(|(id, logit)| (weight(*logit), id))
+        .collect();
     ranked.sort_by(|left, right| right.0.total_cmp(&left.0).then(left.1.cmp(&right.1)));
     let nucleus = ranked.iter().map(|(weight, _)| weight).sum::<f64>() * f64::from(settings.top_p);
     let mut covered = 0.0;
@@ -150,6 +162,9 @@ mod tests {
 
     #[test]
     fn logits_that_are_not_finite_are_an_error() {
-        assert_eq!(choose(&[0.0, f32::NAN], &sampled(0.0, 1.0), 0.0).unwrap_err().code, "GENERATE_NON_FINITE");
+        assert_eq!(
+            choose(&[0.0, f32::NAN], &sampled(0.0, 1.0), 0.0).unwrap_err().code,
+            "GENERATE_NON_FINITE"
+        );
     }
 }

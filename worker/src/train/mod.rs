@@ -32,6 +32,6 @@ pub use self::eval::{Evaluation, ExampleLoss, evaluate};
 pub use self::example::EncodedExample;
 pub use self::generate::{GenerateSettings, generate};
 pub use self::run::{
-    CheckpointReport, Control, EvaluationReport, Outcome, StepReport, StopReason, TrainEvents, TrainRequest, TrainSummary,
-    run,
+    CheckpointReport, Control, EvaluationReport, Outcome, StepReport, StopReason, TrainEvents, TrainRequest,
+    TrainSummary, run,
 };

@@ -45,7 +45,12 @@ impl<B: Backend> Optimizer<B> {
         let moments = lora
             .pairs()
             .iter()
-            .map(|pair| Ok([Moments::zeros(device, pair.a.shape())?, Moments::zeros(device, pair.b.shape())?]))
+            .map(|pair| {
+                Ok([
+                    Moments::zeros(device, pair.a.shape())?,
+                    Moments::zeros(device, pair.b.shape())?,
+                ])
+            })
             .collect::<Result<_>>()?;
         Ok(Self {
             beta1: spec.beta1,
@@ -76,7 +81,11 @@ impl<B: Backend> Optimizer<B> {
             step,
             gradient_scale: gradient_scale as f32,
         };
-        let pairs = lora.pairs_mut().iter_mut().zip(gradients.pairs()).zip(&mut self.moments);
+        let pairs = lora
+            .pairs_mut()
+            .iter_mut()
+            .zip(gradients.pairs())
+            .zip(&mut self.moments);
         for ((pair, (gradient_a, gradient_b)), [a, b]) in pairs {
             device.adamw_step(&mut pair.a, gradient_a, &mut a.m, &mut a.v, &settings)?;
             device.adamw_step(&mut pair.b, gradient_b, &mut b.m, &mut b.v, &settings)?;
@@ -97,6 +106,7 @@ impl<B: Backend> Optimizer<B> {
     /// Bytes of all moments.
     pub fn size_bytes(&self) -> u64 {
         let all = self.moments.iter().flatten();
-        all.map(|moments| (moments.m.size_bytes() + moments.v.size_bytes()) as u64).sum()
+        all.map(|moments| (moments.m.size_bytes() + moments.v.size_bytes()) as u64)
+            .sum()
     }
 }

@@ -201,7 +201,9 @@ impl<'a, B: Backend> Run<'a, B> {
         let folder = checkpoint_dir.map(CheckpointFolder::open).transpose()?;
         let mut trainer = Trainer::new(model, lora, spec)?;
         let restored = match &folder {
-            Some(folder) if resume => folder.restore(model.device(), &identity, trainer.lora, &mut trainer.optimizer)?,
+            Some(folder) if resume => {
+                folder.restore(model.device(), &identity, trainer.lora, &mut trainer.optimizer)?
+            }
             Some(folder) => {
                 folder.clear();
                 None
@@ -238,7 +240,11 @@ impl<'a, B: Backend> Run<'a, B> {
 
     fn examples_of(&mut self, step: usize) -> Vec<&'a EncodedExample> {
         let train = self.train;
-        self.order.examples_of(step).into_iter().map(|place| &train[place]).collect()
+        self.order
+            .examples_of(step)
+            .into_iter()
+            .map(|place| &train[place])
+            .collect()
     }
 
     fn steps(&mut self, events: &mut dyn TrainEvents) -> Result<Outcome> {
@@ -313,7 +319,11 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 
     fn save(&mut self, events: &mut dyn TrainEvents) -> Result<()> {
-        let Some(folder) = self.folder.as_ref().filter(|_| self.saved_step != Some(self.state.step)) else {
+        let Some(folder) = self
+            .folder
+            .as_ref()
+            .filter(|_| self.saved_step != Some(self.state.step))
+        else {
             return Ok(());
         };
         let device = self.trainer.model.device();

@@ -98,7 +98,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
     pub fn rehearse(&mut self, examples: &[EncodedExample]) -> Result<()> {
         let settings = self.backward_settings(1);
         let batch = packed(examples);
-        self.model.forward_backward(self.lora, &mut self.gradients, &batch, settings)?;
+        self.model
+            .forward_backward(self.lora, &mut self.gradients, &batch, settings)?;
         Ok(())
     }
 
@@ -122,7 +123,9 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 return Ok(None);
             }
             let batch = packed(micro_batch.into_iter().map(|place| examples[place]));
-            let losses = self.model.forward_backward(self.lora, &mut self.gradients, &batch, settings)?;
+            let losses = self
+                .model
+                .forward_backward(self.lora, &mut self.gradients, &batch, settings)?;
             total += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         }
         Ok(Some((total / supervised_tokens as f64, supervised_tokens)))
@@ -209,7 +212,10 @@ fn non_finite(step: usize, loss: f64, gradient_norm: f64, examples: &[&EncodedEx
     Failure::new(
         Blame::User,
         "TRAIN_NON_FINITE",
-        format!("Training stopped at step {}: the loss is {loss} and the gradient norm {gradient_norm}", step + 1),
+        format!(
+            "Training stopped at step {}: the loss is {loss} and the gradient norm {gradient_norm}",
+            step + 1
+        ),
     )
     .at(format!("Dataset lines {}", lines.join(", ")))
     .hint("Lower the learning rate; if it happens at the first steps, look at these lines")

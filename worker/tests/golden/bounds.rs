@@ -59,6 +59,19 @@ impl Bounds {
     pub fn after_steps(self, steps: usize) -> f64 {
         self.backward() * (1.0 + steps as f64)
     }
+
+    /// The trained factors' movement, in the L2 norm. Adam moves every element by about the learning rate, however small its
+    /// gradient: one that lies within its own rounding error of zero may go either way. With gradients spread smoothly around
+    /// zero the share of such elements is about their relative error `δ`; each is off by as much as it moved, so the L2
+    /// error is `√δ`.
+    pub fn movement(self) -> f64 {
+        self.backward().sqrt()
+    }
+
+    /// The same for the median element, which is not one of those.
+    pub fn median_movement(self) -> f64 {
+        self.backward()
+    }
 }
 
 /// Largest difference over largest expected magnitude; infinite where lengths differ, NaN where a value is.
@@ -66,10 +79,16 @@ pub fn relative_to_largest(got: &[f32], expected: &[f32]) -> f64 {
     if got.len() != expected.len() || expected.is_empty() {
         return f64::INFINITY;
     }
-    let largest = expected.iter().fold(0.0f64, |largest, value| largest.max(f64::from(value.abs())));
+    let largest = expected
+        .iter()
+        .fold(0.0f64, |largest, value| largest.max(f64::from(value.abs())));
     let worst = got.iter().zip(expected).fold(0.0f64, |worst, (got, expected)| {
         let difference = (f64::from(*got) - f64::from(*expected)).abs();
-        if difference.is_nan() { f64::NAN } else { worst.max(difference) }
+        if difference.is_nan() {
+            f64::NAN
+        } else {
+            worst.max(difference)
+        }
     });
     match largest == 0.0 {
         true => worst,
@@ -83,12 +102,35 @@ pub fn relative_norm(got: &[f32], expected: &[f32]) -> f64 {
         return f64::INFINITY;
     }
     let square = |value: f64| value * value;
-    let difference: f64 = got.iter().zip(expected).map(|(got, expected)| square(f64::from(*got) - f64::from(*expected))).sum();
+    let difference: f64 = got
+        .iter()
+        .zip(expected)
+        .map(|(got, expected)| square(f64::from(*got) - f64::from(*expected)))
+        .sum();
     let size: f64 = expected.iter().map(|value| square(f64::from(*value))).sum();
     (difference / size).sqrt()
 }
 
+/// Median absolute difference over the expected root mean square.
+pub fn relative_median(got: &[f32], expected: &[f32]) -> f64 {
+    if got.len() != expected.len() || expected.is_empty() {
+        return f64::INFINITY;
+    }
+    let mut differences: Vec<f64> = got
+        .iter()
+        .zip(expected)
+        .map(|(got, expected)| f64::from((got - expected).abs()))
+        .collect();
+    differences.sort_by(f64::total_cmp);
+    let squares: f64 = expected.iter().map(|value| f64::from(*value).powi(2)).sum();
+    differences[differences.len() / 2] / (squares / expected.len() as f64).sqrt()
+}
+
 /// Relative error of one number.
 pub fn relative(got: f64, expected: f64) -> f64 {
-    if got == expected { 0.0 } else { (got - expected).abs() / expected.abs() }
+    if got == expected {
+        0.0
+    } else {
+        (got - expected).abs() / expected.abs()
+    }
 }

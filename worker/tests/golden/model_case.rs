@@ -16,7 +16,7 @@ use brightrun_worker::train::schedule::LearningRate;
 use brightrun_worker::train::step::Trainer;
 use serde::Deserialize;
 
-use crate::bounds::{Bounds, relative, relative_norm, relative_to_largest};
+use crate::bounds::{Bounds, relative, relative_median, relative_norm, relative_to_largest};
 use crate::round_trip::{self, Decoding};
 use crate::{CaseResult, Check};
 
@@ -87,7 +87,12 @@ fn case_and_model(folder: &Path, device: Cpu) -> Result<(Case<'_>, Model<Cpu>), 
         precision: Precision::F32,
         rope_frequencies,
     };
-    let exact = Model::load(&device, &folder.join("model"), options(RopeFrequencies::F32), &mut |_| {})?;
+    let exact = Model::load(
+        &device,
+        &folder.join("model"),
+        options(RopeFrequencies::F32),
+        &mut |_| {},
+    )?;
     let mut case = Case::read(folder, device, &exact)?;
     if case.logits("base.logits", &exact, None)?.holds() {
         return Ok((case, exact));
@@ -105,7 +110,12 @@ impl<'a> Case<'a> {
         let examples = examples(&tensors)?;
         let config = model.config();
         let tokens: usize = examples.iter().map(|example| example.ids.len()).sum();
-        let widths = [config.hidden, config.intermediate, config.heads * config.head_dim, tokens];
+        let widths = [
+            config.hidden,
+            config.intermediate,
+            config.heads * config.head_dim,
+            tokens,
+        ];
         Ok(Self {
             folder,
             device,
@@ -141,7 +151,11 @@ impl<'a> Case<'a> {
 
     fn logits(&self, name: &str, model: &Model<Cpu>, lora: Option<&LoraSet<Cpu>>) -> Result<Check, Failure> {
         let got = self.all_logits(model, lora)?;
-        Ok(Check::new(name, relative_to_largest(&got, &self.expected(name)?), self.bounds.forward()))
+        Ok(Check::new(
+            name,
+            relative_to_largest(&got, &self.expected(name)?),
+            self.bounds.forward(),
+        ))
     }
 
     /// Our codes and scales, decoded as the peer decoded them, give the peer's logits; and a model that holds NF4 gives the logits
@@ -151,14 +165,20 @@ impl<'a> Case<'a> {
         let as_peer = round_trip::write(&self.device, &source, &self.settings.nf4_suffixes, Decoding::Peer)?;
         let as_ours = round_trip::write(&self.device, &source, &self.settings.nf4_suffixes, Decoding::Ours)?;
         let load = |folder: &Path, encoding| {
-            let options = LoadOptions { encoding, ..self.options };
+            let options = LoadOptions {
+                encoding,
+                ..self.options
+            };
             Model::load(&self.device, folder, options, &mut |_| {})
         };
         let peer = self.logits("base.nf4_logits", &load(as_peer.path(), Encoding::Stored)?, None)?;
         let direct = self.all_logits(&load(&source, Encoding::Nf4)?, None)?;
         let decoded = self.all_logits(&load(as_ours.path(), Encoding::Stored)?, None)?;
         let error = relative_to_largest(&direct, &decoded);
-        Ok(vec![peer, Check::new("nf4-used-directly", error, self.bounds.forward())])
+        Ok(vec![
+            peer,
+            Check::new("nf4-used-directly", error, self.bounds.forward()),
+        ])
     }
 
     fn adapted(&self, model: &Model<Cpu>) -> Result<Vec<Check>, Failure> {
@@ -181,14 +201,22 @@ impl<'a> Case<'a> {
             got.extend_from_slice(&losses[..losses.len() - 1]);
         }
         let expected = self.expected("lora.token_loss")?;
-        Ok(Check::new("lora.token_loss", relative_to_largest(&got, &expected), self.bounds.forward()))
+        Ok(Check::new(
+            "lora.token_loss",
+            relative_to_largest(&got, &expected),
+            self.bounds.forward(),
+        ))
     }
 
     /// Both sequences in one row give the logits that each gives alone.
     fn packed_is_separate(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Check, Failure> {
         let alone = self.all_logits(model, Some(lora))?;
         let together = model.logits(Some(lora), &self.packed())?;
-        Ok(Check::new("packed", relative_to_largest(&together, &alone), self.bounds.forward()))
+        Ok(Check::new(
+            "packed",
+            relative_to_largest(&together, &alone),
+            self.bounds.forward(),
+        ))
     }
 
     /// The gradient of the mean loss over both sequences, packed into one row.
@@ -209,7 +237,12 @@ impl<'a> Case<'a> {
                 checks.push(Check::new(format!("grad of {key}"), error, self.bounds.backward()));
             }
         }
-        let named = self.tensors.tensors().keys().filter(|name| name.starts_with("grad.")).count();
+        let named = self
+            .tensors
+            .tensors()
+            .keys()
+            .filter(|name| name.starts_with("grad."))
+            .count();
         let uncovered = named as f64 - checks.len() as f64;
         checks.push(Check::new("gradients-not-compared", uncovered.abs(), 0.0));
         Ok(checks)
@@ -217,13 +250,24 @@ impl<'a> Case<'a> {
 
     /// The optimizer steps, through the very code that trains.
     fn training(&self, model: &Model<Cpu>, mut lora: LoraSet<Cpu>) -> Result<Vec<Check>, Failure> {
-        let hyper = self.settings.hyper.as_ref().ok_or_else(|| broken("no `hyper`".to_owned()))?;
+        let hyper = self
+            .settings
+            .hyper
+            .as_ref()
+            .ok_or_else(|| broken("no `hyper`".to_owned()))?;
         let spec = spec(hyper)?;
         let rate = LearningRate::new(&spec, hyper.steps);
         let examples: Vec<&EncodedExample> = self.examples.iter().collect();
-        let counts = [self.settings.losses.len(), self.settings.grad_norms.len() + 1, self.settings.learning_rates.len() + 1];
+        let counts = [
+            self.settings.losses.len(),
+            self.settings.grad_norms.len() + 1,
+            self.settings.learning_rates.len() + 1,
+        ];
         if counts != [hyper.steps + 1; 3] {
-            return Err(broken(format!("{} steps need other numbers of values than {counts:?}", hyper.steps)));
+            return Err(broken(format!(
+                "{} steps need other numbers of values than {counts:?}",
+                hyper.steps
+            )));
         }
         let mut checks = Vec::new();
         let mut trainer = Trainer::new(model, &mut lora, &spec)?;
@@ -238,18 +282,26 @@ impl<'a> Case<'a> {
             let rate = relative(learning_rate, self.settings.learning_rates[step]);
             checks.push(Check::new(format!("loss of step {step}"), loss, bound));
             checks.push(Check::new(format!("grad_norm of step {step}"), norm, bound));
-            checks.push(Check::new(format!("learning_rate of step {step}"), rate, FLOAT32_EPSILON));
+            checks.push(Check::new(
+                format!("learning_rate of step {step}"),
+                rate,
+                FLOAT32_EPSILON,
+            ));
         }
         let losses = model.forward_losses(Some(&lora), &self.packed())?;
         let mean = losses.iter().map(|loss| f64::from(*loss)).sum::<f64>() / self.packed().supervised_tokens() as f64;
         let bound = self.bounds.after_steps(hyper.steps);
-        checks.push(Check::new("loss after the last step", relative(mean, self.settings.losses[hyper.steps]), bound));
-        checks.extend(self.final_adapter(model, &lora, bound)?);
+        checks.push(Check::new(
+            "loss after the last step",
+            relative(mean, self.settings.losses[hyper.steps]),
+            bound,
+        ));
+        checks.extend(self.final_adapter(model, &lora)?);
         Ok(checks)
     }
 
     /// The trained factors, as they would be saved, by how far they moved.
-    fn final_adapter(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>, bound: f64) -> Result<Vec<Check>, Failure> {
+    fn final_adapter(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Vec<Check>, Failure> {
         let first = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let last = TensorFile::open(&self.folder.join("adapter_final/adapter_model.safetensors"))?;
         let saved = tempfile::NamedTempFile::new().map_err(|error| broken(error.to_string()))?;
@@ -261,9 +313,20 @@ impl<'a> Case<'a> {
             let (key_a, key_b) = pair.keys();
             for (key, start) in [(key_a, &pair.a), (key_b, &pair.b)] {
                 let start = self.device.read_f32(start)?;
-                let moved = |end: Vec<f32>| end.iter().zip(&start).map(|(end, start)| end - start).collect::<Vec<f32>>();
-                let error = relative_norm(&moved(saved.read(&key)?.to_f32()?), &moved(last.read(&key)?.to_f32()?));
-                checks.push(Check::new(format!("adapter_final {key}"), error, bound));
+                let moved = |end: Vec<f32>| {
+                    end.iter()
+                        .zip(&start)
+                        .map(|(end, start)| end - start)
+                        .collect::<Vec<f32>>()
+                };
+                let (got, expected) = (moved(saved.read(&key)?.to_f32()?), moved(last.read(&key)?.to_f32()?));
+                let (norm, median) = (relative_norm(&got, &expected), relative_median(&got, &expected));
+                checks.push(Check::new(format!("adapter_final {key}"), norm, self.bounds.movement()));
+                checks.push(Check::new(
+                    format!("adapter_final-median {key}"),
+                    median,
+                    self.bounds.median_movement(),
+                ));
             }
         }
         Ok(checks)
@@ -301,7 +364,9 @@ fn examples(tensors: &TensorFile) -> Result<Vec<EncodedExample>, Failure> {
         true => integers("labels")?.1,
         false => ids.clone(),
     };
-    let length = *shape.last().ok_or_else(|| broken("input_ids has no extents".to_owned()))?;
+    let length = *shape
+        .last()
+        .ok_or_else(|| broken("input_ids has no extents".to_owned()))?;
     Ok(ids
         .chunks(length)
         .zip(labels.chunks(length))

@@ -12,13 +12,20 @@ use crate::{CaseResult, Check};
 
 /// Runs the case in a folder with `nf4.json` and `nf4.safetensors`.
 pub fn run(folder: &Path) -> CaseResult {
-    let settings: Value = serde_json::from_str(&std::fs::read_to_string(folder.join("nf4.json")).map_err(|e| e.to_string())?)
-        .map_err(|error| error.to_string())?;
+    let settings: Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("nf4.json")).map_err(|e| e.to_string())?)
+            .map_err(|error| error.to_string())?;
     if settings["blocksize"] != 64 || settings["quant_type"] != "nf4" {
-        return Err(format!("only nf4 with blocks of 64 is implemented, the case has {settings}"));
+        return Err(format!(
+            "only nf4 with blocks of 64 is implemented, the case has {settings}"
+        ));
     }
     let file = TensorFile::open(&folder.join("nf4.safetensors")).map_err(|failure| failure.to_string())?;
-    let matrices: Vec<&str> = file.tensors().keys().filter_map(|name| name.strip_suffix(".weight")).collect();
+    let matrices: Vec<&str> = file
+        .tensors()
+        .keys()
+        .filter_map(|name| name.strip_suffix(".weight"))
+        .collect();
     if matrices.is_empty() {
         return Err("nf4.safetensors holds no `….weight`".to_owned());
     }
@@ -27,7 +34,11 @@ pub fn run(folder: &Path) -> CaseResult {
         file: &file,
         settings: &settings,
     };
-    matrices.into_iter().map(|name| case.matrix(name)).collect::<Result<Vec<_>, _>>().map(|all| all.concat_checks())
+    matrices
+        .into_iter()
+        .map(|name| case.matrix(name))
+        .collect::<Result<Vec<_>, _>>()
+        .map(|all| all.concat_checks())
 }
 
 trait ConcatChecks {
@@ -49,17 +60,28 @@ struct Case<'a> {
 impl Case<'_> {
     /// Quantises one matrix and compares everything bitsandbytes stores for it. The "error" is the number of differing bytes.
     fn matrix(&self, name: &str) -> CaseResult {
-        let source = self.file.read(&format!("{name}.weight")).map_err(|failure| failure.to_string())?;
+        let source = self
+            .file
+            .read(&format!("{name}.weight"))
+            .map_err(|failure| failure.to_string())?;
         let tensor = self
             .device
             .upload(source.dtype, Shape::new(&source.shape), &source.bytes)
             .map_err(|error| error.to_string())?;
         let nested = self.file.tensors().contains_key(&format!("{name}.nested_absmax"));
-        let weight = self.device.quantize_nf4(&tensor, nested).map_err(|error| error.to_string())?;
+        let weight = self
+            .device
+            .quantize_nf4(&tensor, nested)
+            .map_err(|error| error.to_string())?;
         let mut checks = vec![self.same(name, "packed", self.read(&weight.codes)?)?];
         checks.extend(self.scales(name, &weight)?);
-        let mut decoded = self.device.alloc(DType::F32, Shape::new(&source.shape)).map_err(|error| error.to_string())?;
-        self.device.dequantize(&Weight::Nf4(weight), &mut decoded).map_err(|error| error.to_string())?;
+        let mut decoded = self
+            .device
+            .alloc(DType::F32, Shape::new(&source.shape))
+            .map_err(|error| error.to_string())?;
+        self.device
+            .dequantize(&Weight::Nf4(weight), &mut decoded)
+            .map_err(|error| error.to_string())?;
         checks.push(self.same(name, "dequantized", self.read(&decoded)?)?);
         Ok(checks)
     }
@@ -73,8 +95,14 @@ impl Case<'_> {
                 nested_code,
                 offset,
             } => {
-                let expected = self.settings[format!("{name}.offset")].as_f64().ok_or("nf4.json has no offset")? as f32;
-                let differs = if offset.to_bits() == expected.to_bits() { 0.0 } else { 1.0 };
+                let expected = self.settings[format!("{name}.offset")]
+                    .as_f64()
+                    .ok_or("nf4.json has no offset")? as f32;
+                let differs = if offset.to_bits() == expected.to_bits() {
+                    0.0
+                } else {
+                    1.0
+                };
                 Ok(vec![
                     self.same(name, "absmax", self.read(codes)?)?,
                     self.same(name, "nested_absmax", self.read(nested_absmax)?)?,
@@ -90,9 +118,17 @@ impl Case<'_> {
     }
 
     fn same(&self, name: &str, part: &str, got: Vec<u8>) -> Result<Check, String> {
-        let expected = self.file.read(&format!("{name}.{part}")).map_err(|failure| failure.to_string())?.bytes;
+        let expected = self
+            .file
+            .read(&format!("{name}.{part}"))
+            .map_err(|failure| failure.to_string())?
+            .bytes;
         let differing = match got.len() == expected.len() {
-            true => got.iter().zip(&expected).filter(|(got, expected)| got != expected).count() as f64,
+            true => got
+                .iter()
+                .zip(&expected)
+                .filter(|(got, expected)| got != expected)
+                .count() as f64,
             false => f64::INFINITY,
         };
         Ok(Check::new(format!("{part} of {name}"), differing, 0.0))

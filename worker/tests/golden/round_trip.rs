@@ -56,12 +56,19 @@ pub fn write(device: &Cpu, source: &Path, suffixes: &[String], decoding: Decodin
         let host = checkpoint.read(name)?;
         let module = name.strip_suffix(".weight").unwrap_or(name);
         let is_quantised = host.shape.len() == 2 && suffixes.iter().any(|suffix| module.ends_with(suffix.as_str()));
-        let tensor = if is_quantised { round_trip(device, &host, decoding)? } else { host.widened()? };
+        let tensor = if is_quantised {
+            round_trip(device, &host, decoding)?
+        } else {
+            host.widened()?
+        };
         tensors.insert(name.to_owned(), tensor);
     }
-    let views = tensors
-        .iter()
-        .map(|(name, tensor)| (name, TensorView::new(Dtype::F32, tensor.shape.clone(), &tensor.bytes).unwrap()));
+    let views = tensors.iter().map(|(name, tensor)| {
+        (
+            name,
+            TensorView::new(Dtype::F32, tensor.shape.clone(), &tensor.bytes).unwrap(),
+        )
+    });
     let folder = tempfile::tempdir().unwrap();
     let file = safetensors::serialize(views, None).unwrap();
     std::fs::write(folder.path().join("model.safetensors"), file).unwrap();

@@ -8,7 +8,9 @@ use brightrun_kernels::ops::{Device, Precision};
 use brightrun_worker::model::adapter::AdapterDtype;
 use brightrun_worker::model::random::CounterRandom;
 use brightrun_worker::model::synthetic::write_checkpoint;
-use brightrun_worker::model::{Encoding, Family, LoadOptions, LoraConfig, LoraSet, Model, ModelConfig, RopeFrequencies};
+use brightrun_worker::model::{
+    Encoding, Family, LoadOptions, LoraConfig, LoraSet, Model, ModelConfig, RopeFrequencies,
+};
 use brightrun_worker::spec::{BaseDtype, TrainSpec};
 use brightrun_worker::train::{Control, EncodedExample, StepReport, TrainEvents, TrainRequest, TrainSummary, run};
 
@@ -48,7 +50,10 @@ pub fn stirred_lora(model: &Model<Cpu>, spec: &TrainSpec) -> LoraSet<Cpu> {
         let values: Vec<f32> = (0..pair.b.shape().elements())
             .map(|place| 0.1 * random.normal(place as u64) as f32)
             .collect();
-        model.device().write(&mut pair.b, bytemuck::cast_slice(&values)).unwrap();
+        model
+            .device()
+            .write(&mut pair.b, bytemuck::cast_slice(&values))
+            .unwrap();
     }
     set
 }
@@ -61,7 +66,9 @@ pub fn examples(count: usize) -> Vec<EncodedExample> {
             let length = 6 + random.below(place as u64, 20);
             let start = random.below(1000 + place as u64, VOCABULARY);
             EncodedExample {
-                ids: (0..length).map(|step| ((start + 7 * step) % VOCABULARY) as i32).collect(),
+                ids: (0..length)
+                    .map(|step| ((start + 7 * step) % VOCABULARY) as i32)
+                    .collect(),
                 supervised: (0..length).map(|step| step >= length / 3).collect(),
                 line: place as u64 + 1,
             }
@@ -126,5 +133,9 @@ pub fn trained(
         resume: checkpoints.is_some_and(|(_, resume)| resume),
     };
     let summary = run(request, &mut events).unwrap();
-    (adapter.to_safetensors(model.device(), AdapterDtype::F32).unwrap(), events.steps, summary)
+    (
+        adapter.to_safetensors(model.device(), AdapterDtype::F32).unwrap(),
+        events.steps,
+        summary,
+    )
 }
