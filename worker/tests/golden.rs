@@ -18,6 +18,8 @@ mod bounds;
 mod model_case;
 #[path = "golden/nf4_case.rs"]
 mod nf4_case;
+#[path = "golden/round_trip.rs"]
+mod round_trip;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

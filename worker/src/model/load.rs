@@ -19,7 +19,7 @@ use crate::model::linear::Linear;
 use crate::model::lora::{Module, ModuleId};
 use crate::model::mlp::Mlp;
 use crate::model::norm::Norm;
-use crate::model::rope::RopeCache;
+use crate::model::rope::{RopeCache, RopeFrequencies};
 use crate::model::tensor_file::HostTensor;
 use crate::model::transformer::Model;
 use crate::spec::BaseDtype;
@@ -46,6 +46,8 @@ pub struct LoadOptions {
     pub encoding: Encoding,
     /// In which precision products are computed.
     pub precision: Precision,
+    /// In which precision rotary frequencies are held.
+    pub rope_frequencies: RopeFrequencies,
 }
 
 /// What [`Model::load`] reports after each tensor.
@@ -66,7 +68,11 @@ impl From<BaseDtype> for LoadOptions {
             BaseDtype::Bf16 => (Encoding::Bf16, Precision::Bf16),
             BaseDtype::F32 => (Encoding::Stored, Precision::F32),
         };
-        Self { encoding, precision }
+        Self {
+            encoding,
+            precision,
+            rope_frequencies: RopeFrequencies::default(),
+        }
     }
 }
 
@@ -151,7 +157,7 @@ impl<B: Backend> Loader<'_, B> {
             layers,
             final_norm,
             head,
-            rope: RopeCache::new(config.rope_theta, config.head_dim),
+            rope: RopeCache::new(config.rope_theta, config.head_dim, self.options.rope_frequencies),
             weight_bytes: std::mem::take(&mut self.weight_bytes),
             fingerprint: hex::encode(self.fingerprint.clone().finalize()),
             config,

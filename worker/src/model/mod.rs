@@ -46,6 +46,7 @@ pub use self::config::{Family, ModelConfig};
 pub use self::decode::Decoder;
 pub use self::load::{Encoding, LoadOptions, LoadProgress};
 pub use self::lora::{LoraConfig, LoraGradients, LoraSet, Module, ModuleId};
+pub use self::rope::RopeFrequencies;
 pub use self::transformer::{BackwardSettings, Model};
 
 use crate::error::Failure;

@@ -4,25 +4,39 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use brightrun_kernels::Backend;
 use brightrun_kernels::ops::RopeTable;
+use half::bf16;
 
 use crate::error::Result;
 
 /// Positions are added in steps of this many, so that growing documents do not rebuild the table each time.
 const GROWTH: usize = 1024;
 
+/// In which precision the rotary frequencies are held, before angles are computed from them in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RopeFrequencies {
+    /// f32: what transformers' `from_pretrained`, vLLM and all servers compute with.
+    #[default]
+    F32,
+    /// Rounded to bf16: what a transformers model holds after it was cast to bf16 as a whole, buffers included, and what
+    /// adapters trained by such scripts have seen. At position 500 the angle is off by up to one radian.
+    Bf16,
+}
+
 /// A table shared by all layers.
 pub struct RopeCache<B: Backend> {
     theta: f64,
     rotary: usize,
+    frequencies: RopeFrequencies,
     table: Mutex<Option<(usize, Arc<RopeTable<B>>)>>,
 }
 
 impl<B: Backend> RopeCache<B> {
     /// A table for heads of which the first `rotary` elements are rotated, with frequencies `theta^(−2p / rotary)`.
-    pub fn new(theta: f64, rotary: usize) -> Self {
+    pub fn new(theta: f64, rotary: usize, frequencies: RopeFrequencies) -> Self {
         Self {
             theta,
             rotary,
+            frequencies,
             table: Mutex::new(None),
         }
     }
@@ -46,9 +60,11 @@ impl<B: Backend> RopeCache<B> {
     /// are exact to f32.
     fn build(&self, device: &B, length: usize) -> Result<RopeTable<B>> {
         let pairs = self.rotary / 2;
-        let frequencies: Vec<f32> = (0..pairs)
-            .map(|pair| 1.0 / self.theta.powf(f64::from((2 * pair) as f32 / self.rotary as f32)) as f32)
-            .collect();
+        let exact = |pair: usize| 1.0 / self.theta.powf(f64::from((2 * pair) as f32 / self.rotary as f32)) as f32;
+        let frequencies: Vec<f32> = match self.frequencies {
+            RopeFrequencies::F32 => (0..pairs).map(exact).collect(),
+            RopeFrequencies::Bf16 => (0..pairs).map(|pair| bf16::from_f32(exact(pair)).to_f32()).collect(),
+        };
         let angles =
             (0..length).flat_map(|position| frequencies.iter().map(move |frequency| position as f32 * frequency));
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles

@@ -38,8 +38,8 @@ const FREE_SETTINGS: [&str; 3] = ["checkpoint_every", "evaluate_every", "activat
 /// What a run computes: its settings, its model, its data. A checkpoint continues only the run it was made by.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunIdentity {
-    /// Settings that change the result, by name.
-    pub settings: BTreeMap<String, Value>,
+    /// Settings that change the result, by name, as JSON text: text compares exactly, a number read back may not.
+    pub settings: BTreeMap<String, String>,
     /// The model's fingerprint.
     pub model: String,
     /// The training examples' fingerprint.
@@ -67,7 +67,8 @@ pub struct TrainState {
 /// The header's metadata.
 #[derive(Serialize, Deserialize)]
 struct Sealed {
-    state: TrainState,
+    /// The [`TrainState`] as JSON text, so that what is hashed is what is written.
+    state: String,
     sha256: String,
 }
 
@@ -77,14 +78,14 @@ impl RunIdentity {
     /// # Errors
     /// `INTERNAL_ENCODING` when the settings cannot be encoded.
     pub fn new(spec: &TrainSpec, model: &str, data: String) -> Result<Self> {
-        let encoded = serde_json::to_value(spec).map_err(|error| {
+        let fields: BTreeMap<String, Value> = serde_json::from_str(&encoded(spec)?).map_err(|error| {
             Failure::system("INTERNAL_ENCODING", format!("The settings cannot be encoded: {error}"))
         })?;
-        let fields = encoded.as_object().into_iter().flatten();
         Ok(Self {
             settings: fields
+                .into_iter()
                 .filter(|(name, _)| !FREE_SETTINGS.contains(&name.as_str()))
-                .map(|(name, value)| (name.clone(), value.clone()))
+                .map(|(name, value)| (name, value.to_string()))
                 .collect(),
             model: model.to_owned(),
             data,
@@ -161,12 +162,13 @@ impl CheckpointFolder {
             tensors.push((name, tensor.shape(), device.read(tensor)?));
             Ok(())
         })?;
+        let state_text = encoded(state)?;
         let sealed = Sealed {
-            state: state.clone(),
             sha256: seal(
-                state,
+                &state_text,
                 tensors.iter().map(|(name, _, bytes)| (name.as_str(), bytes.as_slice())),
-            )?,
+            ),
+            state: state_text,
         };
         let metadata = HashMap::from([(METADATA_KEY.to_owned(), encoded(&sealed)?)]);
         let views = tensors
@@ -276,18 +278,18 @@ fn read(path: &Path) -> Result<(TrainState, HostTensors)> {
         .get(METADATA_KEY)
         .ok_or_else(|| damaged("It is not a checkpoint"))?;
     let sealed: Sealed = serde_json::from_str(metadata).map_err(|_| damaged("Its state cannot be read"))?;
-    if sealed.state.format != FORMAT {
-        return Err(damaged("It was written by another version"));
-    }
     let mut tensors = HostTensors::new();
     for name in file.tensors().keys() {
         tensors.insert(name.clone(), file.read(name)?.bytes);
     }
     let names = tensors.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()));
-    if seal(&sealed.state, names)? != sealed.sha256 {
+    if seal(&sealed.state, names) != sealed.sha256 {
         return Err(damaged("Its contents do not match its hash"));
     }
-    Ok((sealed.state, tensors))
+    match serde_json::from_str::<TrainState>(&sealed.state) {
+        Ok(state) if state.format == FORMAT => Ok((state, tensors)),
+        _ => Err(damaged("It was written by another version")),
+    }
 }
 
 fn check_identity(path: &Path, identity: &RunIdentity, state: &TrainState) -> Result<()> {
@@ -320,8 +322,8 @@ fn fill<B: Backend>(
 }
 
 /// SHA-256 over the state and all tensors in the order of their names.
-fn seal<'a>(state: &TrainState, tensors: impl Iterator<Item = (&'a str, &'a [u8])>) -> Result<String> {
-    let mut hash = Sha256::new().chain_update(encoded(state)?);
+fn seal<'a>(state: &str, tensors: impl Iterator<Item = (&'a str, &'a [u8])>) -> String {
+    let mut hash = Sha256::new().chain_update(state);
     let mut sorted: Vec<_> = tensors.collect();
     sorted.sort_unstable_by_key(|(name, _)| *name);
     for (name, bytes) in sorted {
@@ -329,14 +331,14 @@ fn seal<'a>(state: &TrainState, tensors: impl Iterator<Item = (&'a str, &'a [u8]
         hash.update((bytes.len() as u64).to_le_bytes());
         hash.update(bytes);
     }
-    Ok(hex::encode(hash.finalize()))
+    hex::encode(hash.finalize())
 }
 
 fn encoded(value: &impl Serialize) -> Result<String> {
     serde_json::to_string(value).map_err(|error| {
         Failure::system(
             "INTERNAL_ENCODING",
-            format!("The checkpoint's state cannot be encoded: {error}"),
+            format!("The run's state cannot be encoded: {error}"),
         )
     })
 }

@@ -59,6 +59,19 @@ impl Bounds {
     pub fn after_steps(self, steps: usize) -> f64 {
         self.backward() * (1.0 + steps as f64)
     }
+
+    /// The trained factors' movement, in the L2 norm. Adam moves every element by about the learning rate, however small its
+    /// gradient: one that lies within its own rounding error of zero may go either way. With gradients spread smoothly around
+    /// zero the share of such elements is about their relative error `δ`; each is off by as much as it moved, so the L2
+    /// error is `√δ`.
+    pub fn movement(self) -> f64 {
+        self.backward().sqrt()
+    }
+
+    /// The same for the median element, which is not one of those.
+    pub fn median_movement(self) -> f64 {
+        self.backward()
+    }
 }
 
 /// Largest difference over largest expected magnitude; infinite where lengths differ, NaN where a value is.
@@ -96,6 +109,21 @@ pub fn relative_norm(got: &[f32], expected: &[f32]) -> f64 {
         .sum();
     let size: f64 = expected.iter().map(|value| square(f64::from(*value))).sum();
     (difference / size).sqrt()
+}
+
+/// Median absolute difference over the expected root mean square.
+pub fn relative_median(got: &[f32], expected: &[f32]) -> f64 {
+    if got.len() != expected.len() || expected.is_empty() {
+        return f64::INFINITY;
+    }
+    let mut differences: Vec<f64> = got
+        .iter()
+        .zip(expected)
+        .map(|(got, expected)| f64::from((got - expected).abs()))
+        .collect();
+    differences.sort_by(f64::total_cmp);
+    let squares: f64 = expected.iter().map(|value| f64::from(*value).powi(2)).sum();
+    differences[differences.len() / 2] / (squares / expected.len() as f64).sqrt()
 }
 
 /// Relative error of one number.

@@ -8,7 +8,9 @@ use brightrun_kernels::ops::{Device, Precision};
 use brightrun_worker::model::adapter::AdapterDtype;
 use brightrun_worker::model::random::CounterRandom;
 use brightrun_worker::model::synthetic::write_checkpoint;
-use brightrun_worker::model::{Encoding, Family, LoadOptions, LoraConfig, LoraSet, Model, ModelConfig};
+use brightrun_worker::model::{
+    Encoding, Family, LoadOptions, LoraConfig, LoraSet, Model, ModelConfig, RopeFrequencies,
+};
 use brightrun_worker::spec::{BaseDtype, TrainSpec};
 use brightrun_worker::train::{Control, EncodedExample, StepReport, TrainEvents, TrainRequest, TrainSummary, run};
 
@@ -17,6 +19,7 @@ pub const VOCABULARY: usize = 96;
 pub const REFERENCE: LoadOptions = LoadOptions {
     encoding: Encoding::Stored,
     precision: Precision::F32,
+    rope_frequencies: RopeFrequencies::F32,
 };
 
 /// A miniature model on a device of `threads` threads.
