@@ -2118,11 +2118,12 @@ create or replace view public.dataset_issues with (security_invoker = true) as
 -- 4.2  Small helpers. A leading underscore marks a function that only this section calls.
 -- ---------------------------------------------------------------------------------------------------------------------
 
--- A JSON number between two bounds; null for anything that is not a number.
+-- A JSON number between two bounds; null for anything that is not a number. Twenty decimals are more than any column or
+-- chart has, and fewer than would underflow a double.
 create or replace function brightrun._number(p_object jsonb, p_key text, p_low numeric, p_high numeric) returns numeric
 language sql immutable set search_path = '' as $$
   select case when jsonb_typeof(p_object -> p_key) = 'number'
-              then least(greatest((p_object ->> p_key)::numeric, p_low), p_high) end
+              then trim_scale(round(least(greatest((p_object ->> p_key)::numeric, p_low), p_high), 20)) end
 $$;
 
 create or replace function brightrun._integer(p_object jsonb, p_key text) returns integer
@@ -2136,9 +2137,17 @@ language sql immutable set search_path = '' as $$
   select case when jsonb_typeof(p_object -> p_key) = 'string' then nullif(left(btrim(p_object ->> p_key), p_length), '') end
 $$;
 
+-- Postgres holds JSON that others cannot read back: numbers beyond a double, nesting without end.
+create or replace function brightrun._is_readable(p_value jsonb) returns boolean
+language sql immutable set search_path = '' as $$
+  select not jsonb_path_exists(p_value, '$.**{32 to last}')
+     and not jsonb_path_exists(p_value, '$.** ? (@.type() == "number" && (@ > 1e300 || @ < -1e300))')
+$$;
+
 create or replace function brightrun._object(p_value jsonb) returns jsonb
 language sql immutable set search_path = '' as $$
-  select case when jsonb_typeof(p_value) = 'object' then jsonb_strip_nulls(p_value) else '{}'::jsonb end
+  select case when jsonb_typeof(p_value) = 'object' and brightrun._is_readable(p_value)
+              then jsonb_strip_nulls(p_value) else '{}'::jsonb end
 $$;
 
 create or replace function brightrun._array(p_value jsonb) returns jsonb
@@ -2220,6 +2229,10 @@ begin
   if v_dataset.user_id is distinct from p_job.user_id then
     raise exception 'Dataset % does not belong to the user of training job %.', p_job.dataset_id, p_job.id
       using errcode = 'insufficient_privilege';
+  end if;
+  if not (brightrun._is_readable(p_job.hyperparameters) and brightrun._is_readable(p_job.gpu_config)) then
+    raise exception 'hyperparameters and gpu_config must hold numbers below 1e300, nested less than 32 deep.'
+      using errcode = 'invalid_parameter_value';
   end if;
   perform brightrun.enqueue(
     p_kind    => 'train',
@@ -2429,7 +2442,7 @@ begin
   return jsonb_build_object(
     'overall_score', v_score, 'convergence_quality', v_quality, 'final_training_loss', v_last,
     'final_validation_loss', v_validation, 'loss_reduction_percent', round(v_reduction, 2),
-    'perplexity', round(exp(least(v_validation, 100)), 4));
+    'perplexity', case when v_validation is not null then round(exp(least(v_validation, 100)), 4) end);
 end $$;
 
 -- A new attempt: what the previous one used is settled, and the row speaks both dialects from now on.
@@ -2823,6 +2836,7 @@ do $$ begin
     from public.training_jobs as job
     join public.datasets as dataset on dataset.id = job.dataset_id and dataset.user_id = job.user_id
    where job.status = 'queued' and not exists (select from brightrun.training_projection where job_id = job.id)
+     and brightrun._is_readable(job.hyperparameters) and brightrun._is_readable(job.gpu_config)
    order by job.created_at;
   perform brightrun._enqueue_validation(dataset)
     from public.datasets as dataset

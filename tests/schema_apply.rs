@@ -44,7 +44,13 @@ async fn catalog(client: &Client) -> Value {
 }
 
 async fn values(client: &Client, query: &str) -> Vec<String> {
-    client.query(query, &[]).await.unwrap().iter().map(|row| row.get(0)).collect()
+    client
+        .query(query, &[])
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect()
 }
 
 #[tokio::test]
@@ -57,12 +63,24 @@ async fn a_second_application_changes_nothing() {
 }
 
 fn assert_same_catalog(one: &Value, other: &Value) {
-    for part in ["columns", "constraints", "indexes", "policies", "triggers", "functions", "grants", "buckets"] {
+    for part in [
+        "columns",
+        "constraints",
+        "indexes",
+        "policies",
+        "triggers",
+        "functions",
+        "grants",
+        "buckets",
+    ] {
         let (had, has) = (one[part].as_array().unwrap(), other[part].as_array().unwrap());
         assert!(!had.is_empty(), "there are {part}");
         let lost: Vec<_> = had.iter().filter(|item| !has.contains(item)).collect();
         let new: Vec<_> = has.iter().filter(|item| !had.contains(item)).collect();
-        assert!(lost.is_empty() && new.is_empty(), "{part}: lost {lost:#?}, new {new:#?}");
+        assert!(
+            lost.is_empty() && new.is_empty(),
+            "{part}: lost {lost:#?}, new {new:#?}"
+        );
     }
 }
 
@@ -70,7 +88,11 @@ fn assert_same_catalog(one: &Value, other: &Value) {
 async fn statements_may_arrive_one_by_one() {
     let database = Database::empty().await;
     for statement in split_statements(SCHEMA) {
-        database.owner.batch_execute(&statement).await.unwrap_or_else(|error| panic!("{error:?} in {statement}"));
+        database
+            .owner
+            .batch_execute(&statement)
+            .await
+            .unwrap_or_else(|error| panic!("{error:?} in {statement}"));
     }
     let one_by_one = catalog(&database.owner).await;
     assert_same_catalog(&one_by_one, &catalog(&Database::migrated().await.owner).await);
@@ -82,7 +104,11 @@ fn split_statements(text: &str) -> Vec<String> {
     let mut statement = String::new();
     let mut open_tag: Option<&str> = None;
     for line in text.lines() {
-        let code = if open_tag.is_none() { line.split("--").next().unwrap_or("") } else { line };
+        let code = if open_tag.is_none() {
+            line.split("--").next().unwrap_or("")
+        } else {
+            line
+        };
         for tag in ["$function$", "$$"] {
             for _ in 0..code.matches(tag).count() {
                 open_tag = match open_tag {
@@ -167,9 +193,18 @@ async fn over_the_owners_tables_only_what_is_missing_is_added() {
     let new = catalog(&database.owner).await;
     let added = |part: &str| -> Vec<String> {
         let had = old[part].as_array().unwrap();
-        let ours = |text: &&str| !text.contains("brightrun") && !text.contains("training_file") && !text.contains("dataset_issues");
-        new[part].as_array().unwrap().iter().filter(|item| !had.contains(item)).filter_map(Value::as_str).filter(ours)
-            .map(str::to_owned).collect()
+        let ours = |text: &&str| {
+            !text.contains("brightrun") && !text.contains("training_file") && !text.contains("dataset_issues")
+        };
+        new[part]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|item| !had.contains(item))
+            .filter_map(Value::as_str)
+            .filter(ours)
+            .map(str::to_owned)
+            .collect()
     };
     assert_eq!(added("columns"), ["public datasets error_message text YES"]);
     assert_eq!(added("constraints"), Vec::<String>::new());
@@ -178,7 +213,11 @@ async fn over_the_owners_tables_only_what_is_missing_is_added() {
         ["CREATE INDEX idx_cost_records_job_id ON public.cost_records USING btree (job_id)"],
         "an index that exists under another name is not made twice"
     );
-    assert_eq!(added("triggers"), Vec::<String>::new(), "updated_at is kept by the owner's own triggers");
+    assert_eq!(
+        added("triggers"),
+        Vec::<String>::new(),
+        "updated_at is kept by the owner's own triggers"
+    );
     let foreign_keys = values(
         &database.owner,
         "select conname::text from pg_constraint where contype = 'f' and conrelid = 'training_jobs'::regclass
@@ -193,7 +232,11 @@ async fn rows_that_waited_before_the_migration_are_enqueued_once() {
     let database = deployed().await;
     for _ in 0..2 {
         database.owner.batch_execute(SCHEMA).await.unwrap();
-        let jobs = values(&database.owner, "select kind || ' ' || state from brightrun.jobs() order by 1").await;
+        let jobs = values(
+            &database.owner,
+            "select kind || ' ' || state from brightrun.jobs() order by 1",
+        )
+        .await;
         assert_eq!(jobs, ["train ready", "validate_dataset ready"]);
     }
     let payload = database.json("select payload from brightrun.jobs('train')", &[]).await;
@@ -215,7 +258,10 @@ async fn a_dangling_artifact_does_not_stop_the_migration() {
     database.owner.batch_execute(SCHEMA).await.unwrap();
     let refused = database
         .owner
-        .execute("update training_jobs set artifact_id = gen_random_uuid() where status = 'completed'", &[])
+        .execute(
+            "update training_jobs set artifact_id = gen_random_uuid() where status = 'completed'",
+            &[],
+        )
         .await
         .unwrap_err();
     assert_eq!(sqlstate(&refused), "23503", "new rows are held to it");
@@ -239,7 +285,9 @@ async fn project(default_grants: bool) -> (Database, Client) {
     let project = database.connect_as(&role).await;
     if default_grants {
         project
-            .batch_execute("alter default privileges in schema public grant all on tables to anon, authenticated, service_role")
+            .batch_execute(
+                "alter default privileges in schema public grant all on tables to anon, authenticated, service_role",
+            )
             .await
             .unwrap();
     }
@@ -265,7 +313,10 @@ async fn a_supabase_project_needs_no_superuser_and_keeps_what_is_the_platforms()
         }
         assert_eq!(database.json(foreign, &[]).await, before);
         let buckets = values(&database.owner, "select id from storage.buckets order by id").await;
-        assert_eq!(buckets, ["conversation-files", "lora-datasets", "lora-models", "training-files"]);
+        assert_eq!(
+            buckets,
+            ["conversation-files", "lora-datasets", "lora-models", "training-files"]
+        );
     }
 }
 
@@ -317,16 +368,26 @@ async fn the_stand_ins_behave_as_the_platforms_functions() {
 
     let user = Uuid::new_v4();
     let mut api = database.signed_in(user).await;
-    let row = api.query("select auth.uid(), auth.role(), auth.jwt() ->> 'sub'", &[]).await.unwrap();
+    let row = api
+        .query("select auth.uid(), auth.role(), auth.jwt() ->> 'sub'", &[])
+        .await
+        .unwrap();
     assert_eq!(row[0].get::<_, Uuid>(0), user);
     assert_eq!(row[0].get::<_, String>(1), "authenticated");
     assert_eq!(row[0].get::<_, String>(2), user.to_string());
     let older = database
         .owner
-        .query_one("select set_config('request.jwt.claim.sub', $1, false), auth.uid()", &[&user.to_string()])
+        .query_one(
+            "select set_config('request.jwt.claim.sub', $1, false), auth.uid()",
+            &[&user.to_string()],
+        )
         .await
         .unwrap();
-    assert_eq!(older.get::<_, Uuid>(1), user, "older PostgREST sets one setting per claim");
+    assert_eq!(
+        older.get::<_, Uuid>(1),
+        user,
+        "older PostgREST sets one setting per claim"
+    );
 }
 
 #[tokio::test]
@@ -334,9 +395,16 @@ async fn object_rows_cannot_be_deleted_by_sql() {
     let database = Database::migrated().await;
     database
         .owner
-        .execute("insert into storage.objects (bucket_id, name) values ('lora-datasets', 'someone/file.jsonl')", &[])
+        .execute(
+            "insert into storage.objects (bucket_id, name) values ('lora-datasets', 'someone/file.jsonl')",
+            &[],
+        )
         .await
         .unwrap();
-    let refused = database.owner.execute("delete from storage.objects", &[]).await.unwrap_err();
+    let refused = database
+        .owner
+        .execute("delete from storage.objects", &[])
+        .await
+        .unwrap_err();
     assert_eq!(sqlstate(&refused), "42501");
 }

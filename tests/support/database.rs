@@ -24,7 +24,9 @@ pub struct Database {
 impl Database {
     /// A new database with nothing in it.
     pub async fn empty() -> Self {
-        let url = brightrun_queue::private_server::testing::fresh_database("app").await.unwrap();
+        let url = brightrun_queue::private_server::testing::fresh_database("app")
+            .await
+            .unwrap();
         let config: Config = url.parse().unwrap();
         let owner = connect(&config).await;
         Self { config, owner }
@@ -49,7 +51,11 @@ impl Database {
 
     /// A connection that speaks as PostgREST does for the key `role` and, when signed in, the user.
     pub async fn api(&self, role: &'static str, user: Option<Uuid>) -> Api {
-        Api { client: self.connect().await, role, user }
+        Api {
+            client: self.connect().await,
+            role,
+            user,
+        }
     }
 
     /// PostgREST for a signed-in user.
@@ -60,7 +66,10 @@ impl Database {
     /// A new user of the app.
     pub async fn user(&self) -> Uuid {
         let user = Uuid::new_v4();
-        self.owner.execute("insert into auth.users (id) values ($1)", &[&user]).await.unwrap();
+        self.owner
+            .execute("insert into auth.users (id) values ($1)", &[&user])
+            .await
+            .unwrap();
         user
     }
 
@@ -86,12 +95,17 @@ impl Database {
 
     /// A job's row as the app reads it.
     pub async fn job(&self, job: Uuid) -> Value {
-        self.json("select to_jsonb(job) from training_jobs job where id = $1", &[&job]).await
+        self.json("select to_jsonb(job) from training_jobs job where id = $1", &[&job])
+            .await
     }
 
     /// The state the engine gives a job; `None` if the engine does not know it.
     pub async fn engine_state(&self, job: Uuid) -> Option<String> {
-        let row = self.owner.query_opt("select state from brightrun.status($1)", &[&job]).await.unwrap();
+        let row = self
+            .owner
+            .query_opt("select state from brightrun.status($1)", &[&job])
+            .await
+            .unwrap();
         row.map(|row| row.get(0))
     }
 
@@ -111,7 +125,11 @@ impl Database {
 
     /// How many rows a query finds.
     pub async fn count(&self, from: &str, parameters: Parameters<'_>) -> i64 {
-        self.owner.query_one(&format!("select count(*) from {from}"), parameters).await.unwrap().get(0)
+        self.owner
+            .query_one(&format!("select count(*) from {from}"), parameters)
+            .await
+            .unwrap()
+            .get(0)
     }
 }
 
@@ -127,8 +145,12 @@ impl Api {
     pub async fn query(&mut self, statement: &str, parameters: Parameters<'_>) -> Result<Vec<Row>, Error> {
         let transaction = self.client.transaction().await?;
         let claims = json!({ "sub": self.user, "role": self.role }).to_string();
-        transaction.batch_execute(&format!("set local role {}", self.role)).await?;
-        transaction.execute("select set_config('request.jwt.claims', $1, true)", &[&claims]).await?;
+        transaction
+            .batch_execute(&format!("set local role {}", self.role))
+            .await?;
+        transaction
+            .execute("select set_config('request.jwt.claims', $1, true)", &[&claims])
+            .await?;
         let rows = transaction.query(statement, parameters).await?;
         transaction.commit().await?;
         Ok(rows)
@@ -204,23 +226,36 @@ impl Run {
         let client = database.connect().await;
         client.batch_execute("set role brightrun_worker").await.unwrap();
         let row = client
-            .query_one("select job_id, token from brightrun.claim('worker-1', array[$1::text])", &[&kind])
+            .query_one(
+                "select job_id, token from brightrun.claim('worker-1', array[$1::text])",
+                &[&kind],
+            )
             .await
             .unwrap();
-        Self { client, job: row.get(0), token: row.get(1) }
+        Self {
+            client,
+            job: row.get(0),
+            token: row.get(1),
+        }
     }
 
     /// Reports an event.
     pub async fn report(&self, event: &str, detail: Value) {
         let parameters: Parameters<'_> = &[&self.job, &self.token, &event, &detail];
-        self.client.execute("select brightrun.report($1, $2, $3, $4)", parameters).await.unwrap();
+        self.client
+            .execute("select brightrun.report($1, $2, $3, $4)", parameters)
+            .await
+            .unwrap();
     }
 
     /// Beats with progress, and returns what the engine tells: alive, cancel, deadline or lost.
     pub async fn beat(&self, progress: Value) -> String {
         let parameters: Parameters<'_> = &[&self.job, &self.token, &progress];
         self.client
-            .query_one("select reply from brightrun.heartbeat(array[$1::uuid], array[$2::bigint], array[$3::jsonb])", parameters)
+            .query_one(
+                "select reply from brightrun.heartbeat(array[$1::uuid], array[$2::bigint], array[$3::jsonb])",
+                parameters,
+            )
             .await
             .unwrap()
             .get(0)
@@ -229,19 +264,31 @@ impl Run {
     /// Completes, and returns the state that the job got.
     pub async fn complete(&self, result: Value) -> Result<String, Error> {
         let parameters: Parameters<'_> = &[&self.job, &self.token, &result];
-        Ok(self.client.query_one("select brightrun.complete($1, $2, $3)", parameters).await?.get(0))
+        Ok(self
+            .client
+            .query_one("select brightrun.complete($1, $2, $3)", parameters)
+            .await?
+            .get(0))
     }
 
     /// Fails, and returns the state that the job got.
     pub async fn fail(&self, error: Value) -> String {
         let parameters: Parameters<'_> = &[&self.job, &self.token, &error];
-        self.client.query_one("select brightrun.fail($1, $2, $3)", parameters).await.unwrap().get(0)
+        self.client
+            .query_one("select brightrun.fail($1, $2, $3)", parameters)
+            .await
+            .unwrap()
+            .get(0)
     }
 
     /// Gives the job back, and returns the state that it got.
     pub async fn release(&self, reason: &str) -> String {
         let parameters: Parameters<'_> = &[&self.job, &self.token, &reason];
-        self.client.query_one("select brightrun.release($1, $2, $3)", parameters).await.unwrap().get(0)
+        self.client
+            .query_one("select brightrun.release($1, $2, $3)", parameters)
+            .await
+            .unwrap()
+            .get(0)
     }
 }
 
