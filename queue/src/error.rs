@@ -170,6 +170,14 @@ impl Error {
         )
     }
 
+    /// Whether the engine or a projector refused the values themselves: the same call cannot succeed.
+    pub fn is_refusal(&self) -> bool {
+        matches!(
+            self,
+            Self::Rejected { .. } | Self::Database { .. } | Self::Answer { .. }
+        )
+    }
+
     /// A stable code, `AREA_WHAT`.
     pub fn code(&self) -> &'static str {
         match self {
@@ -226,20 +234,7 @@ impl Error {
     pub(crate) fn from_driver(error: &tokio_postgres::Error, place: &Place) -> Self {
         let place = place.clone();
         let Some(told) = error.as_db_error() else {
-            let message = chain(error);
-            return if error.is_closed() || message.contains("connecting to server") {
-                if message.contains("connecting to server") {
-                    Self::Unreachable { place, message }
-                } else {
-                    Self::ConnectionLost { place, message }
-                }
-            } else if message.contains("password") {
-                Self::WrongPassword { place, message }
-            } else if caused_by_io(error) {
-                Self::ConnectionLost { place, message }
-            } else {
-                Self::Answer { job: None, message }
-            };
+            return Self::from_broken_talk(error, place);
         };
         let message = match told.hint() {
             Some(hint) => format!("{} ({hint})", told.message()),
@@ -263,6 +258,23 @@ impl Error {
                 code: code.to_owned(),
                 message,
             },
+        }
+    }
+
+    /// An error that is not the server's word: it was not reached, or the talk broke off. The driver
+    /// tells these apart only by their texts.
+    fn from_broken_talk(error: &tokio_postgres::Error, place: Place) -> Self {
+        let message = chain(error);
+        if message.contains("connecting to server") || message.contains("timeout") {
+            Self::Unreachable { place, message }
+        } else if message.contains("TLS") {
+            Self::Config { message }
+        } else if error.is_closed() || caused_by_io(error) {
+            Self::ConnectionLost { place, message }
+        } else if message.contains("password") || message.contains("authentication") {
+            Self::WrongPassword { place, message }
+        } else {
+            Self::Answer { job: None, message }
         }
     }
 
