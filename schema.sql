@@ -2061,11 +2061,15 @@ on conflict (section) do update set version = excluded.version, applied_at = exc
 --   cancelled           SPEND
 --   redriven            –                                    a failed job is queued again
 --
+-- The engine bounds an object: 64 KiB with a heartbeat, 1 MiB with a report or a result.
+--
 -- ## … and of kind `validate_dataset`
+--   claimed, resumed    –                                    the issues of the last validation go
+--   issues (report)     issues [{line, path, code, message, hint, severity error|warning|info}], as often as there are
+--                       more than fit; 10,000 are kept
 --   completed           valid (default: no issue is an error), error_count, error_message, sample_data [≤3 records],
 --                       statistics {total_training_pairs, total_validation_pairs, total_tokens,
---                       avg_turns_per_conversation, avg_tokens_per_turn},
---                       issues [{line, path, code, message, hint, severity error|warning|info}] (the first 10,000 are kept)
+--                       avg_turns_per_conversation, avg_tokens_per_turn}, issues (the rest of them)
 --   failed              as above; the dataset turns `error` with that text
 --   cancelled           the dataset turns `error`
 -- A bad dataset is a *completed* validation with valid = false; `failed` means that it could not be examined.
@@ -2717,21 +2721,20 @@ end $$;
 -- 4.5  From the engine to a dataset
 -- ---------------------------------------------------------------------------------------------------------------------
 
-create or replace function brightrun._replace_dataset_issues(p_dataset public.datasets, p_issues jsonb) returns void
-language plpgsql set search_path = '' as $$
-begin
-  delete from brightrun.dataset_issue where dataset_id = p_dataset.id;
+create or replace function brightrun._add_dataset_issues(p_dataset public.datasets, p_issues jsonb) returns void
+language sql set search_path = '' as $$
   insert into brightrun.dataset_issue (dataset_id, ordinal, user_id, severity, line, path, code, message, hint)
-  select p_dataset.id, issue.ordinality, p_dataset.user_id,
+  select p_dataset.id, known.count + issue.ordinality, p_dataset.user_id,
          case when issue.value ->> 'severity' in ('warning', 'info') then issue.value ->> 'severity' else 'error' end,
          nullif(trunc(brightrun._number(issue.value, 'line', 0, 9e18))::bigint, 0),
          brightrun._text(issue.value, 'path', 1000),
          coalesce(brightrun._text(issue.value, 'code', 100), 'DATA_UNKNOWN'),
          coalesce(brightrun._text(issue.value, 'message', 4000), 'Unknown problem.'),
          brightrun._text(issue.value, 'hint', 4000)
-    from jsonb_array_elements(brightrun._array(p_issues)) with ordinality as issue
-   where issue.ordinality <= 10000;
-end $$;
+    from (select count(*) from brightrun.dataset_issue where dataset_id = p_dataset.id) as known,
+         jsonb_array_elements(brightrun._array(p_issues)) with ordinality as issue
+   where known.count + issue.ordinality <= 10000
+$$;
 
 -- The first ten errors in the shape of the app's dataset card; null when there are none.
 create or replace function brightrun._validation_errors(p_dataset_id uuid) returns jsonb
@@ -2749,7 +2752,7 @@ declare
   v_errors     integer;
   v_is_valid   boolean;
 begin
-  perform brightrun._replace_dataset_issues(p_dataset, p_detail -> 'issues');
+  perform brightrun._add_dataset_issues(p_dataset, p_detail -> 'issues');
   select greatest(count(*), brightrun._integer(p_detail, 'error_count')) into v_errors
     from brightrun.dataset_issue where dataset_id = p_dataset.id and severity = 'error';
   v_is_valid := v_errors = 0 and p_detail -> 'valid' is distinct from 'false'::jsonb;
@@ -2799,6 +2802,8 @@ begin
     return;
   end if;
   case p_event
+    when 'claimed', 'resumed' then delete from brightrun.dataset_issue where dataset_id = v_dataset.id;
+    when 'issues'    then perform brightrun._add_dataset_issues(v_dataset, v_detail -> 'issues');
     when 'completed' then perform brightrun._dataset_validated(v_dataset, v_detail);
     when 'failed'    then perform brightrun._dataset_refused(v_dataset, brightrun._failure_text(v_detail));
     when 'cancelled' then perform brightrun._dataset_refused(v_dataset, 'The validation was cancelled. Confirm the upload again.');

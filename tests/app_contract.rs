@@ -721,6 +721,33 @@ async fn a_bad_dataset_shows_its_first_ten_errors_and_keeps_all() {
 }
 
 #[tokio::test]
+async fn a_report_too_long_for_one_message_comes_in_parts() {
+    let (database, user, dataset) = uploading().await;
+    confirm(&database, user, dataset).await;
+    let part = |count: usize| json!({ "issues": vec![json!({ "line": 1, "code": "DATA_X", "message": "m" }); count] });
+    let run = Run::claim(&database, "validate_dataset").await;
+    run.report("issues", part(7)).await;
+    run.release("shutdown").await;
+    let run = Run::claim(&database, "validate_dataset").await;
+    assert_eq!(
+        database.count("brightrun.dataset_issue", &[]).await,
+        0,
+        "a new attempt reports anew"
+    );
+    run.report("issues", part(6000)).await;
+    run.report("issues", part(6000)).await;
+    let mut result = part(2);
+    result["error_count"] = json!(12002);
+    run.complete(result).await.unwrap();
+    assert_eq!(database.count("brightrun.dataset_issue", &[]).await, 10_000);
+    let row = dataset_row(&database, dataset).await;
+    assert_eq!(
+        row["error_message"], "Found 12002 validation error(s)",
+        "what is not kept is still counted"
+    );
+}
+
+#[tokio::test]
 async fn the_latest_upload_is_the_one_that_counts() {
     let (database, user, dataset) = uploading().await;
     confirm(&database, user, dataset).await;
