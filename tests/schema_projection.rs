@@ -341,14 +341,14 @@ async fn a_row_with_null_numbers_is_mended_by_the_next_event() {
     let job = Job::running().await;
     job.set("progress = null, current_cost = null, retry_count = null, current_metrics = null")
         .await;
-    job.event("progress", json!({ "metrics": { "training_loss": 2.0 } }))
+    job.event("progress", json!({ "metrics": { "training_loss": 2.5 } }))
         .await;
     assert_columns(
         &job.row().await,
         &[
             ("progress", json!(0.0)),
             ("current_cost", json!(0.0)),
-            ("current_metrics", json!({ "training_loss": 2.0 })),
+            ("current_metrics", json!({ "training_loss": 2.5 })),
         ],
     );
     job.event("retry", json!({})).await;
