@@ -2346,7 +2346,7 @@ $$;
 create or replace function brightrun._gpu_hours(p_job public.training_jobs) returns numeric
 language sql stable set search_path = '' as $$
   select round(coalesce(nullif(settled_gpu_seconds + attempt_gpu_seconds, 0),
-                        extract(epoch from now() - p_job.started_at), 0) / 3600, 4)
+                        extract(epoch from coalesce(p_job.completed_at, now()) - p_job.started_at), 0) / 3600, 4)
     from brightrun.training_projection where job_id = p_job.id
 $$;
 
@@ -2662,7 +2662,8 @@ language plpgsql set search_path = '' as $$
 declare
   v_cost numeric;
 begin
-  if not (brightrun._is_active(p_job.status) or p_job.status = 'cancelled') then
+  if not (brightrun._is_active(p_job.status) or p_job.status = 'cancelled')
+     or (select ended from brightrun.training_projection where job_id = p_job.id) then
     return;
   end if;
   perform brightrun._note_spend(p_job, p_detail);
