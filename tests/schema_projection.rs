@@ -794,39 +794,6 @@ async fn nothing_moves_a_job_out_of_a_terminal_state() {
 }
 
 #[tokio::test]
-async fn a_cancel_records_spend_that_arrives_late() {
-    let job = Job::running().await;
-    job.event("progress", json!({ "cost": 1.0, "gpu_seconds": 100 })).await;
-    assert_eq!(
-        job.database
-            .signed_in(job.user)
-            .await
-            .cancel_job(job.id, 1.0)
-            .await
-            .unwrap(),
-        1
-    );
-    job.event(
-        "progress",
-        json!({ "cost": 1.2, "gpu_seconds": 120, "progress": 90, "step": 4 }),
-    )
-    .await;
-    assert_columns(
-        &job.row().await,
-        &[
-            ("final_cost", json!(1.0)),
-            ("progress", json!(0.0)),
-            ("current_step", json!(0)),
-        ],
-    );
-    job.event("spend", json!({ "cost": 1.3, "gpu_seconds": 130 })).await;
-    job.event("cancelled", json!({ "reason": null, "instead_of": "failed" }))
-        .await;
-    assert_eq!(job.row().await["final_cost"], json!(1.3));
-    assert_eq!(job.costs().await[0]["amount"], json!(1.3));
-}
-
-#[tokio::test]
 async fn an_artifact_must_lie_in_its_owners_folder() {
     let job = Job::running().await;
     let (artifact, stranger) = (Uuid::new_v4(), Uuid::new_v4());
