@@ -31,7 +31,7 @@ async fn a_wrong_password_a_missing_database_and_a_dead_port_are_told_apart() {
     assert!(matches!(failure(&wrong).await, Error::WrongPassword { .. }));
     let without = format!("postgresql://postgres@{place}");
     assert!(matches!(failure(&without).await, Error::WrongPassword { .. }));
-    let missing = good.replace("/postgres", "/nowhere");
+    let missing = format!("{}/nowhere", good.strip_suffix("/postgres").unwrap());
     assert!(matches!(failure(&missing).await, Error::DatabaseMissing { .. }));
     let required = format!("{good}?sslmode=require");
     let error = failure(&required).await;

@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::support::{database, engine_section, eventually};
+use crate::support::{database, engine_section, eventually, long_text};
 
 /// Does what the payload says, and tells the test that it has begun.
 struct Obedient {
@@ -36,10 +36,7 @@ impl Handler for Obedient {
                 reason => Ending::Complete(json!({"stopped": format!("{reason:?}")})),
             },
             Some("never end") => std::future::pending().await,
-            Some("too large a result") => {
-                let text: String = (0..1_500_000).map(|n| char::from(b'a' + (n * n % 26) as u8)).collect();
-                Ending::Complete(json!(text))
-            }
+            Some("too large a result") => Ending::Complete(json!(long_text())),
             _ => Ending::Complete(json!({"ok": true})),
         }
     }

@@ -184,3 +184,13 @@ pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut holds:
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
+
+/// A text that a megabyte's limit cannot be fooled with by compression.
+pub fn long_text() -> String {
+    let mut state = 1_u64;
+    let mut letter = |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        char::from(b'!' + (state >> 33) as u8 % 90)
+    };
+    (0..1_500_000).map(&mut letter).collect()
+}
