@@ -2061,11 +2061,15 @@ on conflict (section) do update set version = excluded.version, applied_at = exc
 --   cancelled           SPEND
 --   redriven            –                                    a failed job is queued again
 --
+-- The engine bounds an object: 64 KiB with a heartbeat, 1 MiB with a report or a result.
+--
 -- ## … and of kind `validate_dataset`
+--   claimed, resumed    –                                    the issues of the last validation go
+--   issues (report)     issues [{line, path, code, message, hint, severity error|warning|info}], as often as there are
+--                       more than fit; 10,000 are kept
 --   completed           valid (default: no issue is an error), error_count, error_message, sample_data [≤3 records],
 --                       statistics {total_training_pairs, total_validation_pairs, total_tokens,
---                       avg_turns_per_conversation, avg_tokens_per_turn},
---                       issues [{line, path, code, message, hint, severity error|warning|info}] (the first 10,000 are kept)
+--                       avg_turns_per_conversation, avg_tokens_per_turn}, issues (the rest of them)
 --   failed              as above; the dataset turns `error` with that text
 --   cancelled           the dataset turns `error`
 -- A bad dataset is a *completed* validation with valid = false; `failed` means that it could not be examined.
@@ -2118,11 +2122,12 @@ create or replace view public.dataset_issues with (security_invoker = true) as
 -- 4.2  Small helpers. A leading underscore marks a function that only this section calls.
 -- ---------------------------------------------------------------------------------------------------------------------
 
--- A JSON number between two bounds; null for anything that is not a number.
+-- A JSON number between two bounds; null for anything that is not a number. Twenty decimals are more than any column or
+-- chart has, and fewer than would underflow a double.
 create or replace function brightrun._number(p_object jsonb, p_key text, p_low numeric, p_high numeric) returns numeric
 language sql immutable set search_path = '' as $$
   select case when jsonb_typeof(p_object -> p_key) = 'number'
-              then least(greatest((p_object ->> p_key)::numeric, p_low), p_high) end
+              then trim_scale(round(least(greatest((p_object ->> p_key)::numeric, p_low), p_high), 20)) end
 $$;
 
 create or replace function brightrun._integer(p_object jsonb, p_key text) returns integer
@@ -2136,9 +2141,17 @@ language sql immutable set search_path = '' as $$
   select case when jsonb_typeof(p_object -> p_key) = 'string' then nullif(left(btrim(p_object ->> p_key), p_length), '') end
 $$;
 
+-- Postgres holds JSON that others cannot read back: numbers beyond a double, nesting without end.
+create or replace function brightrun._is_readable(p_value jsonb) returns boolean
+language sql immutable set search_path = '' as $$
+  select not jsonb_path_exists(p_value, '$.**{32 to last}')
+     and not jsonb_path_exists(p_value, '$.** ? (@.type() == "number" && (@ > 1e300 || @ < -1e300))')
+$$;
+
 create or replace function brightrun._object(p_value jsonb) returns jsonb
 language sql immutable set search_path = '' as $$
-  select case when jsonb_typeof(p_value) = 'object' then jsonb_strip_nulls(p_value) else '{}'::jsonb end
+  select case when jsonb_typeof(p_value) = 'object' and brightrun._is_readable(p_value)
+              then jsonb_strip_nulls(p_value) else '{}'::jsonb end
 $$;
 
 create or replace function brightrun._array(p_value jsonb) returns jsonb
@@ -2220,6 +2233,10 @@ begin
   if v_dataset.user_id is distinct from p_job.user_id then
     raise exception 'Dataset % does not belong to the user of training job %.', p_job.dataset_id, p_job.id
       using errcode = 'insufficient_privilege';
+  end if;
+  if not (brightrun._is_readable(p_job.hyperparameters) and brightrun._is_readable(p_job.gpu_config)) then
+    raise exception 'hyperparameters and gpu_config must hold numbers below 1e300, nested less than 32 deep.'
+      using errcode = 'invalid_parameter_value';
   end if;
   perform brightrun.enqueue(
     p_kind    => 'train',
@@ -2329,7 +2346,7 @@ $$;
 create or replace function brightrun._gpu_hours(p_job public.training_jobs) returns numeric
 language sql stable set search_path = '' as $$
   select round(coalesce(nullif(settled_gpu_seconds + attempt_gpu_seconds, 0),
-                        extract(epoch from now() - p_job.started_at), 0) / 3600, 4)
+                        extract(epoch from coalesce(p_job.completed_at, now()) - p_job.started_at), 0) / 3600, 4)
     from brightrun.training_projection where job_id = p_job.id
 $$;
 
@@ -2429,7 +2446,7 @@ begin
   return jsonb_build_object(
     'overall_score', v_score, 'convergence_quality', v_quality, 'final_training_loss', v_last,
     'final_validation_loss', v_validation, 'loss_reduction_percent', round(v_reduction, 2),
-    'perplexity', round(exp(least(v_validation, 100)), 4));
+    'perplexity', case when v_validation is not null then round(exp(least(v_validation, 100)), 4) end);
 end $$;
 
 -- A new attempt: what the previous one used is settled, and the row speaks both dialects from now on.
@@ -2645,7 +2662,8 @@ language plpgsql set search_path = '' as $$
 declare
   v_cost numeric;
 begin
-  if not (brightrun._is_active(p_job.status) or p_job.status = 'cancelled') then
+  if not (brightrun._is_active(p_job.status) or p_job.status = 'cancelled')
+     or (select ended from brightrun.training_projection where job_id = p_job.id) then
     return;
   end if;
   perform brightrun._note_spend(p_job, p_detail);
@@ -2704,21 +2722,20 @@ end $$;
 -- 4.5  From the engine to a dataset
 -- ---------------------------------------------------------------------------------------------------------------------
 
-create or replace function brightrun._replace_dataset_issues(p_dataset public.datasets, p_issues jsonb) returns void
-language plpgsql set search_path = '' as $$
-begin
-  delete from brightrun.dataset_issue where dataset_id = p_dataset.id;
+create or replace function brightrun._add_dataset_issues(p_dataset public.datasets, p_issues jsonb) returns void
+language sql set search_path = '' as $$
   insert into brightrun.dataset_issue (dataset_id, ordinal, user_id, severity, line, path, code, message, hint)
-  select p_dataset.id, issue.ordinality, p_dataset.user_id,
+  select p_dataset.id, known.count + issue.ordinality, p_dataset.user_id,
          case when issue.value ->> 'severity' in ('warning', 'info') then issue.value ->> 'severity' else 'error' end,
          nullif(trunc(brightrun._number(issue.value, 'line', 0, 9e18))::bigint, 0),
          brightrun._text(issue.value, 'path', 1000),
          coalesce(brightrun._text(issue.value, 'code', 100), 'DATA_UNKNOWN'),
          coalesce(brightrun._text(issue.value, 'message', 4000), 'Unknown problem.'),
          brightrun._text(issue.value, 'hint', 4000)
-    from jsonb_array_elements(brightrun._array(p_issues)) with ordinality as issue
-   where issue.ordinality <= 10000;
-end $$;
+    from (select count(*) from brightrun.dataset_issue where dataset_id = p_dataset.id) as known,
+         jsonb_array_elements(brightrun._array(p_issues)) with ordinality as issue
+   where known.count + issue.ordinality <= 10000
+$$;
 
 -- The first ten errors in the shape of the app's dataset card; null when there are none.
 create or replace function brightrun._validation_errors(p_dataset_id uuid) returns jsonb
@@ -2736,7 +2753,7 @@ declare
   v_errors     integer;
   v_is_valid   boolean;
 begin
-  perform brightrun._replace_dataset_issues(p_dataset, p_detail -> 'issues');
+  perform brightrun._add_dataset_issues(p_dataset, p_detail -> 'issues');
   select greatest(count(*), brightrun._integer(p_detail, 'error_count')) into v_errors
     from brightrun.dataset_issue where dataset_id = p_dataset.id and severity = 'error';
   v_is_valid := v_errors = 0 and p_detail -> 'valid' is distinct from 'false'::jsonb;
@@ -2786,6 +2803,8 @@ begin
     return;
   end if;
   case p_event
+    when 'claimed', 'resumed' then delete from brightrun.dataset_issue where dataset_id = v_dataset.id;
+    when 'issues'    then perform brightrun._add_dataset_issues(v_dataset, v_detail -> 'issues');
     when 'completed' then perform brightrun._dataset_validated(v_dataset, v_detail);
     when 'failed'    then perform brightrun._dataset_refused(v_dataset, brightrun._failure_text(v_detail));
     when 'cancelled' then perform brightrun._dataset_refused(v_dataset, 'The validation was cancelled. Confirm the upload again.');
@@ -2823,6 +2842,7 @@ do $$ begin
     from public.training_jobs as job
     join public.datasets as dataset on dataset.id = job.dataset_id and dataset.user_id = job.user_id
    where job.status = 'queued' and not exists (select from brightrun.training_projection where job_id = job.id)
+     and brightrun._is_readable(job.hyperparameters) and brightrun._is_readable(job.gpu_config)
    order by job.created_at;
   perform brightrun._enqueue_validation(dataset)
     from public.datasets as dataset

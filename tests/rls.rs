@@ -74,7 +74,12 @@ async fn check(statement: impl Fn(&Owner) -> String, expected: [Answer; 4]) {
     let owner = owner_of_rows(&database).await;
     let stranger = database.user().await;
     let statement = statement(&owner);
-    let callers = [("anon", None), ("authenticated", Some(owner.user)), ("authenticated", Some(stranger)), ("service_role", None)];
+    let callers = [
+        ("anon", None),
+        ("authenticated", Some(owner.user)),
+        ("authenticated", Some(stranger)),
+        ("service_role", None),
+    ];
     let mut found = Vec::new();
     // The owner of the row comes last but one, so that a statement that works does not spoil the others.
     for index in [0, 2, 1, 3] {
@@ -98,10 +103,25 @@ fn rows_of(table: &str, user: Uuid) -> String {
 
 #[tokio::test]
 async fn rows_are_seen_by_their_owner_only() {
-    for table in ["datasets", "training_jobs", "metrics_points", "model_artifacts", "cost_records", "notifications"] {
-        check(|owner| format!("select 1 from {}", rows_of(table, owner.user)), [Nothing, Done, Nothing, Done]).await;
+    for table in [
+        "datasets",
+        "training_jobs",
+        "metrics_points",
+        "model_artifacts",
+        "cost_records",
+        "notifications",
+    ] {
+        check(
+            |owner| format!("select 1 from {}", rows_of(table, owner.user)),
+            [Nothing, Done, Nothing, Done],
+        )
+        .await;
     }
-    check(|owner| format!("select 1 from {}", rows_of("training_files", owner.user)), [Done, Done, Done, Done]).await;
+    check(
+        |owner| format!("select 1 from {}", rows_of("training_files", owner.user)),
+        [Done, Done, Done, Done],
+    )
+    .await;
     check(
         |owner| format!("select 1 from dataset_issues where dataset_id = '{}'", owner.dataset),
         [Refused, Done, Nothing, Done],
@@ -134,7 +154,12 @@ async fn a_user_inserts_only_rows_of_his_own() {
     )
     .await;
     check(
-        |owner| format!("insert into notifications (user_id, type, title, message) values ('{}', 't', 't', 'm')", owner.user),
+        |owner| {
+            format!(
+                "insert into notifications (user_id, type, title, message) values ('{}', 't', 't', 'm')",
+                owner.user
+            )
+        },
         [Refused, Done, Refused, Done],
     )
     .await;
@@ -174,25 +199,39 @@ async fn results_and_costs_are_written_by_the_server_only() {
         [Refused, Refused, Refused, Done],
     )
     .await;
-    for (table, change) in
-        [("metrics_points", "training_loss = 0"), ("model_artifacts", "name = 'mine'"), ("cost_records", "amount = 0")]
-    {
+    for (table, change) in [
+        ("metrics_points", "training_loss = 0"),
+        ("model_artifacts", "name = 'mine'"),
+        ("cost_records", "amount = 0"),
+    ] {
         check(
             |owner| {
-                let (name, condition) = rows_of(table, owner.user).split_once(" where ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+                let (name, condition) = rows_of(table, owner.user)
+                    .split_once(" where ")
+                    .map(|(a, b)| (a.to_owned(), b.to_owned()))
+                    .unwrap();
                 format!("update {name} set {change} where {condition}")
             },
             [Refused, Refused, Refused, Done],
         )
         .await;
-        check(|owner| format!("delete from {}", rows_of(table, owner.user)), [Refused, Refused, Refused, Done]).await;
+        check(
+            |owner| format!("delete from {}", rows_of(table, owner.user)),
+            [Refused, Refused, Refused, Done],
+        )
+        .await;
     }
 }
 
 #[tokio::test]
 async fn a_user_changes_only_rows_of_his_own() {
     check(
-        |owner| format!("update datasets set deleted_at = now() where user_id = '{}'", owner.user),
+        |owner| {
+            format!(
+                "update datasets set deleted_at = now() where user_id = '{}'",
+                owner.user
+            )
+        },
         [Refused, Done, Nothing, Done],
     )
     .await;
@@ -202,12 +241,22 @@ async fn a_user_changes_only_rows_of_his_own() {
     )
     .await;
     check(
-        |owner| format!("update training_jobs set status = 'cancelled' where id = '{}' and status = 'queued'", owner.job),
+        |owner| {
+            format!(
+                "update training_jobs set status = 'cancelled' where id = '{}' and status = 'queued'",
+                owner.job
+            )
+        },
         [Refused, Done, Nothing, Nothing],
     )
     .await;
     check(
-        |owner| format!("update training_files set description = 'd' where name = '{}'", owner.user),
+        |owner| {
+            format!(
+                "update training_files set description = 'd' where name = '{}'",
+                owner.user
+            )
+        },
         [Refused, Done, Nothing, Done],
     )
     .await;
@@ -239,8 +288,24 @@ async fn a_user_deletes_only_datasets_of_his_own() {
     let dataset = database.ready_dataset(user).await;
     let removed = "delete from datasets where id = $1";
     let stranger = database.user().await;
-    assert_eq!(database.signed_in(stranger).await.execute(removed, &[&dataset]).await.unwrap(), 0);
-    assert_eq!(database.signed_in(user).await.execute(removed, &[&dataset]).await.unwrap(), 1);
+    assert_eq!(
+        database
+            .signed_in(stranger)
+            .await
+            .execute(removed, &[&dataset])
+            .await
+            .unwrap(),
+        0
+    );
+    assert_eq!(
+        database
+            .signed_in(user)
+            .await
+            .execute(removed, &[&dataset])
+            .await
+            .unwrap(),
+        1
+    );
 }
 
 #[tokio::test]
@@ -272,9 +337,10 @@ async fn a_dataset_cannot_name_somebody_elses_object() {
         let refused = app.execute(insert, &[&user, &bucket, &path]).await.unwrap_err();
         assert_eq!(sqlstate(&refused), "42501", "{bucket} {path}");
     }
-    for (bucket, path) in
-        [("lora-datasets", format!("{user}/d/my..file.jsonl")), ("training-files", "42/training.jsonl".to_owned())]
-    {
+    for (bucket, path) in [
+        ("lora-datasets", format!("{user}/d/my..file.jsonl")),
+        ("training-files", "42/training.jsonl".to_owned()),
+    ] {
         assert_eq!(app.execute(insert, &[&user, &bucket, &path]).await.unwrap(), 1);
     }
     let moved = format!("update datasets set storage_path = '{stranger}/x'  where storage_bucket = 'lora-datasets'");
@@ -286,7 +352,12 @@ async fn a_job_cannot_train_on_somebody_elses_dataset() {
     let database = Database::migrated().await;
     let owner = owner_of_rows(&database).await;
     let stranger = database.user().await;
-    let refused = database.signed_in(stranger).await.insert_job(owner.dataset).await.unwrap_err();
+    let refused = database
+        .signed_in(stranger)
+        .await
+        .insert_job(owner.dataset)
+        .await
+        .unwrap_err();
     assert_eq!(sqlstate(&refused), "42501");
 }
 
@@ -323,12 +394,19 @@ async fn api_roles_cannot_call_the_engine() {
     for statement in [
         "select brightrun.enqueue('train')".to_owned(),
         format!("select brightrun.cancel('{}')", owner.job),
-        format!("select brightrun.project_training_job('{}', 'completed', '{{}}')", owner.job),
+        format!(
+            "select brightrun.project_training_job('{}', 'completed', '{{}}')",
+            owner.job
+        ),
         "select * from brightrun.job".to_owned(),
         "select * from brightrun.training_projection".to_owned(),
     ] {
         for (role, user) in [("anon", None), ("authenticated", Some(owner.user))] {
-            assert_eq!(answer(&mut database.api(role, user).await, &statement).await, Refused, "{role}: {statement}");
+            assert_eq!(
+                answer(&mut database.api(role, user).await, &statement).await,
+                Refused,
+                "{role}: {statement}"
+            );
         }
     }
 }
@@ -338,9 +416,16 @@ async fn a_worker_can_execute_engine_functions_and_nothing_else() {
     let database = Database::migrated().await;
     let owner = owner_of_rows(&database).await;
     let mut worker = database.api("brightrun_worker", None).await;
-    let claimed = worker.query("select * from brightrun.claim('w', array['train'])", &[]).await.unwrap();
+    let claimed = worker
+        .query("select * from brightrun.claim('w', array['train'])", &[])
+        .await
+        .unwrap();
     assert_eq!(claimed.len(), 1);
-    assert_eq!(database.job(owner.job).await["status"], "initializing", "the projector wrote with the owner's rights");
+    assert_eq!(
+        database.job(owner.job).await["status"],
+        "initializing",
+        "the projector wrote with the owner's rights"
+    );
     let tables: Vec<String> = database
         .owner
         .query(
@@ -354,9 +439,16 @@ async fn a_worker_can_execute_engine_functions_and_nothing_else() {
         .collect();
     assert!(tables.len() > 15);
     for table in tables {
-        assert_eq!(answer(&mut worker, &format!("select 1 from {table}")).await, Refused, "{table}");
+        assert_eq!(
+            answer(&mut worker, &format!("select 1 from {table}")).await,
+            Refused,
+            "{table}"
+        );
     }
-    let project = format!("select brightrun.project_training_job('{}', 'completed', '{{}}')", owner.job);
+    let project = format!(
+        "select brightrun.project_training_job('{}', 'completed', '{{}}')",
+        owner.job
+    );
     assert_eq!(answer(&mut worker, &project).await, Refused);
 }
 
@@ -372,7 +464,10 @@ async fn storage_objects_are_kept_apart_by_folder() {
     let model = format!("{user}/a/adapter_model.safetensors");
 
     assert_eq!(app.execute(upload, &[&"lora-datasets", &dataset]).await.unwrap(), 1);
-    let refused = other.execute(upload, &[&"lora-datasets", &format!("{user}/d/g.jsonl")]).await.unwrap_err();
+    let refused = other
+        .execute(upload, &[&"lora-datasets", &format!("{user}/d/g.jsonl")])
+        .await
+        .unwrap_err();
     assert_eq!(sqlstate(&refused), "42501");
     let refused = app.execute(upload, &[&"lora-models", &model]).await.unwrap_err();
     assert_eq!(sqlstate(&refused), "42501", "models are written by the server");
@@ -391,10 +486,25 @@ async fn the_history_of_a_job_is_readable_by_its_owner() {
     let owner = owner_of_rows(&database).await;
     let stranger = database.user().await;
     let history = "select event from training_job_events($1)";
-    let seen = database.signed_in(owner.user).await.query(history, &[&owner.job]).await.unwrap();
+    let seen = database
+        .signed_in(owner.user)
+        .await
+        .query(history, &[&owner.job])
+        .await
+        .unwrap();
     assert_eq!(seen[0].get::<_, String>(0), "enqueued");
-    let seen = database.signed_in(stranger).await.query(history, &[&owner.job]).await.unwrap();
+    let seen = database
+        .signed_in(stranger)
+        .await
+        .query(history, &[&owner.job])
+        .await
+        .unwrap();
     assert!(seen.is_empty());
-    let refused = database.api("anon", None).await.query(history, &[&owner.job]).await.unwrap_err();
+    let refused = database
+        .api("anon", None)
+        .await
+        .query(history, &[&owner.job])
+        .await
+        .unwrap_err();
     assert_eq!(sqlstate(&refused), "42501");
 }

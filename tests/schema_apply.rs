@@ -7,6 +7,7 @@
 #[allow(dead_code)]
 mod database;
 
+use brightrun_queue::private_server::{Options, PrivateServer};
 use database::{Database, SCHEMA, sqlstate};
 use serde_json::{Value, json};
 use tokio_postgres::Client;
@@ -345,6 +346,44 @@ async fn on_a_supabase_project_the_triggers_work_for_a_signed_in_user() {
     assert_eq!(database.engine_state(job).await.as_deref(), Some("ready"));
     assert_eq!(app.cancel_job(job, 0.0).await.unwrap(), 1);
     assert_eq!(database.engine_state(job).await.as_deref(), Some("cancelled"));
+}
+
+#[tokio::test]
+async fn a_plain_cluster_needs_no_superuser_either() {
+    let server = PrivateServer::start(&Options::default()).unwrap();
+    let connect = async |role: &str, database: &str| {
+        let mut config: tokio_postgres::Config = server.url(database).parse().unwrap();
+        let (client, connection) = config.user(role).connect(tokio_postgres::NoTls).await.unwrap();
+        tokio::spawn(connection);
+        client
+    };
+    let superuser = connect("postgres", "postgres").await;
+    superuser
+        .batch_execute("create role project login createdb createrole")
+        .await
+        .unwrap();
+    connect("project", "postgres")
+        .await
+        .batch_execute("create database app")
+        .await
+        .unwrap();
+    let project = connect("project", "app").await;
+    for _ in 0..2 {
+        project.batch_execute(SCHEMA).await.unwrap();
+    }
+    let roles = "select rolname::text from pg_roles where rolname in
+                 ('anon', 'authenticated', 'service_role', 'authenticator', 'brightrun_worker') order by 1";
+    assert_eq!(
+        values(&project, roles).await,
+        [
+            "anon",
+            "authenticated",
+            "authenticator",
+            "brightrun_worker",
+            "service_role"
+        ]
+    );
+    server.stop().unwrap();
 }
 
 #[tokio::test]
