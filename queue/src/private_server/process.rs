@@ -59,7 +59,7 @@ fn command(program: &Path, owner: Owner) -> Command {
 
 /// A fresh folder under the system's temporary one. Its name is unique for this process and time.
 pub(super) fn temporary_folder() -> ServerResult<PathBuf> {
-    let folder = std::env::temp_dir().join(format!("brightrun-pg-{:.12}", uuid::Uuid::new_v4().simple()));
+    let folder = std::env::temp_dir().join(format!("brightrun-pg-{}", uuid::Uuid::new_v4().simple()));
     std::fs::create_dir(&folder).map_err(io_error("creating", &folder))?;
     Ok(folder)
 }
@@ -89,7 +89,7 @@ pub(super) fn socket_folder(folder: &Path, owner: Owner) -> ServerResult<PathBuf
     if folder.as_os_str().len() <= SOCKET_FOLDER_LIMIT {
         return Ok(folder.to_owned());
     }
-    let short = PathBuf::from(format!("/tmp/brightrun-pg-{:.12}", uuid::Uuid::new_v4().simple()));
+    let short = PathBuf::from(format!("/tmp/brightrun-pg-{}", uuid::Uuid::new_v4().simple()));
     std::fs::create_dir(&short).map_err(io_error("creating", &short))?;
     give_to(&short, owner)?;
     Ok(short)

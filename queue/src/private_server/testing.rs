@@ -17,7 +17,7 @@ static SHARED: Mutex<Option<PrivateServer>> = Mutex::new(None);
 /// # Errors
 /// [`ServerError`](super::ServerError), whose text says what to install.
 pub async fn fresh_database(prefix: &str) -> ServerResult<String> {
-    let database = format!("{prefix}_{:.10}", uuid::Uuid::new_v4().simple());
+    let database = format!("{prefix}_{}", uuid::Uuid::new_v4().simple());
     let admin = admin_url()?;
     create_database(&admin, &database).await?;
     Ok(replace_database(&admin, &database))

@@ -102,7 +102,7 @@ pub struct RunnerConfig {
 impl Default for RunnerConfig {
     fn default() -> Self {
         Self {
-            worker: format!("{}-{:.12}", std::process::id(), uuid::Uuid::new_v4().simple()),
+            worker: format!("{}-{}", std::process::id(), uuid::Uuid::new_v4().simple()),
             queue: "default".into(),
             slots: 1,
             lease: Duration::from_secs(120),

@@ -10,7 +10,7 @@ use crate::support::{connect, database, engine_section, request};
 async fn the_worker_role_executes_the_engine_and_touches_no_table() {
     let db = database().await;
     let client = db.client().await;
-    let login = format!("worker_{:.8}", uuid::Uuid::new_v4().simple());
+    let login = format!("worker_{}", uuid::Uuid::new_v4().simple());
     client
         .batch_execute(&format!("create role {login} login in role brightrun_worker"))
         .await
@@ -85,7 +85,7 @@ async fn the_worker_role_executes_the_engine_and_touches_no_table() {
 async fn nobody_else_gets_in() {
     let db = database().await;
     let client = db.client().await;
-    let login = format!("stranger_{:.8}", uuid::Uuid::new_v4().simple());
+    let login = format!("stranger_{}", uuid::Uuid::new_v4().simple());
     client
         .batch_execute(&format!("create role {login} login"))
         .await
@@ -162,7 +162,7 @@ async fn the_schema_is_applied_again_over_live_data_whole_and_statement_by_state
 async fn an_owner_who_is_no_superuser_can_apply_it() {
     let url = fresh_database("owned").await.unwrap();
     let admin = connect(&url).await;
-    let owner = format!("owner_{:.8}", uuid::Uuid::new_v4().simple());
+    let owner = format!("owner_{}", uuid::Uuid::new_v4().simple());
     let database = url.rsplit('/').next().unwrap().split('?').next().unwrap();
     admin
         .batch_execute(&format!(

@@ -398,6 +398,7 @@ async fn a_job_runs_on_through_a_crash_of_the_database_and_delivers_afterwards()
     assert!(queue.status(id).await.unwrap_err().is_transient());
     // The handler goes on while there is no database: its report and its ending have to wait.
     go_on.notify_one();
+    // The length of the outage, longer than a lease; nothing is awaited here.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let server = tokio::task::spawn_blocking(move || {
         let mut server = server;
