@@ -29,7 +29,7 @@ use crate::train::{
 };
 
 /// Most training examples that stand in for held-out ones when a data set is too small to hold any out.
-const PROOF_EXAMPLES: usize = 8;
+const PROOF_EXAMPLES: usize = 4;
 
 /// A base model in memory.
 pub struct Base<B: Backend> {
@@ -187,7 +187,7 @@ pub struct Learnt<B: Backend> {
     pub lora: LoraSet<B>,
     /// The run in numbers.
     pub summary: TrainSummary,
-    /// Loss of the base model on the proof examples; `None` when the run was stopped before it was known.
+    /// Loss of the base model on the held-out examples; `None` without any, or when the run was stopped before it was known.
     pub base_loss: Option<f64>,
     /// Every step of this attempt.
     pub points: Vec<MetricPoint>,
@@ -219,8 +219,10 @@ pub fn learn<B: Backend>(
         targets: spec.targets.clone(),
     };
     let mut lora = LoraSet::initialise(base.model.device(), config, base.model.modules(), spec.seed)?;
-    let (_, proof) = data.proof_examples();
-    let base_loss = evaluate(base, None, proof, spec, events)?.map(|evaluation| evaluation.loss);
+    let base_loss = match data.validation.as_slice() {
+        [] => None,
+        held_out => evaluate(base, None, held_out, spec, events)?.map(|evaluation| evaluation.loss),
+    };
     let mut recorder = Recorder {
         events,
         points: Vec::new(),
@@ -455,7 +457,7 @@ fn run_metrics<B: Backend>(learnt: &Learnt<B>, data: &Prepared, proof_loss: f64)
     RunMetrics {
         first_training_loss: summary.first_loss,
         last_training_loss: summary.last_loss,
-        first_validation_loss: learnt.base_loss.filter(|_| is_held_out),
+        first_validation_loss: learnt.base_loss,
         last_validation_loss: is_held_out.then_some(proof_loss),
         steps: summary.step as u64,
         epochs,
