@@ -66,7 +66,7 @@ impl Cpu {
             for (hidden, t) in hidden.chunks_exact_mut(width.max(1)).zip(rows) {
                 hidden.copy_from_slice(&x[t * width..][..width]);
             }
-            let left = self.left::<E>(hidden, width, rounded)?;
+            let left = self.left::<E>(hidden, [rows.len(), width], rounded)?;
             let term = Term {
                 left: left.view(),
                 right: &head,
