@@ -67,11 +67,13 @@ impl Bench {
             100.0 * share
         );
         if let Some(file) = &mut self.json {
+            let precision = format!("{:?}", self.precision);
+            let ceiling = format!("{ceiling:.1}");
             let (level, threads, wall) = (self.cpu.simd_level(), self.cpu.threads(), wall * 1e3);
             let line = format!(
-                "{{\"op\":\"{op}\",\"shape\":\"{shape}\",\"level\":\"{level}\",\"threads\":{threads},\
+                "{{\"op\":\"{op}\",\"shape\":\"{shape}\",\"precision\":\"{precision}\",\"level\":\"{level}\",\"threads\":{threads},\
                  \"busy_milliseconds\":{milliseconds:.4},\"wall_milliseconds\":{wall:.4},\
-                 \"rate\":{rate:.2},\"unit\":\"{unit}\",\"share_of_ceiling\":{share:.4}}}"
+                 \"rate\":{rate:.2},\"unit\":\"{unit}\",\"ceiling\":{ceiling},\"share_of_ceiling\":{share:.4}}}"
             );
             writeln!(file, "{line}").unwrap();
         }

@@ -87,6 +87,31 @@ vectorised! {
         }
     }
 
+    /// Rounds to bf16 values.
+    pub(in crate::cpu) fn round_in_place(values: &mut [f32]) {
+        for value in values.iter_mut() {
+            *value = widened(bf16_bits(*value));
+        }
+    }
+
+    /// `row` holds f32 values, two halves each, the lower first. Writes the bf16 bits of `factor · value` from its beginning on:
+    /// a part is read before anything is written over it.
+    pub(in crate::cpu) fn narrow_in_place(row: &mut [u16], factor: f32) {
+        const PART: usize = 64;
+        let count = row.len() / 2;
+        let mut values = [0.0f32; PART];
+        for first in (0..count).step_by(PART) {
+            let length = PART.min(count - first);
+            let (halves, _) = row[2 * first..2 * (first + length)].as_chunks::<2>();
+            for (value, [low, high]) in values.iter_mut().zip(halves) {
+                *value = factor * f32::from_bits(u32::from(*low) | u32::from(*high) << 16);
+            }
+            for (out, value) in row[first..first + length].iter_mut().zip(&values) {
+                *out = bf16_bits(*value);
+            }
+        }
+    }
+
     /// f32 values of bf16 bits.
     pub(in crate::cpu) fn widen(bits: &[u16], out: &mut [f32]) {
         for (out, bits) in out.iter_mut().zip(bits) {
@@ -220,16 +245,16 @@ vectorised! {
         }
     }
 
-    /// `Σ exp(value − shift)`.
-    pub(in crate::cpu) fn sum_of_exponentials(values: &[f32], shift: f32) -> f32 {
-        lane_sum!(F, values, values, sum, a, _b, sum + exp::<F>(a - shift))
-    }
-
-    /// Replaces each value by `factor · exp(value − shift)`.
-    pub(in crate::cpu) fn scaled_exponentials(values: &mut [f32], factor: f32, shift: f32) {
-        for value in values.iter_mut() {
-            *value = factor * exp::<F>(*value - shift);
+    /// Replaces each value by `exp(value − shift)`; answers their sum.
+    pub(in crate::cpu) fn exponentials(values: &mut [f32], shift: f32) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        for part in values.chunks_mut(LANES) {
+            for (lane, value) in lanes.iter_mut().zip(part) {
+                *value = exp::<F>(*value - shift);
+                *lane += *value;
+            }
         }
+        lanes.iter().sum()
     }
 
     /// `p ← exp(scale · p − lse)`, then `ds ← p · (ds − delta)`: rows of 64 scores of attention's backward pass.
