@@ -142,5 +142,6 @@ fn worst_of_each(checks: &[Check]) -> Vec<&Check> {
 
 /// Past the test harness's capture, so that a passing run shows its lines too.
 fn say(line: &str) {
-    writeln!(std::io::stderr(), "{line}").unwrap();
+    let mut direct = std::io::stderr();
+    writeln!(direct, "{line}").unwrap();
 }

@@ -49,7 +49,7 @@ impl CounterRandom {
 
     /// Uniform in `0..bound` (Lemire's multiply-shift; the bias is below `bound / 2⁶⁴`). 0 when `bound` is 0.
     pub fn below(&self, counter: u64, bound: usize) -> usize {
-        (u128::from(self.bits(counter)) * bound as u128 >> 64) as usize
+        ((u128::from(self.bits(counter)) * bound as u128) >> 64) as usize
     }
 
     /// A permutation of `0..length` (Fisher–Yates).
