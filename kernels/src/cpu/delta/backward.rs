@@ -56,7 +56,7 @@ impl Head<'_> {
             dbeta: vec![0.0; rows],
         };
         let solved_of = |rows: Range<usize>| gather(solved, rows, (heads, head, DELTA_CHUNK));
-        let states = self.states(document.clone(), head, &solved_of);
+        let states = self.states(document.clone(), head, solved_of);
         let mut dstate = vec![0.0; key_dim * width];
         for (rows, state) in chunks(document).zip(states).rev() {
             let chunk = self.chunk(rows.clone(), head);
