@@ -1,6 +1,7 @@
 //! Element-wise ops.
 
 use super::Cpu;
+use super::simd::rows;
 use super::view::{floats, floats_mut};
 use crate::contract;
 use crate::error::Result;
@@ -12,11 +13,8 @@ impl ActivationOps for Cpu {
         contract::same_shape("add_assign", &[("y", &*y), ("x", x)])?;
         let x = floats("add_assign", "x", x)?;
         let y = floats_mut("add_assign", "y", y)?;
-        self.for_rows(y, 1, |first, y| {
-            for (y, x) in y.iter_mut().zip(&x[first..]) {
-                *y += x;
-            }
-        });
+        let simd = self.inner.simd;
+        self.for_rows(y, 1, |first, y| rows::add(simd, y, &x[first..]));
         Ok(())
     }
 
@@ -24,10 +22,9 @@ impl ActivationOps for Cpu {
         const OP: &str = "swiglu_forward";
         contract::same_shape(OP, &[("gate", gate), ("up", up), ("y", &*y)])?;
         let (gate, up) = (floats(OP, "gate", gate)?, floats(OP, "up", up)?);
+        let simd = self.inner.simd;
         self.for_rows(floats_mut(OP, "y", y)?, 1, |first, y| {
-            for ((y, gate), up) in y.iter_mut().zip(&gate[first..]).zip(&up[first..]) {
-                *y = gate * logistic(*gate) * up;
-            }
+            rows::swiglu_forward(simd, &gate[first..], &up[first..], y);
         });
         Ok(())
     }
@@ -51,18 +48,10 @@ impl ActivationOps for Cpu {
         contract::same_shape(OP, &all)?;
         let (gate, up, dy) = (floats(OP, "gate", gate)?, floats(OP, "up", up)?, floats(OP, "dy", dy)?);
         let outputs = (floats_mut(OP, "dgate", dgate)?, floats_mut(OP, "dup", dup)?);
+        let simd = self.inner.simd;
         self.for_rows2(outputs, (1, 1), |first, dgate, dup| {
-            for (i, (dgate, dup)) in dgate.iter_mut().zip(dup).enumerate() {
-                let (gate, up, dy) = (gate[first + i], up[first + i], dy[first + i]);
-                let sigma = logistic(gate);
-                *dup = dy * gate * sigma;
-                *dgate = dy * up * sigma * (1.0 + gate * (1.0 - sigma));
-            }
+            rows::swiglu_backward(simd, &gate[first..], &up[first..], &dy[first..], dgate, dup);
         });
         Ok(())
     }
-}
-
-pub(super) fn logistic(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
 }

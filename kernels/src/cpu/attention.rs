@@ -1,7 +1,7 @@
 //! Causal attention, one query row at a time.
 
 use super::Cpu;
-use super::products::{dot, rounded};
+
 use super::view::{floats, floats_mut};
 use crate::contract::{self, AttentionSizes};
 use crate::error::Result;
@@ -93,4 +93,13 @@ fn enter(value: f32, precision: Precision) -> f32 {
         Precision::F32 => value,
         Precision::Bf16 => half::bf16::from_f32(value).to_f32(),
     }
+}
+
+/// A factor matrix as it enters a product.
+fn rounded(values: &[f32], precision: Precision) -> Vec<f32> {
+    values.iter().map(|value| enter(*value, precision)).collect()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
 }

@@ -1,8 +1,10 @@
 //! The head and cross-entropy, a few rows at a time.
 
-use super::Cpu;
-use super::products::rounded;
+use super::matrix::{Factor, Matrix};
+use super::products::{RowsAre, Term};
+use super::simd::{Start, rows as simd_rows};
 use super::view::{floats, floats_mut, integers};
+use super::{Cpu, Products};
 use crate::contract;
 use crate::error::{Error, Result};
 use crate::ops::{LinearCrossEntropy, LossOps};
@@ -15,59 +17,111 @@ const CHUNK_BYTES: usize = 32 << 20;
 
 impl LossOps for Cpu {
     fn linear_cross_entropy(&self, call: LinearCrossEntropy<'_, Self>) -> Result<()> {
-        const OP: &str = "linear_cross_entropy";
         let sizes = contract::linear_cross_entropy(&call)?;
-        let (width, vocabulary) = (sizes.inputs, sizes.outputs);
-        let labels = integers(OP, "labels", call.labels)?;
+        let vocabulary = sizes.outputs;
+        let labels = integers("linear_cross_entropy", "labels", call.labels)?;
         let allowed = |label: i32| label == UNSUPERVISED || usize::try_from(label).is_ok_and(|l| l < vocabulary);
         if let Some(outside) = labels.iter().find(|label| !allowed(**label)) {
             return Err(Error::Value {
-                op: OP,
+                op: "linear_cross_entropy",
                 argument: "labels",
                 problem: format!("has {outside}, which is neither -100 nor below {vocabulary}"),
             });
         }
-        let x = rounded(floats(OP, "x", call.x)?, call.precision);
-        let head = rounded(&self.decoded(call.head)?, call.precision);
+        match self.products(call.precision) {
+            Products::Single { rounded } => self.cross_entropy::<f32>(call, sizes, rounded),
+            Products::Half => self.cross_entropy::<u16>(call, sizes, true),
+        }
+    }
+}
+
+impl Cpu {
+    fn cross_entropy<E: Factor>(
+        &self,
+        call: LinearCrossEntropy<'_, Self>,
+        sizes: contract::LinearSizes,
+        rounded: bool,
+    ) -> Result<()> {
+        const OP: &str = "linear_cross_entropy";
+        let (width, vocabulary) = (sizes.inputs, sizes.outputs);
+        let labels = integers(OP, "labels", call.labels)?;
+        let x = floats(OP, "x", call.x)?;
+        let head = Matrix::of_weight(call.head, rounded)?;
         let losses = floats_mut(OP, "losses", call.losses)?;
         losses.fill(0.0);
-        let mut dx = match call.dx {
-            Some((dx, factor)) => Some((floats_mut(OP, "dx", dx)?, factor)),
-            None => None,
+        let (mut dx, factor) = match call.dx {
+            Some((dx, factor)) => (Some(floats_mut(OP, "dx", dx)?), factor),
+            None => (None, 0.0),
         };
-        if let Some((dx, _)) = &mut dx {
+        if let Some(dx) = &mut dx {
             dx.fill(0.0);
         }
-        let rows: Vec<usize> = (0..labels.len()).filter(|t| labels[*t] != UNSUPERVISED).collect();
-        for rows in rows.chunks((CHUNK_BYTES / (4 * vocabulary.max(1))).max(1)) {
-            let gathered: Vec<f32> = rows.iter().flat_map(|t| &x[t * width..][..width]).copied().collect();
-            let mut logits = vec![0.0; rows.len() * vocabulary];
-            self.add_product_nt(&mut logits, &gathered, &head, width, vocabulary, 1.0);
-            for (z, t) in logits.chunks_exact_mut(vocabulary).zip(rows) {
-                losses[*t] = softmax_gradient(z, labels[*t] as usize, dx.as_ref().map_or(0.0, |(_, factor)| *factor));
+        let supervised: Vec<usize> = (0..labels.len()).filter(|t| labels[*t] != UNSUPERVISED).collect();
+        let chunk = (CHUNK_BYTES / (4 * vocabulary.max(1))).clamp(1, supervised.len().max(1));
+        let mut logits = self.scratch::<f32>(chunk * vocabulary)?;
+        let mut hidden = self.scratch::<f32>(chunk * width)?;
+        for rows in supervised.chunks(chunk) {
+            let logits = &mut logits.values_mut()[..rows.len() * vocabulary];
+            let hidden = &mut hidden.values_mut()[..rows.len() * width];
+            for (hidden, t) in hidden.chunks_exact_mut(width.max(1)).zip(rows) {
+                hidden.copy_from_slice(&x[t * width..][..width]);
             }
-            if let Some((dx, _)) = &mut dx {
-                let logits = rounded(&logits, call.precision);
-                let mut out = vec![0.0; rows.len() * width];
-                self.add_product_nn(&mut out, &logits, &head, vocabulary, width, 1.0);
-                for (row, t) in out.chunks_exact(width.max(1)).zip(rows) {
-                    dx[t * width..][..width].copy_from_slice(row);
+            let left = self.left::<E>(hidden, width, rounded)?;
+            let term = Term {
+                left: left.view(),
+                right: &head,
+                rows_are: RowsAre::Columns,
+            };
+            self.product(&[term], logits, vocabulary, Start::Zero);
+            drop(left);
+            self.softmax_gradients(logits, rows, labels, losses, dx.is_some().then_some(factor))?;
+            if let Some(dx) = &mut dx {
+                let left = self.left::<E>(logits, vocabulary, rounded)?;
+                let term = Term {
+                    left: left.view(),
+                    right: &head,
+                    rows_are: RowsAre::Depth,
+                };
+                self.product(&[term], hidden, width, Start::Zero);
+                for (hidden, t) in hidden.chunks_exact(width.max(1)).zip(rows) {
+                    dx[t * width..][..width].copy_from_slice(hidden);
                 }
             }
         }
         Ok(())
     }
-}
 
-/// The loss of one row of logits, which become `factor · (softmax − onehot)`.
-fn softmax_gradient(z: &mut [f32], label: usize, factor: f32) -> f32 {
-    let largest = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = z.iter().map(|z| f64::from((z - largest).exp())).sum();
-    let log_sum = largest + sum.ln() as f32;
-    let loss = log_sum - z[label];
-    for z in z.iter_mut() {
-        *z = factor * (*z - log_sum).exp();
+    /// The losses of some rows of logits; with a factor, the logits become `factor · (softmax − onehot)`.
+    fn softmax_gradients(
+        &self,
+        logits: &mut [f32],
+        rows: &[usize],
+        labels: &[i32],
+        losses: &mut [f32],
+        factor: Option<f32>,
+    ) -> Result<()> {
+        let simd = self.inner.simd;
+        let vocabulary = logits.len() / rows.len();
+        let mut of_rows = self.scratch::<f32>(rows.len())?;
+        self.for_rows2(
+            (logits, of_rows.values_mut()),
+            (vocabulary, 1),
+            |first, logits, losses| {
+                for (i, (z, loss)) in logits.chunks_exact_mut(vocabulary).zip(losses).enumerate() {
+                    let label = labels[rows[first + i]] as usize;
+                    let largest = simd_rows::largest(simd, z);
+                    let log_sum = largest + simd_rows::sum_of_exponentials(simd, z, largest).ln();
+                    *loss = log_sum - z[label];
+                    if let Some(factor) = factor {
+                        simd_rows::scaled_exponentials(simd, z, factor, log_sum);
+                        z[label] -= factor;
+                    }
+                }
+            },
+        );
+        for (t, loss) in rows.iter().zip(of_rows.values()) {
+            losses[*t] = *loss;
+        }
+        Ok(())
     }
-    z[label] -= factor;
-    loss
 }

@@ -1,78 +1,185 @@
 //! Linear layers with LoRA.
+//!
+//! The adapter's second product is a second term of the layer's own product, so it costs its arithmetic and little else.
 
-use super::Cpu;
-use super::products::{rounded, transposed};
+use super::matrix::{Factor, Matrix};
+use super::products::{RowsAre, Term, transposed};
+use super::simd::{Start, rows as simd_rows};
 use super::view::{floats, floats_mut, widened};
+use super::{Cpu, Products};
 use crate::contract::{self, LinearSizes};
 use crate::error::Result;
-use crate::ops::{LinearBackward, LinearForward, MatmulOps, Write};
+use crate::ops::{LinearBackward, LinearForward, LoraBackward, MatmulOps, Write};
 
 impl MatmulOps for Cpu {
     fn linear_forward(&self, call: LinearForward<'_, Self>) -> Result<()> {
-        const OP: &str = "linear_forward";
-        let LinearSizes {
-            inputs, outputs, rank, ..
-        } = contract::linear_forward(&call)?;
-        let precision = call.precision;
-        let x = rounded(floats(OP, "x", call.x)?, precision);
-        let weight = rounded(&self.decoded(call.weight)?, precision);
-        let y = floats_mut(OP, "y", call.y)?;
-        y.fill(0.0);
-        if let Some(bias) = call.bias {
-            let bias = widened(OP, "bias", bias)?;
-            for row in y.chunks_exact_mut(outputs.max(1)) {
-                row.copy_from_slice(&bias);
-            }
+        let sizes = contract::linear_forward(&call)?;
+        match self.products(call.precision) {
+            Products::Single { rounded } => self.forward::<f32>(call, sizes, rounded),
+            Products::Half => self.forward::<u16>(call, sizes, true),
         }
-        self.add_product_nt(y, &x, &weight, inputs, outputs, 1.0);
-        if let Some(lora) = call.lora {
-            let a = rounded(floats(OP, "lora.a", lora.a)?, precision);
-            let b = rounded(floats(OP, "lora.b", lora.b)?, precision);
-            let hidden = floats_mut(OP, "lora.hidden", lora.hidden)?;
-            hidden.fill(0.0);
-            self.add_product_nt(hidden, &x, &a, inputs, rank, 1.0);
-            self.add_product_nt(y, &rounded(hidden, precision), &b, rank, outputs, lora.scale);
-        }
-        Ok(())
     }
 
     fn linear_backward(&self, call: LinearBackward<'_, Self>) -> Result<()> {
+        let sizes = contract::linear_backward(&call)?;
+        match self.products(call.precision) {
+            Products::Single { rounded } => self.backward::<f32>(call, sizes, rounded),
+            Products::Half => self.backward::<u16>(call, sizes, true),
+        }
+    }
+}
+
+impl Cpu {
+    fn forward<E: Factor>(&self, call: LinearForward<'_, Self>, sizes: LinearSizes, rounded: bool) -> Result<()> {
+        const OP: &str = "linear_forward";
+        let LinearSizes {
+            inputs, outputs, rank, ..
+        } = sizes;
+        let x = self.left::<E>(floats(OP, "x", call.x)?, inputs, rounded)?;
+        let weight = Matrix::of_weight(call.weight, rounded)?;
+        let y = floats_mut(OP, "y", call.y)?;
+        let bias = call.bias.map(|bias| widened(OP, "bias", bias)).transpose()?;
+        let start = bias.as_deref().map_or(Start::Zero, Start::Columns);
+        let term = Term {
+            left: x.view(),
+            right: &weight,
+            rows_are: RowsAre::Columns,
+        };
+        let Some(lora) = call.lora else {
+            self.product(&[term], y, outputs, start);
+            return Ok(());
+        };
+        let a = Matrix::of_values(floats(OP, "lora.a", lora.a)?, inputs, rounded);
+        let b = Matrix::of_values(floats(OP, "lora.b", lora.b)?, rank, rounded);
+        let hidden = floats_mut(OP, "lora.hidden", lora.hidden)?;
+        let down = Term {
+            left: x.view(),
+            right: &a,
+            rows_are: RowsAre::Columns,
+        };
+        self.product(&[down], hidden, rank, Start::Zero);
+        let hidden = self.scaled_left::<E>(hidden, rank, lora.scale, rounded)?;
+        let up = Term {
+            left: hidden.view(),
+            right: &b,
+            rows_are: RowsAre::Columns,
+        };
+        self.product(&[term, up], y, outputs, start);
+        Ok(())
+    }
+
+    fn backward<E: Factor>(&self, call: LinearBackward<'_, Self>, sizes: LinearSizes, rounded: bool) -> Result<()> {
         const OP: &str = "linear_backward";
         let LinearSizes {
             tokens,
             inputs,
             outputs,
             rank,
-        } = contract::linear_backward(&call)?;
-        let precision = call.precision;
-        let dy = rounded(floats(OP, "dy", call.dy)?, precision);
-        let mut through = None;
+        } = sizes;
+        let exact_dy = floats(OP, "dy", call.dy)?;
+        let dy = self.left::<E>(exact_dy, outputs, rounded)?;
+        let weight = Matrix::of_weight(call.weight, rounded)?;
+        let mut through = self.scratch::<f32>(tokens * rank)?;
+        let mut adapter = None;
         if let Some(lora) = call.lora {
-            let a = rounded(floats(OP, "lora.a", lora.a)?, precision);
-            let b = rounded(floats(OP, "lora.b", lora.b)?, precision);
-            let mut v = vec![0.0; tokens * rank];
-            self.add_product_nn(&mut v, &dy, &b, outputs, rank, lora.scale);
-            let v = rounded(&v, precision);
-            let x = rounded(floats(OP, "lora.x", lora.x)?, precision);
-            let hidden = rounded(floats(OP, "lora.hidden", lora.hidden)?, precision);
-            let da = floats_mut(OP, "lora.gradient_a", lora.gradient_a)?;
-            self.add_product_nn(da, &transposed(&v, tokens, rank), &x, tokens, inputs, 1.0);
-            let db = floats_mut(OP, "lora.gradient_b", lora.gradient_b)?;
-            let transposed_dy = transposed(&dy, tokens, outputs);
-            self.add_product_nn(db, &transposed_dy, &hidden, tokens, rank, lora.scale);
-            through = Some((v, a));
+            let b = Matrix::of_values(floats(OP, "lora.b", lora.b)?, rank, rounded);
+            let term = Term {
+                left: dy.view(),
+                right: &b,
+                rows_are: RowsAre::Depth,
+            };
+            self.product(&[term], through.values_mut(), rank, Start::Zero);
+            simd_rows::scale(self.inner.simd, through.values_mut(), lora.scale);
+            adapter = Some(Matrix::of_values(floats(OP, "lora.a", lora.a)?, inputs, rounded));
+            self.adapter_gradients::<E>(lora, exact_dy, through.values(), sizes, rounded)?;
         }
-        if let Some((dx, write)) = call.dx {
-            let weight = rounded(&self.decoded(call.weight)?, precision);
-            let dx = floats_mut(OP, "dx", dx)?;
-            if write == Write::Overwrite {
-                dx.fill(0.0);
-            }
-            self.add_product_nn(dx, &dy, &weight, outputs, inputs, 1.0);
-            if let Some((v, a)) = through {
-                self.add_product_nn(dx, &v, &a, rank, inputs, 1.0);
+        let Some((dx, write)) = call.dx else {
+            return Ok(());
+        };
+        let dx = floats_mut(OP, "dx", dx)?;
+        let start = match write {
+            Write::Overwrite => Start::Zero,
+            Write::Accumulate => Start::Output,
+        };
+        let term = Term {
+            left: dy.view(),
+            right: &weight,
+            rows_are: RowsAre::Depth,
+        };
+        match adapter {
+            None => self.product(&[term], dx, inputs, start),
+            Some(a) => {
+                let through = self.left::<E>(through.values(), rank, rounded)?;
+                let down = Term {
+                    left: through.view(),
+                    right: &a,
+                    rows_are: RowsAre::Depth,
+                };
+                self.product(&[term, down], dx, inputs, start);
             }
         }
         Ok(())
+    }
+
+    /// `dA += vᵀ · x` and `dB += s · dyᵀ · u`, with `v = s · dy · B`. The second is computed as its transpose, `uᵀ · dy`, so
+    /// that the long side lies along the panels.
+    fn adapter_gradients<E: Factor>(
+        &self,
+        lora: LoraBackward<'_, Self>,
+        dy: &[f32],
+        v: &[f32],
+        sizes: LinearSizes,
+        rounded: bool,
+    ) -> Result<()> {
+        const OP: &str = "linear_backward";
+        let LinearSizes {
+            tokens,
+            inputs,
+            outputs,
+            rank,
+        } = sizes;
+        let mut turned = self.scratch::<f32>(tokens * rank)?;
+
+        transposed(v, rank, turned.values_mut());
+        let left = self.left::<E>(turned.values(), tokens, rounded)?;
+        let x = Matrix::of_values(floats(OP, "lora.x", lora.x)?, inputs, rounded);
+        let da = floats_mut(OP, "lora.gradient_a", lora.gradient_a)?;
+        self.outer_product(left.view(), &x, da, Start::Output);
+        drop(left);
+
+        transposed(floats(OP, "lora.hidden", lora.hidden)?, rank, turned.values_mut());
+        let left = self.left::<E>(turned.values(), tokens, rounded)?;
+        let dy = Matrix::of_values(dy, outputs, rounded);
+        let mut product = self.scratch::<f32>(rank * outputs)?;
+        self.outer_product(left.view(), &dy, product.values_mut(), Start::Zero);
+        let mut db = self.scratch::<f32>(rank * outputs)?;
+        transposed(product.values(), outputs, db.values_mut());
+        simd_rows::scale(self.inner.simd, db.values_mut(), lora.scale);
+        simd_rows::add(
+            self.inner.simd,
+            floats_mut(OP, "lora.gradient_b", lora.gradient_b)?,
+            db.values(),
+        );
+        Ok(())
+    }
+
+    /// `left · right` over all tokens. Without tokens the sum is empty, and `left` has no rows to tell.
+    fn outer_product<E: Factor>(
+        &self,
+        left: super::simd::Left<'_, E>,
+        right: &Matrix<'_>,
+        out: &mut [f32],
+        start: Start<'_>,
+    ) {
+        if right.rows > 0 {
+            let term = Term {
+                left,
+                right,
+                rows_are: RowsAre::Depth,
+            };
+            self.product(&[term], out, right.columns, start);
+        } else if let Start::Zero = start {
+            out.fill(0.0);
+        }
     }
 }

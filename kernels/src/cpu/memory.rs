@@ -16,7 +16,7 @@ use crate::ops::MemoryStats;
 /// The unit of allocation: a cache line, which is also the widest vector register.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-struct Line([u8; 64]);
+pub(super) struct Line([u8; 64]);
 
 const LINE_BYTES: usize = size_of::<Line>();
 

@@ -8,13 +8,14 @@
 
 mod activation;
 mod attention;
+mod ceiling;
 mod convolution;
 mod delta;
-mod dense;
 mod embedding;
 mod gate;
 mod loss;
 mod matmul;
+mod matrix;
 mod memory;
 mod moe;
 mod nf4;
@@ -23,6 +24,8 @@ mod optimizer;
 mod products;
 mod quantize;
 mod rope;
+mod scratch;
+mod simd;
 mod split;
 mod tasks;
 mod view;
@@ -34,8 +37,11 @@ use crate::error::{Error, Result};
 use crate::ops::{Device, MemoryStats, Op, Precision, Support};
 use crate::tensor::{Shape, Tensor};
 
+pub use self::ceiling::{Ceiling, ceiling};
 pub use self::memory::Buffer;
 use self::memory::Pool;
+use self::simd::Simd;
+pub use self::simd::SimdLevel;
 
 /// A handle to the CPU backend: a thread pool and a memory pool. Clones share both.
 #[derive(Clone)]
@@ -46,24 +52,45 @@ pub struct Cpu {
 struct Inner {
     memory: Arc<Pool>,
     threads: Option<rayon::ThreadPool>,
+    simd: Simd,
     poison: bool,
 }
 
 impl Cpu {
-    /// A CPU backend with its own threads and memory; `None` takes as many threads as the machine offers this process.
+    /// A CPU backend with its own threads and memory; `None` takes as many threads as the machine offers this process. It uses
+    /// the best instructions of the machine, or those [`SimdLevel::VARIABLE`] allows.
     ///
     /// # Errors
-    /// [`Error::Device`] when the threads cannot be started.
+    /// [`Error::Device`] when the threads cannot be started; [`Error::Value`] when the variable names no level.
     pub fn new(threads: Option<usize>) -> Result<Self> {
+        Self::with_simd(threads, SimdLevel::from_environment()?)
+    }
+
+    /// As [`Cpu::new`] with the instructions of one level.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when the machine does not have the level; as [`Cpu::new`].
+    pub fn with_simd(threads: Option<usize>, level: SimdLevel) -> Result<Self> {
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let count = threads.unwrap_or_else(available).max(1);
+        let simd = Simd::new(level).ok_or_else(|| Error::Unsupported {
+            op: "choosing CPU instructions",
+            backend: "cpu",
+            reason: format!("this machine has no {level}"),
+        })?;
         Ok(Self {
             inner: Arc::new(Inner {
                 memory: Arc::new(Pool::default()),
                 threads: tasks::start(count)?,
+                simd,
                 poison: cfg!(debug_assertions),
             }),
         })
+    }
+
+    /// The instructions in use.
+    pub fn simd_level(&self) -> SimdLevel {
+        self.inner.simd.level()
     }
 
     /// Number of threads that work on an op.
@@ -72,6 +99,26 @@ impl Cpu {
             .threads
             .as_ref()
             .map_or(1, rayon::ThreadPool::current_num_threads)
+    }
+}
+
+/// How the factors of a product are kept.
+enum Products {
+    /// As f32, rounded to bf16 values first or not.
+    Single { rounded: bool },
+    /// As bf16, for the dot-product instruction.
+    Half,
+}
+
+impl Cpu {
+    /// How products of a precision are made at this level. Where there is no bf16 instruction, rounded f32 factors give the
+    /// same products.
+    fn products(&self, precision: Precision) -> Products {
+        match (precision, self.simd_level()) {
+            (Precision::F32, _) => Products::Single { rounded: false },
+            (Precision::Bf16, SimdLevel::Avx512Bf16) => Products::Half,
+            (Precision::Bf16, _) => Products::Single { rounded: true },
+        }
     }
 }
 

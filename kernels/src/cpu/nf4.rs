@@ -60,16 +60,18 @@ pub(super) fn quantize_block(values: &[f32], packed: &mut [u8]) -> f32 {
     if full { absmax } else { bounded }
 }
 
-/// The value of a code under a scale: the f32 product rounded to bf16, and a subnormal product taken as zero. That is what
+/// The sixteen values of a block, as bf16 bits: the f32 products rounded, and subnormal products taken as zero. That is what
 /// the conversion instruction of AVX-512 BF16 does, and so the peer where it uses it.
-pub(super) fn decode(code: u8, scale: f32) -> bf16 {
-    let product = CODE[usize::from(code & 15)] * scale;
-    let flushed = if product.is_subnormal() {
-        0.0f32.copysign(product)
-    } else {
-        product
-    };
-    bf16::from_f32(flushed)
+pub(super) fn values_of_block(scale: f32) -> [u16; 16] {
+    CODE.map(|value| {
+        let product = value * scale;
+        let flushed = if product.is_subnormal() {
+            0.0f32.copysign(product)
+        } else {
+            product
+        };
+        bf16::from_f32(flushed).to_bits()
+    })
 }
 
 /// bitsandbytes' signed dynamic 8-bit map, ascending (Dettmers 2015, arXiv 1511.04561).

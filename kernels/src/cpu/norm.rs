@@ -1,6 +1,7 @@
 //! RMS normalisation.
 
 use super::Cpu;
+use super::simd::rows::{rms_norm_backward, rms_norm_forward};
 use super::view::{floats, floats_mut, widened};
 use crate::contract::{self, NormSizes};
 use crate::error::Result;
@@ -14,14 +15,11 @@ impl NormOps for Cpu {
         let weight = factors(OP, call.weight, call.style)?;
         let x = floats(OP, "x", call.x)?;
         let outputs = (floats_mut(OP, "y", call.y)?, floats_mut(OP, "rstd", call.rstd)?);
+        let simd = self.inner.simd;
         self.for_rows2(outputs, (width, 1), |first, y, rstd| {
             let rows = x[first * width..].chunks_exact(width);
             for ((x, y), rstd) in rows.zip(y.chunks_exact_mut(width)).zip(rstd) {
-                let squares: f64 = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum();
-                *rstd = (1.0 / (squares / width as f64 + f64::from(call.eps)).sqrt()) as f32;
-                for ((y, x), w) in y.iter_mut().zip(x).zip(&weight) {
-                    *y = x * *rstd * w;
-                }
+                *rstd = rms_norm_forward(simd, x, &weight, call.eps, y);
             }
         });
         Ok(())
@@ -34,24 +32,13 @@ impl NormOps for Cpu {
         let (x, dy) = (floats(OP, "x", call.x)?, floats(OP, "dy", call.dy)?);
         let rstd = floats(OP, "rstd", call.rstd)?;
         let (dx, write) = call.dx;
+        let (simd, accumulate) = (self.inner.simd, write == Write::Accumulate);
         self.for_rows(floats_mut(OP, "dx", dx)?, width, |first, dx| {
             let rows = x[first * width..]
                 .chunks_exact(width)
                 .zip(dy[first * width..].chunks_exact(width));
             for (((x, dy), dx), rstd) in rows.zip(dx.chunks_exact_mut(width)).zip(&rstd[first..]) {
-                let products = x.iter().zip(dy).zip(&weight);
-                let mean = products
-                    .map(|((x, dy), w)| f64::from(dy * w) * f64::from(*x))
-                    .sum::<f64>()
-                    / width as f64;
-                let pull = rstd * rstd * mean as f32;
-                for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(&weight) {
-                    let value = rstd * (dy * w - x * pull);
-                    *dx = match write {
-                        Write::Overwrite => value,
-                        Write::Accumulate => *dx + value,
-                    };
-                }
+                rms_norm_backward(simd, x, &weight, *rstd, dy, dx, accumulate);
             }
         });
         Ok(())

@@ -1,6 +1,7 @@
 //! Gradient norm and AdamW.
 
 use super::Cpu;
+use super::simd::rows::{AdamWStep, adamw};
 use super::view::{floats, floats_mut};
 use crate::contract;
 use crate::error::Result;
@@ -34,17 +35,18 @@ impl OptimizerOps for Cpu {
         // The corrections in f64, as Python computes them for torch.
         let correction1 = 1.0 - f64::from(settings.beta1).powf(step);
         let correction2 = 1.0 - f64::from(settings.beta2).powf(step);
-        let rate = (f64::from(settings.learning_rate) / correction1) as f32;
-        let root2 = correction2.sqrt() as f32;
-        let keep = (1.0 - f64::from(settings.learning_rate) * f64::from(settings.weight_decay)) as f32;
-        let (beta1, beta2) = (settings.beta1, settings.beta2);
-        for (((w, g), m), v) in parameter.iter_mut().zip(gradient).zip(m).zip(v) {
-            let g = settings.gradient_scale * g;
-            *w *= keep;
-            *m += (1.0 - beta1) * (g - *m);
-            *v = beta2 * *v + (1.0 - beta2) * g * g;
-            *w -= rate * *m / (v.sqrt() / root2 + settings.epsilon);
-        }
+        let rate = f64::from(settings.learning_rate);
+        let step = AdamWStep {
+            gradient_scale: settings.gradient_scale,
+            keep: (1.0 - rate * f64::from(settings.weight_decay)) as f32,
+            one_minus_beta1: (1.0 - f64::from(settings.beta1)) as f32,
+            beta2: settings.beta2,
+            one_minus_beta2: (1.0 - f64::from(settings.beta2)) as f32,
+            rate: (rate / correction1) as f32,
+            root2: correction2.sqrt() as f32,
+            epsilon: settings.epsilon,
+        };
+        adamw(self.inner.simd, parameter, gradient, m, v, &step);
         Ok(())
     }
 }

@@ -1,9 +1,8 @@
 //! Quantising to NF4, and decoding frozen weights.
 
-use half::bf16;
 use half::slice::HalfFloatSliceExt;
-use rayon::prelude::*;
 
+use super::matrix::Matrix;
 use super::view::{dense_bf16, dense_f16, floats, floats_mut};
 use super::{Cpu, nf4};
 use crate::contract;
@@ -60,14 +59,26 @@ impl QuantizeOps for Cpu {
     }
 
     fn dequantize(&self, weight: &Weight<Self>, out: &mut Tensor<Self>) -> Result<()> {
-        contract::dequantize(weight, out)?;
-        let values = self.decoded(weight)?;
+        let (rows, columns) = contract::dequantize(weight, out)?;
+        let matrix = Matrix::of_weight(weight, false)?;
+        let simd = self.inner.simd;
+        if rows * columns == 0 {
+            return Ok(());
+        }
         match out.dtype() {
             DType::BF16 => {
-                let out: &mut [bf16] = bytemuck::cast_slice_mut(out.buffer_mut().bytes_mut());
-                out.convert_from_f32_slice(&values);
+                let out: &mut [u16] = bytemuck::cast_slice_mut(out.buffer_mut().bytes_mut());
+                self.for_rows(out, columns, |first, out| {
+                    for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+                        matrix.read(simd, first + row, 0..columns, out);
+                    }
+                });
             }
-            _ => floats_mut("dequantize", "out", out)?.copy_from_slice(&values),
+            _ => self.for_rows(floats_mut("dequantize", "out", out)?, columns, |first, out| {
+                for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+                    matrix.read(simd, first + row, 0..columns, out);
+                }
+            }),
         }
         Ok(())
     }
@@ -98,56 +109,6 @@ impl Cpu {
             offset,
         })
     }
-
-    /// A weight's values in f32.
-    pub(super) fn decoded(&self, weight: &Weight<Self>) -> Result<Vec<f32>> {
-        match weight {
-            Weight::Dense(tensor) => {
-                let mut values = vec![0.0; tensor.shape().elements()];
-                widen(tensor, 0, &mut values);
-                Ok(values)
-            }
-            Weight::Nf4(weight) => {
-                let scales = scales(&weight.scales)?;
-                let codes = weight.codes.buffer().bytes();
-                let mut values = vec![0.0; weight.outputs * weight.inputs];
-                values
-                    .par_chunks_mut(NF4_BLOCK)
-                    .enumerate()
-                    .for_each(|(block, values)| {
-                        for (i, value) in values.iter_mut().enumerate() {
-                            let element = block * NF4_BLOCK + i;
-                            let code = codes[element / 2] >> (4 * (1 - element % 2)) & 15;
-                            *value = nf4::decode(code, scales[block]).to_f32();
-                        }
-                    });
-                Ok(values)
-            }
-        }
-    }
-}
-
-/// The flat scales of an NF4 weight.
-fn scales(scales: &Nf4Scales<Cpu>) -> Result<Vec<f32>> {
-    const OP: &str = "dequantize";
-    Ok(match scales {
-        Nf4Scales::Flat(absmax) => floats(OP, "absmax", absmax)?.to_vec(),
-        Nf4Scales::Nested {
-            codes,
-            nested_absmax,
-            nested_code,
-            offset,
-        } => {
-            let (absmax, map) = (
-                floats(OP, "nested_absmax", nested_absmax)?,
-                floats(OP, "nested_code", nested_code)?,
-            );
-            let codes = codes.buffer().bytes().iter().enumerate();
-            codes
-                .map(|(block, code)| map[usize::from(*code)] * absmax[block / NF4_NESTED_BLOCK] + offset)
-                .collect()
-        }
-    })
 }
 
 /// Elements `start..` of a dense tensor as f32.

@@ -1,6 +1,7 @@
 //! Rotary position embedding.
 
 use super::Cpu;
+use super::simd::rows::rotate;
 use super::view::{floats, floats_mut, integers};
 use crate::contract;
 use crate::error::{Error, Result};
@@ -32,6 +33,7 @@ impl RopeOps for Cpu {
             RopeDirection::Backward => -1.0,
         };
         let (pairs, width) = (sizes.pairs, sizes.heads * sizes.dim);
+        let simd = self.inner.simd;
         if pairs == 0 {
             return Ok(());
         }
@@ -41,10 +43,7 @@ impl RopeOps for Cpu {
                 let (cos, sin) = (&cos[at..at + pairs], &sin[at..at + pairs]);
                 for head in row.chunks_exact_mut(sizes.dim) {
                     let (low, high) = head.split_at_mut(pairs);
-                    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-                        let sin = sign * sin;
-                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                    }
+                    rotate(simd, low, high, cos, sin, sign);
                 }
             }
         });

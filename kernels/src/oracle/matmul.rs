@@ -68,10 +68,9 @@ pub fn linear_forward<N: Real>(x: &[N], layer: &Layer<'_, N>) -> (Vec<N>, Vec<N>
         return (y, Vec::new());
     };
     let u = product_nt(x, adapter.a, [tokens, adapter.rank, layer.inputs]);
-    let low_rank = product_nt(&u, adapter.b, [tokens, layer.outputs, adapter.rank]);
-    y.iter_mut()
-        .zip(low_rank)
-        .for_each(|(y, value)| *y = *y + adapter.scale * value);
+    let scaled: Vec<N> = u.iter().map(|u| adapter.scale * *u).collect();
+    let low_rank = product_nt(&scaled, adapter.b, [tokens, layer.outputs, adapter.rank]);
+    y.iter_mut().zip(low_rank).for_each(|(y, value)| *y = *y + value);
     (y, u)
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use brightrun_kernels::Tensor;
-use brightrun_kernels::cpu::Cpu;
+use brightrun_kernels::cpu::{Cpu, SimdLevel};
 use brightrun_kernels::ops::{Backend, Precision};
 use brightrun_kernels::oracle::{Real, cast};
 use brightrun_kernels::testing::Judge;
@@ -40,9 +40,12 @@ pub fn on_every_backend(op: &str, cases: impl Fn(&mut Run<'_, Cpu>)) {
     );
 }
 
-/// The backends of this build on this machine.
+/// The backends of this build on this machine: the CPU at each level it has. Levels it lacks are printed as absent.
 pub fn backends() -> Vec<(String, Cpu)> {
-    vec![("cpu".to_owned(), Cpu::new(Some(2)).unwrap())]
+    let supported = SimdLevel::ALL.into_iter().filter(|level| level.is_supported());
+    supported
+        .map(|level| (format!("cpu/{level}"), Cpu::with_simd(Some(2), level).unwrap()))
+        .collect()
 }
 
 /// The cases of one op on one backend.
