@@ -84,7 +84,7 @@ pub(crate) fn copy_columns<D: Device>(
     }
     let fits = |length: usize, first: usize| {
         columns.groups > 0
-            && length % columns.groups == 0
+            && length.is_multiple_of(columns.groups)
             && first
                 .checked_add(columns.width)
                 .is_some_and(|end| end <= length / columns.groups)

@@ -55,7 +55,3 @@ impl ActivationOps for Cpu {
         Ok(())
     }
 }
-
-pub(super) fn logistic(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
-}

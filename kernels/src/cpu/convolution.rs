@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::Cpu;
-use super::activation::logistic;
+use super::simd::{Simd, gates};
 use super::view::{floats, floats_mut, widened};
 use crate::contract::{self, ConvolutionSizes};
 use crate::error::Result;
@@ -16,13 +16,14 @@ struct Filter {
     bias: Vec<f32>,
     count: usize,
     channels: usize,
+    simd: Simd,
 }
 
 impl ConvolutionOps for Cpu {
     fn convolution_forward(&self, call: ConvolutionForward<'_, Self>) -> Result<()> {
         const OP: &str = "convolution_forward";
         let sizes = contract::convolution_forward(&call)?;
-        let filter = Filter::new(OP, call.weight, call.bias, sizes)?;
+        let filter = Filter::new(self, OP, call.weight, call.bias, sizes)?;
         let x = floats(OP, "x", call.x)?;
         let (channels, past) = (sizes.channels, sizes.taps - 1);
         let documents = documents_of_rows(call.segments);
@@ -39,7 +40,7 @@ impl ConvolutionOps for Cpu {
                 let (document, range) = &documents[first + row];
                 let before = before.map_or(&[][..], |all| &all[document * past * channels..][..past * channels]);
                 filter.preactivation(y, x, before, first + row, range);
-                y.iter_mut().for_each(|z| *z *= logistic(*z));
+                gates::silu(filter.simd, y);
             }
         });
         if let Some(state) = state {
@@ -54,30 +55,28 @@ impl ConvolutionOps for Cpu {
     fn convolution_backward(&self, call: ConvolutionBackward<'_, Self>) -> Result<()> {
         const OP: &str = "convolution_backward";
         let sizes = contract::convolution_backward(&call)?;
-        let filter = Filter::new(OP, call.weight, call.bias, sizes)?;
+        let filter = Filter::new(self, OP, call.weight, call.bias, sizes)?;
         let (x, dy) = (floats(OP, "x", call.x)?, floats(OP, "dy", call.dy)?);
         let channels = sizes.channels;
         let documents = documents_of_rows(call.segments);
         if channels == 0 {
             return Ok(());
         }
-        let mut dz = vec![0.0; x.len()];
-        self.for_rows(&mut dz, channels, |first, dz| {
+        let mut dz = self.scratch::<f32>(x.len())?;
+        self.for_rows(dz.values_mut(), channels, |first, dz| {
             for (row, dz) in dz.chunks_exact_mut(channels).enumerate() {
                 filter.preactivation(dz, x, &[], first + row, &documents[first + row].1);
-                for (dz, dy) in dz.iter_mut().zip(&dy[(first + row) * channels..]) {
-                    let sigma = logistic(*dz);
-                    *dz = dy * sigma * (1.0 + *dz * (1.0 - sigma));
-                }
+                gates::silu_backward(filter.simd, dz, &dy[(first + row) * channels..]);
             }
         });
+        let dz = dz.values();
         self.for_rows(floats_mut(OP, "dx", call.dx)?, channels, |first, dx| {
             for (row, dx) in dx.chunks_exact_mut(channels).enumerate() {
                 dx.fill(0.0);
                 let end = documents[first + row].1.end;
                 for later in 0..sizes.taps.min(end - first - row) {
                     let dz = &dz[(first + row + later) * channels..][..channels];
-                    add_product(dx, filter.tap(sizes.taps - 1 - later), dz);
+                    gates::add_product(filter.simd, dx, filter.tap(sizes.taps - 1 - later), dz);
                 }
             }
         });
@@ -87,6 +86,7 @@ impl ConvolutionOps for Cpu {
 
 impl Filter {
     fn new(
+        cpu: &Cpu,
         op: &'static str,
         weight: &Tensor<Cpu>,
         bias: Option<&Tensor<Cpu>>,
@@ -104,6 +104,7 @@ impl Filter {
             bias,
             count: taps,
             channels,
+            simd: cpu.inner.simd,
         })
     }
 
@@ -122,7 +123,7 @@ impl Filter {
                 _ if before.is_empty() => continue,
                 _ => &before[(row + tap - range.start) * self.channels..],
             };
-            add_product(z, self.tap(tap), &source[..self.channels]);
+            gates::add_product(self.simd, z, self.tap(tap), &source[..self.channels]);
         }
     }
 }
@@ -141,10 +142,4 @@ fn advance(state: &mut [f32], inputs: &[f32]) {
     state.copy_within(new.., 0);
     let kept = state.len() - new;
     state[kept..].copy_from_slice(&inputs[inputs.len() - new..]);
-}
-
-fn add_product(sum: &mut [f32], a: &[f32], b: &[f32]) {
-    for ((sum, a), b) in sum.iter_mut().zip(a).zip(b) {
-        *sum += a * b;
-    }
 }

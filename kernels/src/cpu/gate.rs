@@ -1,7 +1,8 @@
 //! Gates, gated and l2 norms, and columns.
 
 use super::Cpu;
-use super::activation::logistic;
+use super::scratch::with_local;
+use super::simd::{Simd, gates, rows};
 use super::view::{floats, floats_mut, widened};
 use crate::contract::{self, GateSizes};
 use crate::error::Result;
@@ -19,18 +20,15 @@ impl GateOps for Cpu {
         const OP: &str = "sigmoid_gate_forward";
         let sizes = contract::sigmoid_gate_forward(x, gate, y)?;
         let (x, gate) = (floats(OP, "x", x)?, floats(OP, "gate", gate)?);
-        self.for_rows(floats_mut(OP, "y", y)?, sizes.width, |first, y| {
-            for (row, y) in y.chunks_exact_mut(sizes.width).enumerate() {
-                let x = &x[(first + row) * sizes.width..][..sizes.width];
-                let gates = gates(gate, first + row, sizes);
-                for ((y, x), gate) in y.iter_mut().zip(x).zip(gates) {
-                    let value = x * logistic(*gate);
-                    *y = match write {
-                        Write::Overwrite => value,
-                        Write::Accumulate => *y + value,
-                    };
-                }
+        let (simd, width) = (self.inner.simd, sizes.width);
+        self.for_rows(floats_mut(OP, "y", y)?, width, |first, y| {
+            if write == Write::Overwrite {
+                y.fill(0.0);
             }
+            with_gates(gate, first * width..first * width + y.len(), sizes, |at, gate| {
+                let y = &mut y[at - first * width..][..gate.len()];
+                gates::gate(simd, &x[at..], gate, y, 1.0);
+            });
         });
         Ok(())
     }
@@ -41,20 +39,21 @@ impl GateOps for Cpu {
         let (x, gate) = (floats(OP, "x", call.x)?, floats(OP, "gate", call.gate)?);
         let dy = floats(OP, "dy", call.dy)?;
         let outputs = (floats_mut(OP, "dx", call.dx)?, floats_mut(OP, "dgate", call.dgate)?);
-        let width = sizes.width;
+        let (simd, width) = (self.inner.simd, sizes.width);
         let gate_width = if sizes.scalar { 1 } else { width };
         self.for_rows2(outputs, (width, gate_width), |first, dx, dgate| {
-            let rows = dx.chunks_exact_mut(width).zip(dgate.chunks_exact_mut(gate_width));
-            for (row, (dx, dgate)) in rows.enumerate() {
-                let at = (first + row) * width;
-                let gates = gates(gate, first + row, sizes);
-                dgate.fill(0.0);
-                for (i, gate) in gates.enumerate() {
-                    let (x, dy, sigma) = (x[at + i], dy[at + i], logistic(*gate));
-                    dx[i] = dy * sigma;
-                    dgate[if sizes.scalar { 0 } else { i }] += dy * x * (sigma * (1.0 - sigma));
+            with_gates(gate, first * width..first * width + dx.len(), sizes, |at, gate| {
+                let within = at - first * width;
+                let (x, dy, dx) = (&x[at..], &dy[at..], &mut dx[within..][..gate.len()]);
+                if !sizes.scalar {
+                    gates::gate_backward(simd, x, gate, dy, dx, &mut dgate[within..]);
+                    return;
                 }
-            }
+                with_local(gate.len(), |each| {
+                    gates::gate_backward(simd, x, gate, dy, dx, each);
+                    dgate[within / width] = each.iter().sum();
+                });
+            });
         });
         Ok(())
     }
@@ -65,14 +64,13 @@ impl GateOps for Cpu {
         let (x, gate) = (floats(OP, "x", call.x)?, floats(OP, "gate", call.gate)?);
         let weight = widened(OP, "weight", call.weight)?;
         let outputs = (floats_mut(OP, "y", call.y)?, floats_mut(OP, "rstd", call.rstd)?);
+        let simd = self.inner.simd;
         self.for_rows2(outputs, (width, 1), |first, y, rstd| {
             for (row, (y, rstd)) in y.chunks_exact_mut(width).zip(rstd).enumerate() {
                 let at = (first + row) * width;
-                let (x, gate) = (&x[at..][..width], &gate[at..][..width]);
-                *rstd = reciprocal_root(inner(x, x) / width as f64, call.eps);
-                for (((y, x), z), w) in y.iter_mut().zip(x).zip(gate).zip(&weight) {
-                    *y = x * *rstd * w * (z * logistic(*z));
-                }
+                let x = &x[at..][..width];
+                *rstd = reciprocal_root(rows::dot(simd, x, x) / width as f32, call.eps);
+                gates::gated_norm(simd, x, &gate[at..], &weight, *rstd, y);
             }
         });
         Ok(())
@@ -85,18 +83,14 @@ impl GateOps for Cpu {
         let (dy, rstd) = (floats(OP, "dy", call.dy)?, floats(OP, "rstd", call.rstd)?);
         let weight = widened(OP, "weight", call.weight)?;
         let outputs = (floats_mut(OP, "dx", call.dx)?, floats_mut(OP, "dgate", call.dgate)?);
+        let simd = self.inner.simd;
         self.for_rows2(outputs, (width, width), |first, dx, dgate| {
             let rows = dx.chunks_exact_mut(width).zip(dgate.chunks_exact_mut(width));
             for (row, (dx, dgate)) in rows.enumerate() {
                 let (at, rstd) = ((first + row) * width, rstd[first + row]);
                 let x = &x[at..][..width];
-                for (i, (dx, dgate)) in dx.iter_mut().zip(dgate).enumerate() {
-                    let (z, dy) = (gate[at + i], dy[at + i]);
-                    let sigma = logistic(z);
-                    *dgate = dy * (x[i] * rstd * weight[i]) * sigma * (1.0 + z * (1.0 - sigma));
-                    *dx = dy * (z * sigma) * weight[i];
-                }
-                normalised_gradient(dx, x, rstd, inner(dx, x) / width as f64);
+                gates::gated_norm_backward(simd, x, &gate[at..], &weight, rstd, &dy[at..], dx, dgate);
+                normalised_gradient(simd, dx, x, rstd, width as f32);
             }
         });
         Ok(())
@@ -113,13 +107,12 @@ impl GateOps for Cpu {
         let width = contract::l2_norm_forward(x, y, rnorm)?;
         let x = floats(OP, "x", x)?;
         let outputs = (floats_mut(OP, "y", y)?, floats_mut(OP, "rnorm", rnorm)?);
+        let simd = self.inner.simd;
         self.for_rows2(outputs, (width, 1), |first, y, rnorm| {
-            let rows = x[first * width..].chunks_exact(width);
-            for ((x, y), rnorm) in rows.zip(y.chunks_exact_mut(width)).zip(rnorm) {
-                *rnorm = reciprocal_root(inner(x, x), eps);
-                for (y, x) in y.iter_mut().zip(x) {
-                    *y = x * *rnorm;
-                }
+            let inputs = x[first * width..].chunks_exact(width);
+            for ((x, y), rnorm) in inputs.zip(y.chunks_exact_mut(width)).zip(rnorm) {
+                *rnorm = reciprocal_root(rows::dot(simd, x, x), eps);
+                gates::scaled(simd, x, *rnorm, y);
             }
         });
         Ok(())
@@ -136,12 +129,12 @@ impl GateOps for Cpu {
         let width = contract::l2_norm_backward(x, rnorm, dy, dx)?;
         let (x, dy) = (floats(OP, "x", x)?, floats(OP, "dy", dy)?);
         let rnorm = floats(OP, "rnorm", rnorm)?;
+        let simd = self.inner.simd;
         self.for_rows(floats_mut(OP, "dx", dx)?, width, |first, dx| {
             for (row, dx) in dx.chunks_exact_mut(width).enumerate() {
                 let at = (first + row) * width;
-                let x = &x[at..][..width];
                 dx.copy_from_slice(&dy[at..][..width]);
-                normalised_gradient(dx, x, rnorm[first + row], inner(dx, x));
+                normalised_gradient(simd, dx, &x[at..][..width], rnorm[first + row], 1.0);
             }
         });
         Ok(())
@@ -166,28 +159,26 @@ impl GateOps for Cpu {
     }
 }
 
-/// The gates of one row, one for each of its elements.
-fn gates(gate: &[f32], row: usize, sizes: GateSizes) -> impl Iterator<Item = &f32> {
-    let (own, times) = match sizes.scalar {
-        true => (&gate[row..=row], sizes.width),
-        false => (&gate[row * sizes.width..][..sizes.width], 1),
-    };
-    own.iter().flat_map(move |gate| std::iter::repeat_n(gate, times))
-}
-
-/// `⟨a, b⟩` in f64.
-fn inner(a: &[f32], b: &[f32]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
-}
-
-fn reciprocal_root(square: f64, eps: f32) -> f32 {
-    (1.0 / (square + f64::from(eps)).sqrt()) as f32
-}
-
-/// `r (h − x · r² · pull)` in place of `h`.
-fn normalised_gradient(h: &mut [f32], x: &[f32], r: f32, pull: f64) {
-    let pull = (f64::from(r) * f64::from(r) * pull) as f32;
-    for (h, x) in h.iter_mut().zip(x) {
-        *h = r * (*h - x * pull);
+/// Gives `work` runs of gates, one gate for each element, with the place of the run's first element: a run is a row where one
+/// gate serves it, otherwise all of `range`.
+fn with_gates(gate: &[f32], range: std::ops::Range<usize>, sizes: GateSizes, mut work: impl FnMut(usize, &[f32])) {
+    if !sizes.scalar {
+        return work(range.start, &gate[range]);
     }
+    with_local(sizes.width, |each| {
+        for at in range.step_by(sizes.width) {
+            each.fill(gate[at / sizes.width]);
+            work(at, each);
+        }
+    });
+}
+
+fn reciprocal_root(square: f32, eps: f32) -> f32 {
+    1.0 / (square + eps).sqrt()
+}
+
+/// `r (h − x · r² · ⟨h, x⟩ / count)` in place of `h`.
+fn normalised_gradient(simd: Simd, h: &mut [f32], x: &[f32], r: f32, count: f32) {
+    let pull = r * r * (rows::dot(simd, h, x) / count);
+    gates::through_norm(simd, h, x, r, pull);
 }

@@ -11,14 +11,15 @@ use crate::weight::{NF4_BLOCK, NF4_NESTED_BLOCK, Nf4Scales, Weight};
 
 /// A row-major matrix of `columns` columns.
 pub(super) struct Matrix<'a> {
-    content: Content<'a>,
+    pub(super) content: Content<'a>,
     pub(super) rows: usize,
     pub(super) columns: usize,
     /// Values are rounded to bf16 as they are read, even where they stay f32.
-    rounded: bool,
+    pub(super) rounded: bool,
 }
 
-enum Content<'a> {
+/// Elements in their encoding.
+pub(super) enum Content<'a> {
     Single(&'a [f32]),
     /// bf16 bits.
     Brain(&'a [u16]),

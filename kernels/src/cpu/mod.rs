@@ -11,7 +11,6 @@ mod attention;
 mod ceiling;
 mod convolution;
 mod delta;
-mod dense;
 mod embedding;
 mod gate;
 mod loss;

@@ -34,7 +34,9 @@ pub fn route<N: Real>(logits: &[N], experts: usize, top: usize, renormalise: boo
     for logits in logits.chunks_exact(experts) {
         let mut order: Vec<usize> = (0..experts).collect();
         // A stable sort leaves equals in the order of their indices.
-        order.sort_by(|a, b| logits[*b].get().total_cmp(&logits[*a].get()));
+        // Adding zero makes −0 and 0 equal.
+        let key = |expert: &usize| logits[*expert].get() + 0.0;
+        order.sort_by(|a, b| key(b).total_cmp(&key(a)));
         let p = softmax(logits);
         let best = order.iter().take(top).map(|expert| p[*expert]);
         let sum = if renormalise { N::sum(best.clone()) } else { N::new(1.0) };

@@ -7,9 +7,12 @@
 
 mod attention;
 mod backends;
+mod delta;
 mod elementwise;
+mod gate;
 mod linear;
 mod loss;
 mod memory;
+mod moe;
 mod rows;
 mod weights;

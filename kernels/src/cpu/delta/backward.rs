@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use super::super::dense::dot;
-use super::super::dense::{add_nn, add_nt, add_tn};
+use super::super::simd::rows::{dot, scale};
+use super::super::simd::small::{add_nn, add_nt, add_tn};
 use super::chunk::{Chunk, Head, chunks, gather, scale_rows};
 use crate::ops::DELTA_CHUNK;
 
@@ -56,7 +56,7 @@ impl Head<'_> {
             dbeta: vec![0.0; rows],
         };
         let solved_of = |rows: Range<usize>| gather(solved, rows, (heads, head, DELTA_CHUNK));
-        let states = self.states(document.clone(), head, &solved_of);
+        let states = self.states(document.clone(), head, solved_of);
         let mut dstate = vec![0.0; key_dim * width];
         for (rows, state) in chunks(document).zip(states).rev() {
             let chunk = self.chunk(rows.clone(), head);
@@ -64,7 +64,7 @@ impl Head<'_> {
             let residual = chunk.residual(&state, width);
             let corrected = chunk.corrected(&residual, &solved, width);
             let mut dout = gather(dout, rows.clone(), (heads, head, width));
-            dout.iter_mut().for_each(|value| *value *= self.scale);
+            scale(self.simd, &mut dout, self.scale);
             let step = Step {
                 chunk,
                 state,
@@ -105,7 +105,8 @@ impl Head<'_> {
 impl Step {
     /// The chunk's gradients. `dstate` is that of the state behind the chunk and becomes that of the state before it.
     fn backward(&self, solved: &[f32], dstate: &mut [f32], key_dim: usize, width: usize) -> ChunkGradients {
-        let n = self.chunk.n;
+        let chunk = &self.chunk;
+        let n = chunk.n;
         let mut own = ChunkGradients {
             q: vec![0.0; n * key_dim],
             k: vec![0.0; n * key_dim],
@@ -123,7 +124,7 @@ impl Step {
                 transposed[j * n + i] = *value;
             }
         }
-        add_nn(&mut dr, width, &transposed, n, &du, 1.0);
+        add_nn(chunk.simd, &mut dr, width, &transposed, n, &du, 1.0);
         self.through_triangle(&mut own, &dr, width);
         self.through_residual(&mut own, dstate, dr, key_dim, width);
         own
@@ -133,19 +134,19 @@ impl Step {
     fn through_advance(&self, own: &mut ChunkGradients, dstate: &mut [f32], key_dim: usize, width: usize) -> Vec<f32> {
         let chunk = &self.chunk;
         let mut du = vec![0.0; chunk.n * width];
-        add_nn(&mut du, width, &chunk.k, key_dim, dstate, 1.0);
-        scale_rows(&mut du, width, &chunk.to_end);
-        add_nt(&mut own.k, key_dim, &self.corrected, dstate, width, 1.0);
-        scale_rows(&mut own.k, key_dim, &chunk.to_end);
+        add_nn(chunk.simd, &mut du, width, &chunk.k, key_dim, dstate, 1.0);
+        scale_rows(chunk.simd, &mut du, width, &chunk.to_end);
+        add_nt(chunk.simd, &mut own.k, key_dim, &self.corrected, dstate, width, 1.0);
+        scale_rows(chunk.simd, &mut own.k, key_dim, &chunk.to_end);
         let whole = chunk.whole();
-        let mut at_end = whole * dot(&self.state, dstate);
+        let mut at_end = whole * dot(chunk.simd, &self.state, dstate);
         for i in 0..chunk.n {
-            let pull = dot(row(&chunk.k, i, key_dim), row(&own.k, i, key_dim));
+            let pull = dot(chunk.simd, row(&chunk.k, i, key_dim), row(&own.k, i, key_dim));
             own.cumulated[i] -= pull;
             at_end += pull;
         }
         own.cumulated[chunk.n - 1] += at_end;
-        dstate.iter_mut().for_each(|value| *value *= whole);
+        scale(chunk.simd, dstate, whole);
         du
     }
 
@@ -159,25 +160,33 @@ impl Step {
         width: usize,
     ) {
         let chunk = &self.chunk;
-        add_nt(&mut own.q, key_dim, &self.dout, &self.state, width, 1.0);
-        scale_rows(&mut own.q, key_dim, &chunk.from_start);
+        add_nt(chunk.simd, &mut own.q, key_dim, &self.dout, &self.state, width, 1.0);
+        scale_rows(chunk.simd, &mut own.q, key_dim, &chunk.from_start);
         for i in 0..chunk.n {
-            own.cumulated[i] += dot(row(&chunk.q, i, key_dim), row(&own.q, i, key_dim));
+            own.cumulated[i] += dot(chunk.simd, row(&chunk.q, i, key_dim), row(&own.q, i, key_dim));
         }
         let mut q = chunk.q.clone();
-        scale_rows(&mut q, key_dim, &chunk.from_start);
-        add_tn(dstate, width, &q, &self.dout, 1.0);
+        scale_rows(chunk.simd, &mut q, key_dim, &chunk.from_start);
+        add_tn(chunk.simd, dstate, width, &q, &self.dout, 1.0);
 
         let products = chunk.decayed_products(&chunk.q);
-        add_tn(du, width, &products, &self.dout, 1.0);
+        add_tn(chunk.simd, du, width, &products, &self.dout, 1.0);
         let mut dproducts = vec![0.0; chunk.n * chunk.n];
-        add_nt(&mut dproducts, chunk.n, &self.dout, &self.corrected, width, 1.0);
+        add_nt(
+            chunk.simd,
+            &mut dproducts,
+            chunk.n,
+            &self.dout,
+            &self.corrected,
+            width,
+            1.0,
+        );
         own.through_decay(&dproducts, &products, chunk.n);
         for (gradient, between) in dproducts.iter_mut().zip(&chunk.between) {
             *gradient *= between;
         }
-        add_nn(&mut own.q, key_dim, &dproducts, chunk.n, &chunk.k, 1.0);
-        add_tn(&mut own.k, key_dim, &dproducts, &chunk.q, 1.0);
+        add_nn(chunk.simd, &mut own.q, key_dim, &dproducts, chunk.n, &chunk.k, 1.0);
+        add_tn(chunk.simd, &mut own.k, key_dim, &dproducts, &chunk.q, 1.0);
     }
 
     /// `L_ij = β_i (k_i · k_j) e^{c_i − c_j}` for `j < i`, with `dL = −dr uᵀ`.
@@ -185,20 +194,20 @@ impl Step {
         let chunk = &self.chunk;
         let (n, key_dim) = (chunk.n, chunk.k.len() / chunk.n);
         let mut dlower = vec![0.0; n * n];
-        add_nt(&mut dlower, n, dr, &self.corrected, width, -1.0);
+        add_nt(chunk.simd, &mut dlower, n, dr, &self.corrected, width, -1.0);
         let products = chunk.decayed_products(&chunk.k);
         for i in 0..n {
             let (gradients, products) = (&mut dlower[i * n..][..n], &products[i * n..][..n]);
             gradients[i..].fill(0.0);
-            own.beta[i] += dot(&gradients[..i], &products[..i]);
-            gradients[..i].iter_mut().for_each(|value| *value *= chunk.beta[i]);
+            own.beta[i] += dot(chunk.simd, &gradients[..i], &products[..i]);
+            scale(chunk.simd, &mut gradients[..i], chunk.beta[i]);
         }
         own.through_decay(&dlower, &products, n);
         for (gradient, between) in dlower.iter_mut().zip(&chunk.between) {
             *gradient *= between;
         }
-        add_nn(&mut own.k, key_dim, &dlower, n, &chunk.k, 1.0);
-        add_tn(&mut own.k, key_dim, &dlower, &chunk.k, 1.0);
+        add_nn(chunk.simd, &mut own.k, key_dim, &dlower, n, &chunk.k, 1.0);
+        add_tn(chunk.simd, &mut own.k, key_dim, &dlower, &chunk.k, 1.0);
     }
 
     /// `r_i = β_i (v_i − e^{c_i} k_i S)`.
@@ -217,17 +226,17 @@ impl Step {
                 row(&self.residual, i, width),
                 row(&chunk.v, i, width),
             );
-            let by_residual = dot(dr, residual);
+            let by_residual = dot(chunk.simd, dr, residual);
             own.beta[i] += by_residual;
             // e^{c_i} k_i S is v − residual.
-            own.cumulated[i] -= chunk.beta[i] * (dot(dr, v) - by_residual);
+            own.cumulated[i] -= chunk.beta[i] * (dot(chunk.simd, dr, v) - by_residual);
         }
-        scale_rows(&mut dr, width, &chunk.beta);
+        scale_rows(chunk.simd, &mut dr, width, &chunk.beta);
         own.v.clone_from(&dr);
         // From here on −dr is the gradient of e^{c_i} k_i S.
-        scale_rows(&mut dr, width, &chunk.from_start);
-        add_nt(&mut own.k, key_dim, &dr, &self.state, width, -1.0);
-        add_tn(dstate, width, &chunk.k, &dr, -1.0);
+        scale_rows(chunk.simd, &mut dr, width, &chunk.from_start);
+        add_nt(chunk.simd, &mut own.k, key_dim, &dr, &self.state, width, -1.0);
+        add_tn(chunk.simd, dstate, width, &chunk.k, &dr, -1.0);
     }
 }
 

@@ -3,7 +3,9 @@
 
 use std::ops::Range;
 
-use super::super::dense::add_nt;
+use super::super::simd::Simd;
+use super::super::simd::rows::{exponentials, scale};
+use super::super::simd::small::add_nt;
 use crate::contract::DeltaSizes;
 use crate::ops::DELTA_CHUNK;
 
@@ -21,6 +23,7 @@ pub(super) struct Head<'a> {
     pub(super) beta: &'a [f32],
     pub(super) scale: f32,
     pub(super) sizes: DeltaSizes,
+    pub(super) simd: Simd,
 }
 
 /// The rows of one chunk of one head, gathered.
@@ -41,6 +44,7 @@ pub(super) struct Chunk {
     pub(super) to_end: Vec<f32>,
     /// `e^{c_i − c_j}` for `j ≤ i`, else 0; `[n, n]`.
     pub(super) between: Vec<f32>,
+    pub(super) simd: Simd,
 }
 
 /// The chunks of a document.
@@ -65,8 +69,9 @@ impl Head<'_> {
         let mut between = vec![0.0; n * n];
         for (i, row) in between.chunks_exact_mut(n.max(1)).enumerate() {
             for (between, earlier) in row[..=i].iter_mut().zip(&cumulated) {
-                *between = ((cumulated[i] - earlier) as f32).exp();
+                *between = (cumulated[i] - earlier) as f32;
             }
+            exponentials(self.simd, &mut row[..=i], 0.0);
         }
         Chunk {
             n,
@@ -77,6 +82,7 @@ impl Head<'_> {
             from_start: cumulated.iter().map(|c| (*c as f32).exp()).collect(),
             to_end: cumulated.iter().map(|c| ((end - c) as f32).exp()).collect(),
             between,
+            simd: self.simd,
         }
     }
 }
@@ -85,7 +91,7 @@ impl Chunk {
     /// `(a_i · k_j) e^{c_i − c_j}` for `j ≤ i`, else 0: `[n, n]` of rows `a` of `Dk`.
     pub(super) fn decayed_products(&self, a: &[f32]) -> Vec<f32> {
         let mut products = vec![0.0; self.n * self.n];
-        add_nt(&mut products, self.n, a, &self.k, a.len() / self.n, 1.0);
+        add_nt(self.simd, &mut products, self.n, a, &self.k, a.len() / self.n, 1.0);
         for (product, between) in products.iter_mut().zip(&self.between) {
             *product *= between;
         }
@@ -108,12 +114,12 @@ pub(super) fn gather(values: &[f32], rows: Range<usize>, (heads, head, width): (
 }
 
 /// Row `i` of a matrix of `width` columns, times `factors[i]`.
-pub(super) fn scale_rows(values: &mut [f32], width: usize, factors: &[f32]) {
+pub(super) fn scale_rows(simd: Simd, values: &mut [f32], width: usize, factors: &[f32]) {
     if width == 0 {
         return;
     }
     for (row, factor) in values.chunks_exact_mut(width).zip(factors) {
-        row.iter_mut().for_each(|value| *value *= factor);
+        scale(simd, row, *factor);
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::super::dense::{add_nn, add_tn};
+use super::super::simd::rows::scale;
+use super::super::simd::small::{add_nn, add_tn};
 use super::chunk::{Chunk, Head, chunks, scale_rows};
 use crate::ops::DELTA_CHUNK;
 
@@ -30,9 +31,18 @@ impl Head<'_> {
             let residual = chunk.residual(&state, width);
             let corrected = chunk.corrected(&residual, solved, width);
             let mut rows_out = vec![0.0; chunk.n * width];
-            add_nn(&mut rows_out, width, &chunk.q, self.sizes.key_dim, &state, 1.0);
-            scale_rows(&mut rows_out, width, &chunk.from_start);
             add_nn(
+                self.simd,
+                &mut rows_out,
+                width,
+                &chunk.q,
+                self.sizes.key_dim,
+                &state,
+                1.0,
+            );
+            scale_rows(self.simd, &mut rows_out, width, &chunk.from_start);
+            add_nn(
+                self.simd,
                 &mut rows_out,
                 width,
                 &chunk.decayed_products(&chunk.q),
@@ -40,7 +50,8 @@ impl Head<'_> {
                 &corrected,
                 1.0,
             );
-            out.extend(rows_out.iter().map(|value| self.scale * value));
+            scale(self.simd, &mut rows_out, self.scale);
+            out.extend(rows_out);
             chunk.advance(&mut state, &corrected, width);
         }
         HeadOutput { out, solved, state }
@@ -51,8 +62,8 @@ impl Chunk {
     /// `v_i − e^{c_i} k_i S`, `[n, Dv]`: what the decayed state does not yet know of the values.
     pub(super) fn residual(&self, state: &[f32], width: usize) -> Vec<f32> {
         let mut known = vec![0.0; self.n * width];
-        add_nn(&mut known, width, &self.k, self.k.len() / self.n, state, 1.0);
-        scale_rows(&mut known, width, &self.from_start);
+        add_nn(self.simd, &mut known, width, &self.k, self.k.len() / self.n, state, 1.0);
+        scale_rows(self.simd, &mut known, width, &self.from_start);
         for (known, v) in known.iter_mut().zip(&self.v) {
             *known = v - *known;
         }
@@ -62,19 +73,19 @@ impl Chunk {
     /// `u = A r`, `[n, Dv]`, with `r_i = β_i ·` residual.
     pub(super) fn corrected(&self, residual: &[f32], solved: &[f32], width: usize) -> Vec<f32> {
         let mut r = residual.to_vec();
-        scale_rows(&mut r, width, &self.beta);
+        scale_rows(self.simd, &mut r, width, &self.beta);
         let mut corrected = vec![0.0; self.n * width];
-        add_nn(&mut corrected, width, solved, DELTA_CHUNK, &r, 1.0);
+        add_nn(self.simd, &mut corrected, width, solved, DELTA_CHUNK, &r, 1.0);
         corrected
     }
 
     /// `S ← e^{c_n} S + Σ_i (e^{c_n − c_i} k_i)ᵀ u_i`.
     pub(super) fn advance(&self, state: &mut [f32], corrected: &[f32], width: usize) {
         let whole = self.whole();
-        state.iter_mut().for_each(|value| *value *= whole);
+        scale(self.simd, state, whole);
         let mut k = self.k.clone();
-        scale_rows(&mut k, self.k.len() / self.n, &self.to_end);
-        add_tn(state, width, &k, corrected, 1.0);
+        scale_rows(self.simd, &mut k, self.k.len() / self.n, &self.to_end);
+        add_tn(self.simd, state, width, &k, corrected, 1.0);
     }
 }
 
@@ -86,12 +97,8 @@ fn solve(chunk: &Chunk, solved: &mut [f32]) {
         let row = &mut row[..DELTA_CHUNK];
         row.fill(0.0);
         row[i] = 1.0;
-        let products = &products[i * chunk.n..][..i];
-        for (product, above) in products.iter().zip(above.chunks_exact(DELTA_CHUNK)) {
-            let lower = chunk.beta[i] * product;
-            for (value, above) in row.iter_mut().zip(above) {
-                *value -= lower * above;
-            }
-        }
+        let mut lower = products[i * chunk.n..][..i].to_vec();
+        scale(chunk.simd, &mut lower, chunk.beta[i]);
+        add_nn(chunk.simd, row, DELTA_CHUNK, &lower, i, above, -1.0);
     }
 }

@@ -13,7 +13,6 @@ use self::backward::HeadGradients;
 use self::chunk::Head;
 use self::forward::HeadOutput;
 use super::Cpu;
-use super::activation::logistic;
 use super::view::{floats, floats_mut, widened};
 use crate::contract::{self, DeltaSizes};
 use crate::error::Result;
@@ -32,6 +31,7 @@ impl DeltaOps for Cpu {
             beta: floats(OP, "beta", call.beta)?,
             scale: call.scale,
             sizes,
+            simd: self.inner.simd,
         };
         let mut state = match call.state {
             Some(state) => Some(floats_mut(OP, "state", state)?),
@@ -70,6 +70,7 @@ impl DeltaOps for Cpu {
             beta: floats(OP, "beta", call.beta)?,
             scale: call.scale,
             sizes,
+            simd: self.inner.simd,
         };
         let (solved, dout) = (floats(OP, "solved", call.solved)?, floats(OP, "dout", call.dout)?);
         let documents: Vec<_> = call.segments.ranges().collect();
@@ -141,6 +142,10 @@ impl DeltaOps for Cpu {
 /// `−exp(A_log)`.
 fn rates(a_log: &[f32]) -> Vec<f32> {
     a_log.iter().map(|a_log| -a_log.exp()).collect()
+}
+
+fn logistic(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
 }
 
 /// `log(1 + eˣ)` without overflow.

@@ -4,11 +4,13 @@
 use std::ops::Range;
 
 use super::super::Cpu;
-use super::super::dense::rounded;
-use super::super::dense::{add_nn, add_nt, add_tn};
+use super::super::matrix::Matrix;
+use super::super::scratch::with_local;
+use super::super::simd::small::{add_nn, add_nn_window, add_nt, add_tn};
+use super::super::simd::{Simd, rows as simd_rows};
 use super::super::split::take;
 use super::super::view::{floats, floats_mut};
-use super::matrix::Matrix;
+use super::matrix::of_expert;
 use super::routing::Groups;
 use crate::contract::{self, GroupedSizes};
 use crate::error::Result;
@@ -22,27 +24,47 @@ const TASK_ROWS: usize = 64;
 /// Elements of a decoded tile: 32 KiB, which stay in the first-level cache next to the rows they meet.
 const TILE_ELEMENTS: usize = 8 * 1024;
 
+/// Matrix rows that a tile of the backward product has at least: as many as it takes at a time.
+const TILE_ROWS: usize = 8;
+
 /// An activation whose rows are found through the routing.
 struct Operand<'a> {
     values: &'a [f32],
     order: RowOrder,
     width: usize,
-    precision: Precision,
+    rounded: bool,
+    simd: Simd,
 }
 
 impl Operand<'_> {
     /// The rows that `rows` read, as they enter a product.
-    fn gather(&self, groups: &Groups<'_>, rows: Range<usize>) -> Vec<f32> {
-        let mut gathered = Vec::with_capacity(rows.len() * self.width);
-        for row in rows {
-            let source = groups.source(row, self.order);
-            gathered.extend_from_slice(&self.values[source * self.width..][..self.width]);
-        }
-        match self.precision {
-            Precision::F32 => gathered,
-            precision => rounded(&gathered, precision),
+    fn gather(&self, groups: &Groups<'_>, rows: Range<usize>, out: &mut [f32]) {
+        for (row, out) in rows.zip(out.chunks_exact_mut(self.width.max(1))) {
+            let source = &self.values[groups.source(row, self.order) * self.width..][..self.width];
+            if self.rounded {
+                simd_rows::round(self.simd, source, 1.0, out);
+            } else {
+                out.copy_from_slice(source);
+            }
         }
     }
+
+    /// Gives `work` the gathered rows.
+    fn with_rows(&self, groups: &Groups<'_>, rows: Range<usize>, work: impl FnOnce(&[f32])) {
+        with_local(rows.len() * self.width, |gathered| {
+            self.gather(groups, rows, gathered);
+            work(gathered);
+        });
+    }
+}
+
+/// Values as they enter a product.
+fn rounded(simd: Simd, values: &[f32], rounded: bool) -> Vec<f32> {
+    let mut out = values.to_vec();
+    if rounded {
+        simd_rows::round(simd, values, 1.0, &mut out);
+    }
+    out
 }
 
 /// Some rows of one expert and their places in two outputs.
@@ -74,20 +96,45 @@ fn parts<'a>(
     parts
 }
 
-/// Decodes the matrix tile by tile: `work(first row, tile)`.
-fn for_tiles(
-    matrix: &Matrix<'_>,
-    (outputs, inputs): (usize, usize),
-    precision: Precision,
-    mut work: impl FnMut(usize, &[f32]),
-) {
-    let tile_rows = (TILE_ELEMENTS / inputs.max(1)).clamp(1, outputs.max(1));
-    let mut tile = vec![0.0; tile_rows * inputs];
-    for first in (0..outputs).step_by(tile_rows) {
-        let tile = &mut tile[..tile_rows.min(outputs - first) * inputs];
-        matrix.decode(first, tile, precision);
-        work(first, tile);
+/// `y += x · Wᵀ`, the matrix decoded a few whole rows at a time.
+fn add_forward(simd: Simd, y: &mut [f32], x: &[f32], matrix: &Matrix<'_>) {
+    let Matrix { rows, columns, .. } = *matrix;
+    if rows * columns == 0 {
+        return;
     }
+    let tile_rows = (TILE_ELEMENTS / columns).next_multiple_of(4).min(rows);
+    with_local::<f32, _>(tile_rows * columns, |tile| {
+        for first in (0..rows).step_by(tile_rows) {
+            let count = tile_rows.min(rows - first);
+            for (row, tile) in tile.chunks_exact_mut(columns).take(count).enumerate() {
+                matrix.read(simd, first + row, 0..columns, tile);
+            }
+            add_nt(simd, &mut y[first..], rows, x, &tile[..count * columns], columns, 1.0);
+        }
+    });
+}
+
+/// `dx += dy · W`, the matrix decoded in tiles of some rows by some columns.
+fn add_backward(simd: Simd, dx: &mut [f32], dy: &[f32], matrix: &Matrix<'_>) {
+    let Matrix { rows, columns, .. } = *matrix;
+    if rows * columns == 0 {
+        return;
+    }
+    let tile_columns = (TILE_ELEMENTS / TILE_ROWS).min(columns);
+    let tile_rows = (TILE_ELEMENTS / tile_columns).min(rows);
+    with_local::<f32, _>(tile_rows * tile_columns, |tile| {
+        for first in (0..rows).step_by(tile_rows) {
+            let count = tile_rows.min(rows - first);
+            for column in (0..columns).step_by(tile_columns) {
+                let width = tile_columns.min(columns - column);
+                for (row, tile) in tile.chunks_exact_mut(width).take(count).enumerate() {
+                    matrix.read(simd, first + row, column..column + width, tile);
+                }
+                let tile = &tile[..count * width];
+                add_nn_window(simd, &mut dx[column..], (columns, width), &dy[first..], rows, tile, 1.0);
+            }
+        }
+    });
 }
 
 pub(super) fn forward(cpu: &Cpu, call: GroupedLinearForward<'_, Cpu>) -> Result<()> {
@@ -99,26 +146,23 @@ pub(super) fn forward(cpu: &Cpu, call: GroupedLinearForward<'_, Cpu>) -> Result<
         rank,
     } = contract::grouped_linear_forward(&call)?;
     let groups = Groups::new(OP, call.routing, routing)?;
-    let precision = call.precision;
+    let (simd, bf16) = (cpu.inner.simd, call.precision == Precision::Bf16);
     let x = Operand {
         values: floats(OP, "x", call.x)?,
         order: call.x_order,
         width: inputs,
-        precision,
+        rounded: bf16,
+        simd,
     };
-    let matrices = matrices(cpu, call.weight, &groups)?;
+    let matrices = matrices(cpu, call.weight, &groups, bf16)?;
     let y = floats_mut(OP, "y", call.y)?;
     let (adapters, hidden) = match call.lora {
         Some(lora) => {
-            let a = rounded(floats(OP, "lora.a", lora.a)?, precision);
-            let b = rounded(floats(OP, "lora.b", lora.b)?, precision);
+            let (a, b) = (floats(OP, "lora.a", lora.a)?, floats(OP, "lora.b", lora.b)?);
             (Some((a, b, lora.scale)), floats_mut(OP, "lora.hidden", lora.hidden)?)
         }
         None => (None, &mut [][..]),
     };
-    if outputs == 0 {
-        return Ok(());
-    }
     cpu.for_parts(parts(&groups, (y, hidden), (outputs, rank)), |part| {
         let Part {
             expert,
@@ -126,20 +170,22 @@ pub(super) fn forward(cpu: &Cpu, call: GroupedLinearForward<'_, Cpu>) -> Result<
             first: y,
             second: hidden,
         } = part;
-        let x = x.gather(&groups, rows);
         y.fill(0.0);
-        if let Some(matrix) = &matrices[expert] {
-            for_tiles(matrix, (outputs, inputs), precision, |first, tile| {
-                add_nt(&mut y[first..], outputs, &x, tile, inputs, 1.0);
-            });
-        }
-        if let Some((a, b, scale)) = &adapters {
-            let a = &a[expert * rank * inputs..][..rank * inputs];
-            let b = &b[expert * outputs * rank..][..outputs * rank];
+        x.with_rows(&groups, rows, |x| {
+            if let Some(matrix) = &matrices[expert] {
+                add_forward(simd, y, x, matrix);
+            }
+            let Some((a, b, scale)) = adapters else {
+                return;
+            };
+            let a = rounded(simd, &a[expert * rank * inputs..][..rank * inputs], bf16);
+            let b = rounded(simd, &b[expert * outputs * rank..][..outputs * rank], bf16);
             hidden.fill(0.0);
-            add_nt(hidden, rank.max(1), &x, a, inputs, 1.0);
-            add_nt(y, outputs, &rounded(hidden, precision), b, rank, *scale);
-        }
+            add_nt(simd, hidden, rank, x, &a, inputs, 1.0);
+            let mut scaled = hidden.to_vec();
+            simd_rows::scale(simd, &mut scaled, scale);
+            add_nt(simd, y, outputs, &rounded(simd, &scaled, bf16), &b, rank, 1.0);
+        });
     });
     Ok(())
 }
@@ -149,37 +195,39 @@ pub(super) fn backward(cpu: &Cpu, call: GroupedLinearBackward<'_, Cpu>) -> Resul
     let sizes = contract::grouped_linear_backward(&call)?;
     let (inputs, outputs, rank) = (sizes.inputs, sizes.outputs, sizes.rank);
     let groups = Groups::new(OP, call.routing, sizes.routing)?;
-    let precision = call.precision;
+    let (simd, bf16) = (cpu.inner.simd, call.precision == Precision::Bf16);
     let dy = Operand {
         values: floats(OP, "dy", call.dy)?,
         order: call.dy_order,
         width: outputs,
-        precision,
-    };
-    let adapters = match &call.lora {
-        Some(lora) => {
-            let a = rounded(floats(OP, "lora.a", lora.a)?, precision);
-            Some((a, rounded(floats(OP, "lora.b", lora.b)?, precision), lora.scale))
-        }
-        None => None,
+        rounded: bf16,
+        simd,
     };
     // v = s · dy · B, which both the adapters' gradients and dx need.
-    let mut v = vec![0.0; sizes.routing.slots() * rank];
-    if let Some((_, b, scale)) = &adapters {
-        cpu.for_parts(parts(&groups, (&mut v, &mut []), (rank, 0)), |part| {
-            let b = &b[part.expert * outputs * rank..][..outputs * rank];
-            add_nn(part.first, rank, &dy.gather(&groups, part.rows), outputs, b, *scale);
-        });
-    }
-    let v = rounded(&v, precision);
+    let mut v = cpu.scratch::<f32>(sizes.routing.slots() * rank)?;
+    let mut a = None;
     if let Some(lora) = call.lora {
-        adapter_gradients(cpu, lora, &groups, sizes, &dy, &v)?;
+        let b = floats(OP, "lora.b", lora.b)?;
+        cpu.for_parts(parts(&groups, (v.values_mut(), &mut []), (rank, 0)), |part| {
+            let b = rounded(simd, &b[part.expert * outputs * rank..][..outputs * rank], bf16);
+            let v = part.first;
+            v.fill(0.0);
+            dy.with_rows(&groups, part.rows, |dy| {
+                add_nn(simd, v, rank, dy, outputs, &b, lora.scale)
+            });
+            if bf16 {
+                let exact = v.to_vec();
+                simd_rows::round(simd, &exact, 1.0, v);
+            }
+        });
+        a = Some(floats(OP, "lora.a", lora.a)?);
+        adapter_gradients(cpu, lora, &groups, sizes, &dy, v.values())?;
     }
     let Some((dx, write)) = call.dx else {
         return Ok(());
     };
-    let matrices = matrices(cpu, call.weight, &groups)?;
-    let dx = floats_mut(OP, "dx", dx)?;
+    let matrices = matrices(cpu, call.weight, &groups, bf16)?;
+    let (dx, v) = (floats_mut(OP, "dx", dx)?, v.values());
     cpu.for_parts(parts(&groups, (dx, &mut []), (inputs, 0)), |part| {
         let Part {
             expert,
@@ -190,16 +238,16 @@ pub(super) fn backward(cpu: &Cpu, call: GroupedLinearBackward<'_, Cpu>) -> Resul
         if write == Write::Overwrite {
             dx.fill(0.0);
         }
-        let dy = dy.gather(&groups, rows.clone());
-        if let Some(matrix) = &matrices[expert] {
-            for_tiles(matrix, (outputs, inputs), precision, |first, tile| {
-                add_nn(dx, inputs, &dy[first..], outputs, tile, 1.0);
-            });
-        }
-        if let Some((a, _, _)) = &adapters {
-            let a = &a[expert * rank * inputs..][..rank * inputs];
-            add_nn(dx, inputs, &v[rows.start * rank..rows.end * rank], rank, a, 1.0);
-        }
+        let v = &v[rows.start * rank..rows.end * rank];
+        dy.with_rows(&groups, rows, |dy| {
+            if let Some(matrix) = &matrices[expert] {
+                add_backward(simd, dx, dy, matrix);
+            }
+            if let Some(a) = a {
+                let a = rounded(simd, &a[expert * rank * inputs..][..rank * inputs], bf16);
+                add_nn(simd, dx, inputs, v, rank, &a, 1.0);
+            }
+        });
     });
     Ok(())
 }
@@ -219,9 +267,9 @@ fn adapter_gradients(
         values: floats(OP, "lora.x", lora.x)?,
         order: lora.x_order,
         width: inputs,
-        precision: dy.precision,
+        ..*dy
     };
-    let hidden = rounded(floats(OP, "lora.hidden", lora.hidden)?, dy.precision);
+    let (simd, hidden) = (dy.simd, floats(OP, "lora.hidden", lora.hidden)?);
     let mut da = floats_mut(OP, "lora.gradient_a", lora.gradient_a)?;
     let mut db = floats_mut(OP, "lora.gradient_b", lora.gradient_b)?;
     let mut parts = Vec::new();
@@ -238,20 +286,28 @@ fn adapter_gradients(
     }
     cpu.for_parts(parts, |part| {
         let own = part.rows.start * rank..part.rows.end * rank;
-        let x = x.gather(groups, part.rows.clone());
-        add_tn(part.first, inputs, &v[own.clone()], &x, 1.0);
-        let dy = dy.gather(groups, part.rows);
-        add_tn(part.second, rank, &dy, &hidden[own], lora.scale);
+        x.with_rows(groups, part.rows.clone(), |x| {
+            add_tn(simd, part.first, inputs, &v[own.clone()], x, 1.0)
+        });
+        let hidden = rounded(simd, &hidden[own], dy.rounded);
+        dy.with_rows(groups, part.rows, |dy| {
+            add_tn(simd, part.second, rank, dy, &hidden, lora.scale)
+        });
     });
     Ok(())
 }
 
 /// Views of the matrices of the experts that have rows.
-fn matrices<'a>(cpu: &Cpu, weight: &'a WeightStack<Cpu>, groups: &Groups<'_>) -> Result<Vec<Option<Matrix<'a>>>> {
+fn matrices<'a>(
+    cpu: &Cpu,
+    weight: &'a WeightStack<Cpu>,
+    groups: &Groups<'_>,
+    rounded: bool,
+) -> Result<Vec<Option<Matrix<'a>>>> {
     let rows: Vec<_> = groups.experts().collect();
     let view = |expert: usize| match rows[expert].is_empty() {
         true => Ok(None),
-        false => Matrix::of(weight, expert).map(Some),
+        false => of_expert(weight, expert, rounded).map(Some),
     };
     cpu.map(rows.len(), view).into_iter().collect()
 }

@@ -6,7 +6,8 @@ mod routing;
 
 use self::routing::Groups;
 use super::Cpu;
-use super::activation::logistic;
+use super::scratch::with_local;
+use super::simd::{gates, rows};
 use super::view::{floats, floats_mut};
 use crate::contract;
 use crate::error::Result;
@@ -52,12 +53,12 @@ impl MoeOps for Cpu {
         let groups = Groups::new(OP, routing, sizes)?;
         let weights = floats(OP, "routing.weights", &routing.weights)?;
         let (gate, up) = (floats(OP, "gate", gate)?, floats(OP, "up", up)?);
+        let simd = self.inner.simd;
         self.for_rows(floats_mut(OP, "y", y)?, width, |first, y| {
             for (row, y) in y.chunks_exact_mut(width).enumerate() {
-                let (at, weight) = ((first + row) * width, weights[groups.slot(first + row)]);
-                for ((y, gate), up) in y.iter_mut().zip(&gate[at..]).zip(&up[at..]) {
-                    *y = weight * (gate * logistic(*gate) * up);
-                }
+                let at = (first + row) * width;
+                rows::swiglu_forward(simd, &gate[at..], &up[at..], y);
+                rows::scale(simd, y, weights[groups.slot(first + row)]);
             }
         });
         Ok(())
@@ -70,30 +71,27 @@ impl MoeOps for Cpu {
         let weights = floats(OP, "routing.weights", &call.routing.weights)?;
         let (gate, up) = (floats(OP, "gate", call.gate)?, floats(OP, "up", call.up)?);
         let dy = floats(OP, "dy", call.dy)?;
-        let dgate = floats_mut(OP, "dgate", call.dgate)?;
-        self.for_rows2(
-            (dgate, floats_mut(OP, "dup", call.dup)?),
-            (width, width),
-            |first, dgate, dup| {
-                for (i, (dgate, dup)) in dgate.iter_mut().zip(dup).enumerate() {
-                    let at = first * width + i;
-                    let (gate, up, dy) = (gate[at], up[at], weights[groups.slot(at / width)] * dy[at]);
-                    let sigma = logistic(gate);
-                    *dup = dy * gate * sigma;
-                    *dgate = dy * up * sigma * (1.0 + gate * (1.0 - sigma));
+        let simd = self.inner.simd;
+        let outputs = (floats_mut(OP, "dgate", call.dgate)?, floats_mut(OP, "dup", call.dup)?);
+        self.for_rows2(outputs, (width, width), |first, dgate, dup| {
+            let outputs = dgate.chunks_exact_mut(width).zip(dup.chunks_exact_mut(width));
+            with_local::<f32, _>(width, |weighted| {
+                for (row, (dgate, dup)) in outputs.enumerate() {
+                    let at = (first + row) * width;
+                    gates::scaled(simd, &dy[at..], weights[groups.slot(first + row)], weighted);
+                    rows::swiglu_backward(simd, &gate[at..], &up[at..], weighted, dgate, dup);
                 }
-            },
-        );
+            });
+        });
         let dweights = floats_mut(OP, "dweights", call.dweights)?;
         self.for_rows(dweights, 1, |first, dweights| {
-            for (slot, dweight) in dweights.iter_mut().enumerate() {
-                let at = groups.row(first + slot) * width;
-                let terms = gate[at..at + width].iter().zip(&up[at..]).zip(&dy[at..]);
-                let sum: f64 = terms
-                    .map(|((gate, up), dy)| f64::from(gate * logistic(*gate) * up) * f64::from(*dy))
-                    .sum();
-                *dweight = sum as f32;
-            }
+            with_local::<f32, _>(width, |activation| {
+                for (slot, dweight) in dweights.iter_mut().enumerate() {
+                    let at = groups.row(first + slot) * width;
+                    rows::swiglu_forward(simd, &gate[at..], &up[at..], activation);
+                    *dweight = rows::dot(simd, &dy[at..at + width], activation);
+                }
+            });
         });
         Ok(())
     }
@@ -109,6 +107,7 @@ impl MoeOps for Cpu {
         let (width, sizes) = contract::combine(grouped, routing, y)?;
         let groups = Groups::new(OP, routing, sizes)?;
         let grouped = floats(OP, "grouped", grouped)?;
+        let simd = self.inner.simd;
         self.for_rows(floats_mut(OP, "y", y)?, width, |first, y| {
             for (row, y) in y.chunks_exact_mut(width).enumerate() {
                 if write == Write::Overwrite {
@@ -116,10 +115,7 @@ impl MoeOps for Cpu {
                 }
                 let slot = (first + row) * sizes.top;
                 for slot in slot..slot + sizes.top {
-                    let source = &grouped[groups.row(slot) * width..][..width];
-                    for (y, value) in y.iter_mut().zip(source) {
-                        *y += value;
-                    }
+                    rows::add(simd, y, &grouped[groups.row(slot) * width..][..width]);
                 }
             }
         });

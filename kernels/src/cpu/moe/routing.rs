@@ -153,7 +153,6 @@ pub(super) fn backward(cpu: &Cpu, op: &'static str, sizes: RoutingSizes, call: R
     if !chosen.iter().all(inside) {
         return Err(malformed(op));
     }
-    let weights = floats(op, "routing.weights", &call.routing.weights)?;
     let (logits, dweights) = (
         floats(op, "logits", call.logits)?,
         floats(op, "dweights", call.dweights)?,
@@ -162,28 +161,36 @@ pub(super) fn backward(cpu: &Cpu, op: &'static str, sizes: RoutingSizes, call: R
     cpu.for_rows(dlogits, experts, |first, dlogits| {
         for (row, dlogits) in dlogits.chunks_exact_mut(experts).enumerate() {
             let at = (first + row) * top..(first + row + 1) * top;
-            let (chosen, weights, dweights) = (&chosen[at.clone()], &weights[at.clone()], &dweights[at]);
-            let mean: f32 = weights.iter().zip(dweights).map(|(w, dw)| w * dw).sum();
-            if call.renormalise {
-                dlogits.fill(0.0);
-            } else {
-                softmax(&logits[(first + row) * experts..][..experts], dlogits);
-                dlogits.iter_mut().for_each(|p| *p *= -mean);
-            }
-            for ((expert, weight), dweight) in chosen.iter().zip(weights).zip(dweights) {
-                let pull = if call.renormalise { dweight - mean } else { *dweight };
-                dlogits[*expert as usize] += weight * pull;
-            }
+            let logits = &logits[(first + row) * experts..][..experts];
+            token_backward(logits, &chosen[at.clone()], &dweights[at], call.renormalise, dlogits);
         }
     });
     Ok(())
 }
 
-fn softmax(logits: &[f32], out: &mut [f32]) {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    for (out, logit) in out.iter_mut().zip(logits) {
-        *out = (logit - largest).exp();
+/// `dlogits` of one token. In f64, since a weight near 1 makes the differences cancel.
+fn token_backward(logits: &[f32], chosen: &[i32], dweights: &[f32], renormalise: bool, dlogits: &mut [f32]) {
+    let largest = f64::from(logits[chosen[0] as usize]);
+    let power = |logit: f32| (f64::from(logit) - largest).exp();
+    let powers: Vec<f64> = chosen.iter().map(|expert| power(logits[*expert as usize])).collect();
+    let sum: f64 = match renormalise {
+        true => powers.iter().sum(),
+        false => logits.iter().map(|logit| power(*logit)).sum(),
+    };
+    let pull = powers
+        .iter()
+        .zip(dweights)
+        .map(|(p, dw)| p * f64::from(*dw))
+        .sum::<f64>()
+        / sum;
+    if renormalise {
+        dlogits.fill(0.0);
+    } else {
+        for (dlogit, logit) in dlogits.iter_mut().zip(logits) {
+            *dlogit = (power(*logit) / sum * -pull) as f32;
+        }
     }
-    let sum: f32 = out.iter().sum();
-    out.iter_mut().for_each(|out| *out /= sum);
+    for ((expert, power), dweight) in chosen.iter().zip(powers).zip(dweights) {
+        dlogits[*expert as usize] = (power / sum * (f64::from(*dweight) - pull)) as f32;
+    }
 }

@@ -4,10 +4,12 @@
 //! instructions that were found at run time (proof: a [`Simd`] exists only for a level the processor has), and tiles that
 //! read and write through pointers whose bounds are checked once for the whole product.
 
+pub(super) mod gates;
 mod level;
 mod math;
 mod pack;
 pub(super) mod rows;
+pub(super) mod small;
 mod tile;
 mod tile_avx2;
 mod tile_avx512;
