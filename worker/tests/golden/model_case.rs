@@ -97,6 +97,10 @@ fn case_and_model(folder: &Path, device: Cpu) -> Result<(Case<'_>, Model<Cpu>), 
     if case.logits("base.logits", &exact, None)?.holds() {
         return Ok((case, exact));
     }
+    crate::say(&format!(
+        "golden {}: taken as made with rotary frequencies rounded to bf16",
+        folder.display()
+    ));
     case.options = options(RopeFrequencies::Bf16);
     let model = Model::load(&case.device, &folder.join("model"), case.options, &mut |_| {})?;
     Ok((case, model))
