@@ -4,13 +4,8 @@
 //! from the texts it will meet, with Qwen's control tokens and a ChatML template. Everything a Hugging Face loader asks for
 //! is there; `transformers` loads it as `Qwen3ForCausalLM`.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use half::bf16;
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -18,6 +13,8 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::error::{Failure, Result};
+use crate::model::config::{Family, ModelConfig};
+use crate::model::synthetic::write_checkpoint;
 
 /// Sizes of a miniature model.
 #[derive(Clone, Copy, Debug)]
@@ -88,83 +85,21 @@ impl Miniature {
             "generation_config.json",
             pretty(&json!({"eos_token_id": [end, pad], "pad_token_id": pad})),
         )?;
-        save("config.json", pretty(&self.config(vocabulary, end, pad)))?;
-        self.write_weights(&folder.join("model.safetensors"), vocabulary)
+        write_checkpoint(folder, &self.config(vocabulary), self.seed)
     }
 
-    fn config(&self, vocabulary: usize, end: Option<u32>, pad: Option<u32>) -> serde_json::Value {
-        json!({
-            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": "bfloat16",
-            "vocab_size": vocabulary, "hidden_size": self.hidden, "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.key_value_heads, "head_dim": self.head_dim,
-            "hidden_act": "silu", "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0,
-            "attention_bias": false, "attention_dropout": 0.0, "tie_word_embeddings": true,
-            "use_sliding_window": false, "eos_token_id": end, "bos_token_id": pad, "pad_token_id": pad,
-        })
-    }
-
-    /// Tensor names and shapes, in file order.
-    fn shapes(&self, vocabulary: usize) -> Vec<(String, Vec<usize>)> {
-        let (width, query, key) = (
-            self.hidden,
-            self.heads * self.head_dim,
-            self.key_value_heads * self.head_dim,
-        );
-        let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![vocabulary, width])];
-        for layer in 0..self.layers {
-            let parts: [(&str, Vec<usize>); 11] = [
-                ("input_layernorm.weight", vec![width]),
-                ("self_attn.q_proj.weight", vec![query, width]),
-                ("self_attn.k_proj.weight", vec![key, width]),
-                ("self_attn.v_proj.weight", vec![key, width]),
-                ("self_attn.o_proj.weight", vec![width, query]),
-                ("self_attn.q_norm.weight", vec![self.head_dim]),
-                ("self_attn.k_norm.weight", vec![self.head_dim]),
-                ("post_attention_layernorm.weight", vec![width]),
-                ("mlp.gate_proj.weight", vec![self.intermediate, width]),
-                ("mlp.up_proj.weight", vec![self.intermediate, width]),
-                ("mlp.down_proj.weight", vec![width, self.intermediate]),
-            ];
-            shapes.extend(
-                parts
-                    .into_iter()
-                    .map(|(name, shape)| (format!("model.layers.{layer}.{name}"), shape)),
-            );
+    fn config(&self, vocabulary: usize) -> ModelConfig {
+        ModelConfig {
+            hidden: self.hidden,
+            layers: self.layers,
+            heads: self.heads,
+            key_value_heads: self.key_value_heads,
+            head_dim: self.head_dim,
+            intermediate: self.intermediate,
+            max_positions: 8192,
+            ..ModelConfig::miniature(Family::Qwen3, vocabulary)
         }
-        shapes.push(("model.norm.weight".to_owned(), vec![width]));
-        shapes
     }
-
-    fn write_weights(&self, path: &Path, vocabulary: usize) -> Result<()> {
-        let shapes = self.shapes(vocabulary);
-        let mut random = ChaCha8Rng::seed_from_u64(self.seed);
-        let data: Vec<Vec<u8>> = shapes
-            .iter()
-            .map(|(_, shape)| initial_values(shape, &mut random))
-            .collect();
-        let views: std::result::Result<BTreeMap<&str, TensorView<'_>>, _> = shapes
-            .iter()
-            .zip(&data)
-            .map(|((name, shape), bytes)| Ok((name.as_str(), TensorView::new(Dtype::BF16, shape.clone(), bytes)?)))
-            .collect();
-        let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        views
-            .and_then(|views| safetensors::serialize_to_file(views, Some(metadata), path))
-            .map_err(|error| unwritable(path, &error))
-    }
-}
-
-/// Norms are ones; matrices are uniform with variance `1 / inputs`, so that activations keep their size through the layers.
-fn initial_values(shape: &[usize], random: &mut ChaCha8Rng) -> Vec<u8> {
-    let elements: usize = shape.iter().product();
-    let value = |random: &mut ChaCha8Rng| match shape {
-        [_, inputs] => (random.random::<f32>() * 2.0 - 1.0) * (3.0 / *inputs as f32).sqrt(),
-        _ => 1.0,
-    };
-    (0..elements)
-        .flat_map(|_| bf16::from_f32(value(random)).to_le_bytes())
-        .collect()
 }
 
 fn learn_tokenizer(texts: &[String], vocabulary: usize) -> Result<Tokenizer> {
