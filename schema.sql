@@ -2050,6 +2050,8 @@ on conflict (section) do update set version = excluded.version, applied_at = exc
 --   progress            progress 0–100, stage, epoch, step, metrics {training_loss, validation_loss, learning_rate,
 --                       throughput, gpu_utilization, gradient_norm, …}, seconds_left, points [{step, epoch, …metrics}],
 --                       SPEND.  Without `points`, `metrics` itself is the point of `step`. step > 0 implies running.
+--   dataset_invalid (report)  –                              the data set's file is refused: its known issues go
+--   issues (report)     issues, as below                     the data set's issues and validation_errors
 --   spend (report)      SPEND                                the last word on cost before an ending that carries none
 --   retry               –                                    status and stage queued, retry_count + 1
 --   snoozed, released   reason                               the same, not counted; with reason `submitted` the row stays
@@ -2547,6 +2549,24 @@ begin
    where id = p_job.id and brightrun._is_active(status);
 end $$;
 
+-- Training has found its data set unusable, which no validation had (one that is asked for meanwhile goes before). The
+-- status stays the app's: the file may be mended in its place.
+create or replace function brightrun._training_found_issues(p_job public.training_jobs, p_event text, p_detail jsonb)
+returns void language plpgsql set search_path = '' as $$
+declare
+  v_dataset public.datasets;
+begin
+  select * into v_dataset from public.datasets where id = p_job.dataset_id and status <> 'validating' for no key update;
+  if not found then
+    return;
+  end if;
+  if p_event = 'dataset_invalid' then
+    delete from brightrun.dataset_issue where dataset_id = v_dataset.id;
+  end if;
+  perform brightrun._add_dataset_issues(v_dataset, p_detail -> 'issues');
+  update public.datasets set validation_errors = brightrun._validation_errors(id) where id = v_dataset.id;
+end $$;
+
 create or replace function brightrun._training_requeued(p_job public.training_jobs, p_is_attempt boolean, p_detail jsonb)
 returns void language sql set search_path = '' as $$
   update public.training_jobs
@@ -2707,6 +2727,7 @@ begin
     when 'submitted'            then perform brightrun._training_submitted(v_job, v_detail);
     when 'running'              then perform brightrun._training_running(v_job, v_detail);
     when 'progress'             then perform brightrun._training_progressed(v_job, v_detail);
+    when 'dataset_invalid', 'issues' then perform brightrun._training_found_issues(v_job, p_event, v_detail);
     when 'spend'                then perform brightrun._training_advanced(v_job, v_detail);
     when 'retry'                then perform brightrun._training_requeued(v_job, true, v_detail);
     when 'snoozed', 'released'  then perform brightrun._training_requeued(v_job, false, v_detail);

@@ -16,6 +16,8 @@ pub type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
 
 /// One database on the test server, and a connection of the role that owns it.
 pub struct Database {
+    /// Where it is, for programs that connect by themselves.
+    pub url: String,
     config: Config,
     /// A superuser's connection: what the engine's owner may do, and what a test looks at.
     pub owner: Client,
@@ -27,9 +29,14 @@ impl Database {
         let url = brightrun_queue::private_server::testing::fresh_database("app")
             .await
             .unwrap();
+        Self::at(url).await
+    }
+
+    /// The database at a URL, as it is.
+    pub async fn at(url: String) -> Self {
         let config: Config = url.parse().unwrap();
         let owner = connect(&config).await;
-        Self { config, owner }
+        Self { url, config, owner }
     }
 
     /// A new database with `schema.sql` applied.

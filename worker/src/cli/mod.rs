@@ -519,7 +519,8 @@ fn wants_json(command: &Command) -> bool {
 fn init_logging() {
     use tracing_subscriber::EnvFilter;
     let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("warn,brightrun_worker=info,brightrun_queue=info"));
+        // The pool repeats as a warning what the queue tells with its cause and address, also when a server is stopped on purpose.
+        .unwrap_or_else(|_| EnvFilter::new("warn,deadpool=error,brightrun_worker=info,brightrun_queue=info"));
     // A second initialisation (tests in one process) keeps the first.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

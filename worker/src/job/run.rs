@@ -204,7 +204,13 @@ impl<B: Backend> Attempt<B> {
     }
 
     async fn report(&self, event: &str, detail: &impl Serialize) -> std::result::Result<(), Interruption> {
-        match self.context.report(event, &projection::encode(detail)).await {
+        let told = self.context.report(event, &projection::encode(detail)).await;
+        self.reported(told)
+    }
+
+    /// What a refused report means for the attempt.
+    fn reported(&self, told: brightrun_queue::Result<()>) -> std::result::Result<(), Interruption> {
+        match told {
             Ok(()) => Ok(()),
             Err(error) if error.is_lost() => Err(Interruption::Stopped(StopReason::Lost)),
             Err(error) => {
@@ -242,6 +248,8 @@ impl<B: Backend> Attempt<B> {
         if let Some(failure) = report.failure() {
             self.report("dataset_invalid", &super::validate::verdict(&report))
                 .await?;
+            let told = super::validate::report_issues(&self.context, &report).await;
+            self.reported(told)?;
             return Err(failure.into());
         }
         let template = self.services.template().await?;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::input::DatasetRow;
 use super::projection;
 use super::services::blocking;
-use crate::dataset::{self, Report};
+use crate::dataset::{self, Issue, Report};
 use crate::error::{Blame, Failure, Result};
 use crate::storage::Storage;
 
@@ -66,11 +66,46 @@ impl ValidateHandler {
                 ..failure
             })?;
         let report = blocking(move || dataset::check(&file)).await?;
+        report_issues(context, &report)
+            .await
+            .map_err(|error| Failure::platform(error.code(), error.to_string()).hint(error.hint()))?;
         Ok(verdict(&report))
     }
 }
 
-/// The result of a validation, as the projection in `schema.sql` wants it.
+/// Most bytes of issues in one report: half of what the engine takes, since its count is of its own spelling.
+const ISSUE_PART_BYTES: usize = 512 << 10;
+
+/// Sends every issue, in as many reports as they need.
+///
+/// # Errors
+/// The queue's own: the lease is lost, or the database is away.
+pub async fn report_issues(context: &JobContext, report: &Report) -> brightrun_queue::Result<()> {
+    for part in parts(&report.issues) {
+        context.report("issues", &json!({ "issues": part })).await?;
+    }
+    Ok(())
+}
+
+/// Cuts issues into parts of at most [`ISSUE_PART_BYTES`]; no part is empty.
+fn parts(issues: &[Issue]) -> Vec<Vec<Value>> {
+    let mut parts: Vec<Vec<Value>> = Vec::new();
+    let mut room = 0;
+    for issue in issues.iter().map(projection::encode) {
+        let bytes = issue.to_string().len();
+        match parts.last_mut().filter(|_| bytes <= room) {
+            Some(part) => part.push(issue),
+            None => {
+                parts.push(vec![issue]);
+                room = ISSUE_PART_BYTES;
+            }
+        }
+        room = room.saturating_sub(bytes);
+    }
+    parts
+}
+
+/// The result of a validation, as the projection in `schema.sql` wants it. The issues go before it: see [`report_issues`].
 pub fn verdict(report: &Report) -> Value {
     json!({
         "valid": report.is_ready(),
@@ -83,7 +118,6 @@ pub fn verdict(report: &Report) -> Value {
             "avg_tokens_per_turn": report.average_tokens_per_turn(),
         },
         "sample_data": report.sample_data,
-        "issues": report.issues,
     })
 }
 
@@ -112,5 +146,27 @@ fn refusal(failure: &Failure) -> JobFailure {
     JobFailure {
         detail: projection::failure_detail(failure, 0.0),
         ..JobFailure::new(blame, failure.code.as_str(), failure.message.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn any_number_of_issues_goes_out_in_order_in_parts_the_engine_takes() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        for line in 0..900 {
+            std::io::Write::write_all(&mut file, format!("{{\"{}\": {line}}}\n", "k".repeat(900)).as_bytes()).unwrap();
+        }
+        let issues = dataset::check(file.path()).unwrap().issues;
+        let many: Vec<Issue> = issues.iter().cycle().take(8 * issues.len()).cloned().collect();
+        let parts = parts(&many);
+        assert!(parts.len() > 1 && parts.iter().all(|part| !part.is_empty()));
+        for part in &parts {
+            assert!(json!({ "issues": part }).to_string().len() < 1 << 20);
+        }
+        assert_eq!(parts.concat(), many.iter().map(projection::encode).collect::<Vec<_>>());
     }
 }

@@ -1,0 +1,11 @@
+//! What a user lives through, from the row in the database to the adapter in storage: real Postgres, real files, the real
+//! handlers or the real binary, and a model so small that a job takes a second.
+
+#![allow(clippy::unwrap_used, clippy::panic, missing_docs)]
+
+#[path = "../support/database.rs"]
+#[allow(dead_code)]
+mod database;
+mod world;
+
+mod first_adapter;
