@@ -1,5 +1,8 @@
 //! How fast the CPU backend's ops are, and what share of the machine that is.
 //!
+//! Rates are by *busy* time: processor time of all threads divided by their number. On an idle machine it is wall time less
+//! waiting; on a shared one wall time, printed too, says more about the others.
+//!
 //! `cargo bench -p brightrun-kernels --bench ops [-- FILTER] [--json FILE]` prints, for each op and shape, milliseconds, GFLOP/s
 //! or GB/s, and the share of a ceiling measured in the same run: dot products in registers for products, a large copy for
 //! the rest.
@@ -10,7 +13,7 @@ use std::hint::black_box;
 use std::io::Write as _;
 use std::time::Instant;
 
-use brightrun_kernels::cpu::{Cpu, ceiling};
+use brightrun_kernels::cpu::{Cpu, ceiling, timed};
 use brightrun_kernels::ops::{
     ActivationOps, AdamW, AttentionBackward, AttentionForward, AttentionOps, Device, LinearBackward,
     LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, LossOps, MatmulOps, NormBackward, NormForward,
@@ -48,11 +51,10 @@ impl Bench {
         let begin = Instant::now();
         let mut times = Vec::new();
         while times.len() < 5 || begin.elapsed().as_millis() < 500 {
-            let start = Instant::now();
-            body();
-            times.push(start.elapsed().as_secs_f64());
+            times.push(timed(&self.cpu, &mut body));
         }
-        let seconds = times.into_iter().fold(f64::INFINITY, f64::min);
+        let least = |time: fn(&(f64, f64)) -> f64| times.iter().map(time).fold(f64::INFINITY, f64::min);
+        let (seconds, wall) = (least(|time| time.0), least(|time| time.1));
         let (rate, unit, ceiling) = match work {
             Work::Flops(flops) => (flops / seconds / 1e9, "GFLOP/s", self.flops_ceiling),
             Work::Bytes(bytes) => (bytes / seconds / 1e9, "GB/s", self.bytes_ceiling),
@@ -60,15 +62,18 @@ impl Bench {
         let share = rate / ceiling;
         let milliseconds = seconds * 1e3;
         println!(
-            "{op:<28} {shape:<34} {milliseconds:>9.3} ms {rate:>8.1} {unit:<8} {:>5.1} %",
+            "{op:<28} {shape:<34} {milliseconds:>9.3} ms busy {:>9.3} ms wall {rate:>8.1} {unit:<8} {:>5.1} %",
+            wall * 1e3,
             100.0 * share
         );
         if let Some(file) = &mut self.json {
+            let precision = format!("{:?}", self.precision);
+            let ceiling = format!("{ceiling:.1}");
+            let (level, threads, wall) = (self.cpu.simd_level(), self.cpu.threads(), wall * 1e3);
             let line = format!(
-                "{{\"op\":\"{op}\",\"shape\":\"{shape}\",\"level\":\"{}\",\"threads\":{},\"milliseconds\":{milliseconds:.4},\
-                 \"rate\":{rate:.2},\"unit\":\"{unit}\",\"share_of_ceiling\":{share:.4}}}",
-                self.cpu.simd_level(),
-                self.cpu.threads()
+                "{{\"op\":\"{op}\",\"shape\":\"{shape}\",\"precision\":\"{precision}\",\"level\":\"{level}\",\"threads\":{threads},\
+                 \"busy_milliseconds\":{milliseconds:.4},\"wall_milliseconds\":{wall:.4},\
+                 \"rate\":{rate:.2},\"unit\":\"{unit}\",\"ceiling\":{ceiling},\"share_of_ceiling\":{share:.4}}}"
             );
             writeln!(file, "{line}").unwrap();
         }

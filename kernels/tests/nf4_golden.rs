@@ -41,13 +41,11 @@ impl Golden {
 
     /// `m0.plain`, `m0.double`, …
     fn cases(&self) -> BTreeSet<String> {
-        let names = self.tensors();
-        let cases = names
-            .names()
-            .into_iter()
+        let tensors = self.tensors();
+        let names = tensors.names().into_iter();
+        names
             .filter_map(|name| name.strip_suffix(".weight").map(str::to_owned))
-            .collect();
-        cases
+            .collect()
     }
 }
 

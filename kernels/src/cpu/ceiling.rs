@@ -27,26 +27,50 @@ pub fn ceiling(cpu: &Cpu, precision: Precision) -> Ceiling {
     }
 }
 
-/// Repeats of a measurement; the best counts, since a ceiling is what is sought.
-const REPEATS: usize = 5;
+/// Repeats of a measurement; the best counts, since a ceiling is what is sought and others may use the
+/// machine.
+const REPEATS: usize = 40;
 
-fn best(amount: f64, mut work: impl FnMut()) -> f64 {
-    let rate = |_| {
-        let start = Instant::now();
-        work();
-        amount / start.elapsed().as_secs_f64() / 1e9
-    };
-    (0..REPEATS).map(rate).fold(0.0, f64::max)
+/// Processor time of this process's threads that wait or have waited, where the system tells: what a thread that runs
+/// without a pause has used shows late.
+pub fn processor_seconds() -> Option<f64> {
+    let threads = std::fs::read_dir("/proc/self/task").ok()?;
+    let nanoseconds = threads.filter_map(|thread| {
+        let text = std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<f64>().ok()
+    });
+    Some(nanoseconds.sum::<f64>() / 1e9)
+}
+
+/// Seconds that `work` keeps the threads busy, each its share, and wall seconds. Where other programs use the machine too, the
+/// first says what the work costs and the second how long it waited.
+pub fn timed(cpu: &Cpu, work: impl FnOnce()) -> (f64, f64) {
+    let (start, busy) = (Instant::now(), processor_seconds());
+    work();
+    let wall = start.elapsed().as_secs_f64();
+    let busy = processor_seconds()
+        .zip(busy)
+        .map(|(end, start)| (end - start) / cpu.threads() as f64);
+    // A single thread's time is not yet in the books; it does not wait for others, either.
+    (busy.filter(|_| cpu.threads() > 1).unwrap_or(wall), wall)
+}
+
+fn best(cpu: &Cpu, amount: f64, mut work: impl FnMut()) -> f64 {
+    let rate = |_| amount / timed(cpu, &mut work).0 / 1e9;
+    (0..REPEATS)
+        .map(rate)
+        .filter(|rate| rate.is_finite())
+        .fold(0.0, f64::max)
 }
 
 fn products<E: super::matrix::Factor>(cpu: &Cpu) -> f64 {
     const STEPS: usize = 96;
     const ROWS: usize = 24;
-    const ROUNDS: usize = 4000;
+    const ROUNDS: usize = 500;
     let depth = STEPS * E::DEPTH;
     let flops = 2.0 * (ROWS * depth * PANEL * ROUNDS * cpu.threads()) as f64;
     let simd = cpu.inner.simd;
-    best(flops, || {
+    best(cpu, flops, || {
         cpu.for_each(cpu.threads(), |_| {
             let (left, panel) = (vec![E::zeroed(); ROWS * depth], vec![E::zeroed(); depth * PANEL]);
             let mut out = [0.0; ROWS * PANEL];
@@ -76,7 +100,7 @@ fn copies(cpu: &Cpu) -> f64 {
     const COUNT: usize = 64 << 20;
     let source = vec![1.0f32; COUNT / 4];
     let mut target = vec![0.0f32; COUNT / 4];
-    best(2.0 * COUNT as f64, || {
+    best(cpu, 2.0 * COUNT as f64, || {
         cpu.for_rows(&mut target, 1, |first, target| {
             target.copy_from_slice(&source[first..][..target.len()])
         });

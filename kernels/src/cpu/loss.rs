@@ -2,7 +2,7 @@
 
 use super::matrix::{Factor, Matrix};
 use super::products::{RowsAre, Term};
-use super::simd::{Start, rows as simd_rows};
+use super::simd::{Left, Start, rows as simd_rows};
 use super::view::{floats, floats_mut, integers};
 use super::{Cpu, Products};
 use crate::contract;
@@ -66,7 +66,7 @@ impl Cpu {
             for (hidden, t) in hidden.chunks_exact_mut(width.max(1)).zip(rows) {
                 hidden.copy_from_slice(&x[t * width..][..width]);
             }
-            let left = self.left::<E>(hidden, width, rounded)?;
+            let left = self.left::<E>(hidden, [rows.len(), width], rounded)?;
             let term = Term {
                 left: left.view(),
                 right: &head,
@@ -74,11 +74,17 @@ impl Cpu {
             };
             self.product(&[term], logits, vocabulary, Start::Zero);
             drop(left);
-            self.softmax_gradients(logits, rows, labels, losses, dx.is_some().then_some(factor))?;
+            self.softmax_gradients::<E>(logits, rows, labels, losses, dx.is_some().then_some((factor, rounded)))?;
             if let Some(dx) = &mut dx {
-                let left = self.left::<E>(logits, vocabulary, rounded)?;
+                // The gradients lie in the logits' place, as elements of the product.
+                let stride = vocabulary * size_of::<f32>() / size_of::<E>();
+                let left = Left {
+                    values: bytemuck::cast_slice::<f32, E>(logits),
+                    stride,
+                    rows: rows.len(),
+                };
                 let term = Term {
-                    left: left.view(),
+                    left,
                     right: &head,
                     rows_are: RowsAre::Depth,
                 };
@@ -91,14 +97,15 @@ impl Cpu {
         Ok(())
     }
 
-    /// The losses of some rows of logits; with a factor, the logits become `factor · (softmax − onehot)`.
-    fn softmax_gradients(
+    /// The losses of some rows of logits; with a factor, the logits become `factor · (softmax − onehot)` as elements of the
+    /// product that follows (see [`Factor::settle`]).
+    fn softmax_gradients<E: Factor>(
         &self,
         logits: &mut [f32],
         rows: &[usize],
         labels: &[i32],
         losses: &mut [f32],
-        factor: Option<f32>,
+        gradient: Option<(f32, bool)>,
     ) -> Result<()> {
         let simd = self.inner.simd;
         let vocabulary = logits.len() / rows.len();
@@ -109,12 +116,13 @@ impl Cpu {
             |first, logits, losses| {
                 for (i, (z, loss)) in logits.chunks_exact_mut(vocabulary).zip(losses).enumerate() {
                     let label = labels[rows[first + i]] as usize;
-                    let largest = simd_rows::largest(simd, z);
-                    let log_sum = largest + simd_rows::sum_of_exponentials(simd, z, largest).ln();
-                    *loss = log_sum - z[label];
-                    if let Some(factor) = factor {
-                        simd_rows::scaled_exponentials(simd, z, factor, log_sum);
-                        z[label] -= factor;
+                    let (of_label, largest) = (z[label], simd_rows::largest(simd, z));
+                    let sum = simd_rows::exponentials(simd, z, largest);
+                    *loss = largest + sum.ln() - of_label;
+                    if let Some((factor, rounded)) = gradient {
+                        let share = factor / sum;
+                        let at_label = share * z[label] - factor;
+                        E::settle(simd, z, share, rounded, label, at_label);
                     }
                 }
             },

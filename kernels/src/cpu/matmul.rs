@@ -33,9 +33,13 @@ impl Cpu {
     fn forward<E: Factor>(&self, call: LinearForward<'_, Self>, sizes: LinearSizes, rounded: bool) -> Result<()> {
         const OP: &str = "linear_forward";
         let LinearSizes {
-            inputs, outputs, rank, ..
+            tokens,
+            inputs,
+            outputs,
+            rank,
+            ..
         } = sizes;
-        let x = self.left::<E>(floats(OP, "x", call.x)?, inputs, rounded)?;
+        let x = self.left::<E>(floats(OP, "x", call.x)?, [tokens, inputs], rounded)?;
         let weight = Matrix::of_weight(call.weight, rounded)?;
         let y = floats_mut(OP, "y", call.y)?;
         let bias = call.bias.map(|bias| widened(OP, "bias", bias)).transpose()?;
@@ -58,7 +62,7 @@ impl Cpu {
             rows_are: RowsAre::Columns,
         };
         self.product(&[down], hidden, rank, Start::Zero);
-        let hidden = self.scaled_left::<E>(hidden, rank, lora.scale, rounded)?;
+        let hidden = self.scaled_left::<E>(hidden, [tokens, rank], lora.scale, rounded)?;
         let up = Term {
             left: hidden.view(),
             right: &b,
@@ -77,7 +81,7 @@ impl Cpu {
             rank,
         } = sizes;
         let exact_dy = floats(OP, "dy", call.dy)?;
-        let dy = self.left::<E>(exact_dy, outputs, rounded)?;
+        let dy = self.left::<E>(exact_dy, [tokens, outputs], rounded)?;
         let weight = Matrix::of_weight(call.weight, rounded)?;
         let mut through = self.scratch::<f32>(tokens * rank)?;
         let mut adapter = None;
@@ -109,7 +113,7 @@ impl Cpu {
         match adapter {
             None => self.product(&[term], dx, inputs, start),
             Some(a) => {
-                let through = self.left::<E>(through.values(), rank, rounded)?;
+                let through = self.left::<E>(through.values(), [tokens, rank], rounded)?;
                 let down = Term {
                     left: through.view(),
                     right: &a,
@@ -141,17 +145,27 @@ impl Cpu {
         let mut turned = self.scratch::<f32>(tokens * rank)?;
 
         transposed(v, rank, turned.values_mut());
-        let left = self.left::<E>(turned.values(), tokens, rounded)?;
+        let left = self.left::<E>(turned.values(), [rank, tokens], rounded)?;
         let x = Matrix::of_values(floats(OP, "lora.x", lora.x)?, inputs, rounded);
         let da = floats_mut(OP, "lora.gradient_a", lora.gradient_a)?;
-        self.outer_product(left.view(), &x, da, Start::Output);
+        let term = Term {
+            left: left.view(),
+            right: &x,
+            rows_are: RowsAre::Depth,
+        };
+        self.product(&[term], da, inputs, Start::Output);
         drop(left);
 
         transposed(floats(OP, "lora.hidden", lora.hidden)?, rank, turned.values_mut());
-        let left = self.left::<E>(turned.values(), tokens, rounded)?;
+        let left = self.left::<E>(turned.values(), [rank, tokens], rounded)?;
         let dy = Matrix::of_values(dy, outputs, rounded);
         let mut product = self.scratch::<f32>(rank * outputs)?;
-        self.outer_product(left.view(), &dy, product.values_mut(), Start::Zero);
+        let term = Term {
+            left: left.view(),
+            right: &dy,
+            rows_are: RowsAre::Depth,
+        };
+        self.product(&[term], product.values_mut(), outputs, Start::Zero);
         let mut db = self.scratch::<f32>(rank * outputs)?;
         transposed(product.values(), outputs, db.values_mut());
         simd_rows::scale(self.inner.simd, db.values_mut(), lora.scale);
@@ -161,25 +175,5 @@ impl Cpu {
             db.values(),
         );
         Ok(())
-    }
-
-    /// `left · right` over all tokens. Without tokens the sum is empty, and `left` has no rows to tell.
-    fn outer_product<E: Factor>(
-        &self,
-        left: super::simd::Left<'_, E>,
-        right: &Matrix<'_>,
-        out: &mut [f32],
-        start: Start<'_>,
-    ) {
-        if right.rows > 0 {
-            let term = Term {
-                left,
-                right,
-                rows_are: RowsAre::Depth,
-            };
-            self.product(&[term], out, right.columns, start);
-        } else if let Start::Zero = start {
-            out.fill(0.0);
-        }
     }
 }

@@ -38,6 +38,9 @@ pub(super) trait Factor: Element {
     fn fill_brain(simd: Simd, bits: &[u16], out: &mut [Self]);
     /// The bits as elements, where that is the same.
     fn borrow_brain(bits: &[u16]) -> Option<&[Self]>;
+    /// Replaces a row of f32 values by its elements, which begin where the row does and may take less room; in between
+    /// `column`'s value becomes `value`. What follows an odd number of bf16 elements is zero.
+    fn settle(simd: Simd, row: &mut [f32], factor: f32, rounded: bool, column: usize, value: f32);
 }
 
 impl Factor for f32 {
@@ -59,6 +62,14 @@ impl Factor for f32 {
     fn borrow_brain(_bits: &[u16]) -> Option<&[Self]> {
         None
     }
+
+    fn settle(simd: Simd, row: &mut [f32], factor: f32, rounded: bool, column: usize, value: f32) {
+        simd::rows::scale(simd, row, factor);
+        row[column] = value;
+        if rounded {
+            simd::rows::round_in_place(simd, row);
+        }
+    }
 }
 
 impl Factor for u16 {
@@ -72,6 +83,16 @@ impl Factor for u16 {
 
     fn borrow_brain(bits: &[u16]) -> Option<&[Self]> {
         Some(bits)
+    }
+
+    fn settle(simd: Simd, row: &mut [f32], factor: f32, _rounded: bool, column: usize, value: f32) {
+        let count = row.len();
+        let row: &mut [u16] = bytemuck::cast_slice_mut(row);
+        simd::rows::narrow_in_place(simd, row, factor);
+        simd::rows::narrow(simd, &[value], 1.0, &mut row[column..=column]);
+        if count % 2 == 1 {
+            row[count] = 0;
+        }
     }
 }
 

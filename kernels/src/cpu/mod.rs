@@ -37,7 +37,7 @@ use crate::error::{Error, Result};
 use crate::ops::{Device, MemoryStats, Op, Precision, Support};
 use crate::tensor::{Shape, Tensor};
 
-pub use self::ceiling::{Ceiling, ceiling};
+pub use self::ceiling::{Ceiling, ceiling, processor_seconds, timed};
 pub use self::memory::Buffer;
 use self::memory::Pool;
 use self::simd::Simd;

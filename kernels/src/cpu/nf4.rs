@@ -96,7 +96,7 @@ pub(super) fn dynamic_map() -> [f32; 256] {
 /// Point `i` of `steps` equal steps from 0.1 to 1 as torch's `linspace` computes it: from the nearer end, fused.
 fn tenth_to_one(i: usize, steps: usize) -> f32 {
     let step = (1.0f32 - 0.1) / steps as f32;
-    if i < (steps + 1) / 2 {
+    if i < steps.div_ceil(2) {
         step.mul_add(i as f32, 0.1)
     } else {
         (-step).mul_add((steps - i) as f32, 1.0)

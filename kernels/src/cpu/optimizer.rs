@@ -1,19 +1,27 @@
 //! Gradient norm and AdamW.
 
 use super::Cpu;
-use super::simd::rows::{AdamWStep, adamw};
+use super::simd::rows::{AdamWStep, adamw, sum_of_squares};
 use super::view::{floats, floats_mut};
 use crate::contract;
 use crate::error::Result;
 use crate::ops::{AdamW, OptimizerOps};
 use crate::tensor::Tensor;
 
+/// Elements of a task. It decides the order of the norm's sum, so it is a constant.
+const PART: usize = 16 * 1024;
+
 impl OptimizerOps for Cpu {
     fn squared_norm(&self, tensors: &[&Tensor<Self>]) -> Result<f64> {
         let mut sum = 0.0;
         for tensor in tensors {
             let values = floats("squared_norm", "tensors", tensor)?;
-            sum += values.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
+            let mut parts = vec![0.0; values.len().div_ceil(PART)];
+            self.for_items(&mut parts, |index, part| {
+                let values = &values[index * PART..values.len().min((index + 1) * PART)];
+                *part = sum_of_squares(self.inner.simd, values);
+            });
+            sum += parts.iter().sum::<f64>();
         }
         Ok(sum)
     }
@@ -46,7 +54,12 @@ impl OptimizerOps for Cpu {
             root2: correction2.sqrt() as f32,
             epsilon: settings.epsilon,
         };
-        adamw(self.inner.simd, parameter, gradient, m, v, &step);
+        let parts = parameter
+            .chunks_mut(PART)
+            .zip(gradient.chunks(PART))
+            .zip(m.chunks_mut(PART).zip(v.chunks_mut(PART)));
+        let simd = self.inner.simd;
+        self.for_each_item(parts.collect(), |((w, g), (m, v))| adamw(simd, w, g, m, v, &step));
         Ok(())
     }
 }

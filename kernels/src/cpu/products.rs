@@ -74,32 +74,30 @@ impl Cpu {
     pub(super) fn left<'a, E: Factor>(
         &self,
         values: &'a [f32],
-        columns: usize,
+        [rows, columns]: [usize; 2],
         rounded: bool,
     ) -> Result<LeftMatrix<'a, E>> {
         if !rounded
             && E::DEPTH == 1
             && let Ok(elements) = bytemuck::try_cast_slice(values)
         {
-            let rows = values.len() / columns.max(1);
             return Ok(LeftMatrix::Borrowed(Left {
                 values: elements,
                 stride: columns,
                 rows,
             }));
         }
-        self.scaled_left(values, columns, 1.0, rounded)
+        self.scaled_left(values, [rows, columns], 1.0, rounded)
     }
 
     /// As [`Cpu::left`], each value times `factor`.
     pub(super) fn scaled_left<'a, E: Factor>(
         &self,
         values: &[f32],
-        columns: usize,
+        [rows, columns]: [usize; 2],
         factor: f32,
         rounded: bool,
     ) -> Result<LeftMatrix<'a, E>> {
-        let rows = values.len() / columns.max(1);
         let simd = self.inner.simd;
         let stride = columns.next_multiple_of(E::DEPTH);
         let mut own = self.scratch::<E>(rows * stride)?;
@@ -126,13 +124,13 @@ impl Cpu {
     /// `out = start + Σ terms`; `out` has `columns` columns and as many rows as every term's left matrix.
     pub(super) fn product<E: Factor>(&self, terms: &[Term<'_, E>], out: &mut [f32], columns: usize, start: Start<'_>) {
         let rows = out.len() / columns.max(1);
+        if out.is_empty() {
+            return;
+        }
         assert!(
             terms.iter().all(|term| term.left.rows == rows),
             "every term has the output's rows"
         );
-        if rows == 0 {
-            return;
-        }
         let panels = columns.div_ceil(PANEL);
         let wanted = (4 * self.threads()).div_ceil(panels);
         let band = rows.div_ceil(wanted).max(TASK_ROWS).min(rows);

@@ -36,9 +36,28 @@ impl Cpu {
     /// Runs `task(index)` for every index below `count`, in parallel.
     pub(super) fn for_each(&self, count: usize, task: impl Fn(usize) + Sync) {
         match &self.inner.threads {
-            Some(threads) if count > 1 => threads.install(|| (0..count).into_par_iter().for_each(&task)),
+            Some(threads) if count > 1 => {
+                threads.install(|| (0..count).into_par_iter().with_max_len(1).for_each(&task))
+            }
             _ => (0..count).for_each(task),
         }
+    }
+
+    /// Gives each item to `task`, in parallel.
+    pub(super) fn for_each_item<T: Send>(&self, items: Vec<T>, task: impl Fn(T) + Sync) {
+        match &self.inner.threads {
+            Some(threads) if items.len() > 1 => {
+                threads.install(|| items.into_par_iter().with_max_len(1).for_each(&task));
+            }
+            _ => items.into_iter().for_each(task),
+        }
+    }
+
+    /// Gives each element of `items` with its index to `task`, in parallel.
+    pub(super) fn for_items<T: Send>(&self, items: &mut [T], task: impl Fn(usize, &mut T) + Sync) {
+        self.for_each_item(items.iter_mut().enumerate().collect(), |(index, item)| {
+            task(index, item)
+        });
     }
 
     /// Gives `task` groups of whole rows of `data` with the index of their first row, in parallel.

@@ -42,9 +42,11 @@ pub struct LinearGradients<N> {
 
 /// `A · Bᵀ` of `[M, K]` and `[N, K]`.
 fn product_nt<N: Real>(a: &[N], b: &[N], [m, n, k]: [usize; 3]) -> Vec<N> {
-    let row = |values: &[N], i: usize| values[i * k..(i + 1) * k].to_vec();
     (0..m * n)
-        .map(|i| N::dot(row(a, i / n).into_iter().zip(row(b, i % n))))
+        .map(|i| {
+            let (a, b) = (&a[i / n * k..][..k], &b[i % n * k..][..k]);
+            N::dot(a.iter().copied().zip(b.iter().copied()))
+        })
         .collect()
 }
 

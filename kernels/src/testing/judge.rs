@@ -13,6 +13,8 @@ pub struct Judge {
     pub case: String,
     /// Terms of the longest sum behind one element.
     pub length: usize,
+    /// Size of the terms that cancel in a result, where they may be larger than every result; else 0.
+    pub cancelling: f64,
 }
 
 /// How one tensor fared.
@@ -71,7 +73,7 @@ impl Judge {
         let largest = oracle
             .iter()
             .filter(|v| v.is_finite())
-            .fold(0.0f64, |a, b| a.max(b.abs()));
+            .fold(self.cancelling, |a, b| a.max(b.abs()));
         let allowed = plain
             .iter()
             .zip(oracle)
@@ -125,6 +127,7 @@ mod tests {
         Judge {
             case: "case".to_owned(),
             length: 4,
+            cancelling: 0.0,
         }
     }
 

@@ -187,7 +187,12 @@ fn backward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape, precision: Precisio
         vec![wide(gradients.dq), wide(gradients.dk), wide(gradients.dv)]
     });
     let length = shape.dim + segments.longest() * shape.heads / shape.kv_heads;
-    let mut case = run.case(format_args!("attention_backward {shape:?} {precision:?}"), length);
+    // ds = p (do · v − δ): where one key is seen, the two are equal.
+    let largest = |values: &[f32]| values.iter().fold(0.0f64, |a, b| a.max(f64::from(b.abs())));
+    let cancelling = shape.dim as f64 * largest(&dout) * largest(&out) * largest(&k).max(largest(&q));
+    let mut case = run
+        .case(format_args!("attention_backward {shape:?} {precision:?}"), length)
+        .cancelling(cancelling * f64::from(heads.scale));
     for (i, (name, tensor)) in [("dq", &dq), ("dk", &dk), ("dv", &dv)].into_iter().enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);
     }

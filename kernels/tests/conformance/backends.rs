@@ -71,12 +71,19 @@ impl<'a, B: Backend> Run<'a, B> {
         let judge = Judge {
             case: format!("{what} on {}", self.name),
             length,
+            cancelling: 0.0,
         };
         Case { run: self, judge }
     }
 }
 
 impl<B: Backend> Case<'_, '_, B> {
+    /// Says how large the terms are that cancel in the results.
+    pub fn cancelling(mut self, magnitude: f64) -> Self {
+        self.judge.cancelling = magnitude;
+        self
+    }
+
     /// Judges one result, given what the oracle and the plain loop say.
     pub fn compare(&mut self, tensor: &str, ours: &Tensor<B>, plain: &[f64], oracle: &[f64]) {
         let ours = self.run.backend.read_f32(ours).unwrap();

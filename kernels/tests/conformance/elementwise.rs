@@ -116,6 +116,7 @@ fn norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), style: NormWeig
         let (y, rstd) = rms_norm_forward(&x, &factor, N::new(f64::from(eps)));
         let mut dx = rms_norm_backward(&x, &factor, &rstd, &dy);
         if write == Write::Accumulate {
+            #[allow(clippy::assign_op_pattern)] // `Real` has no such operator
             dx.iter_mut()
                 .zip(narrow::<N>(&old))
                 .for_each(|(dx, old)| *dx = *dx + old);

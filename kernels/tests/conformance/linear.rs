@@ -303,3 +303,63 @@ fn without_dx_only_the_adapter_gradients_are_made() {
         case.compare("dB", &gradient_b, &[2.5, 2.5], &[2.5, 2.5]);
     });
 }
+
+#[test]
+fn a_layer_without_inputs_gives_its_bias_and_an_adapter_of_rank_zero_nothing() {
+    on_every_backend("degenerate layers", |run| {
+        let device = run.backend;
+        let empty = |shape: [usize; 2]| device.upload_f32(shape, &[]).unwrap();
+        let bias = device.upload_f32([2], &[3.0, 4.0]).unwrap();
+        for (precision, inputs) in PRECISIONS
+            .into_iter()
+            .flat_map(|precision| [(precision, 0), (precision, 1)])
+        {
+            let (weight, _) = weight(device, Encoding::F32, [2, inputs], &vec![2.0; 2 * inputs]);
+            let x = device.upload_f32([3, inputs], &vec![1.0; 3 * inputs]).unwrap();
+            let (a, b, mut hidden) = (empty([0, inputs]), empty([2, 0]), empty([3, 0]));
+            let mut y = device.alloc(DType::F32, [3, 2]).unwrap();
+            let lora = Some(LoraForward {
+                a: &a,
+                b: &b,
+                scale: 1.0,
+                hidden: &mut hidden,
+            });
+            let call = LinearForward {
+                x: &x,
+                weight: &weight,
+                bias: Some(&bias),
+                lora,
+                precision,
+                y: &mut y,
+            };
+            device.linear_forward(call).unwrap();
+            let (mut gradient_a, mut gradient_b) = (empty([0, inputs]), empty([2, 0]));
+            let lora = Some(LoraBackward {
+                x: &x,
+                a: &a,
+                b: &b,
+                scale: 1.0,
+                hidden: &hidden,
+                gradient_a: &mut gradient_a,
+                gradient_b: &mut gradient_b,
+            });
+            let mut dx = device.alloc(DType::F32, [3, inputs]).unwrap();
+            let dx_out = Some((&mut dx, Write::Overwrite));
+            device
+                .linear_backward(LinearBackward {
+                    dy: &y,
+                    weight: &weight,
+                    lora,
+                    precision,
+                    dx: dx_out,
+                })
+                .unwrap();
+            let extra = 2.0 * inputs as f64;
+            let row = [3.0 + extra, 4.0 + extra];
+            let mut case = run.case("degenerate layer", 1);
+            case.compare("y", &y, &row.repeat(3), &row.repeat(3));
+            let gradient = vec![2.0 * (row[0] + row[1]); 3 * inputs];
+            case.compare("dx", &dx, &gradient, &gradient);
+        }
+    });
+}

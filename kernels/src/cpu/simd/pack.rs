@@ -68,7 +68,10 @@ super::level::vectorised! {
 /// Looks up NF4 codes `first..first + out.len()` of a flattened matrix, all of one block, in the block's table.
 pub(in crate::cpu) fn look_up_nf4(simd: Simd, codes: &[u8], first: usize, values: &[u16; 16], out: &mut [u16]) {
     #[cfg(target_arch = "x86_64")]
-    if matches!(simd.level(), SimdLevel::Avx512 | SimdLevel::Avx512Bf16) && first % 2 == 0 && out.len() % 32 == 0 {
+    if matches!(simd.level(), SimdLevel::Avx512 | SimdLevel::Avx512Bf16)
+        && first.is_multiple_of(2)
+        && out.len().is_multiple_of(32)
+    {
         let bytes = &codes[first / 2..][..out.len() / 2];
         for (bytes, out) in bytes.chunks_exact(16).zip(out.chunks_exact_mut(32)) {
             // SAFETY: the level is proven; sixteen bytes are read and thirty-two values written.

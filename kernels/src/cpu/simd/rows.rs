@@ -57,6 +57,22 @@ vectorised! {
         lane_sum!(F, a, b, sum, a, b, F::fused(a, b, sum))
     }
 
+    /// `Σ a²`, in f64.
+    pub(in crate::cpu) fn sum_of_squares(values: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; LANES];
+        let parts = values.chunks_exact(LANES);
+        let tail = parts.remainder();
+        for part in parts {
+            for (lane, value) in lanes.iter_mut().zip(part) {
+                *lane += f64::from(*value) * f64::from(*value);
+            }
+        }
+        for (lane, value) in lanes.iter_mut().zip(tail) {
+            *lane += f64::from(*value) * f64::from(*value);
+        }
+        lanes.iter().sum()
+    }
+
     /// bf16 bits of `factor · values`.
     pub(in crate::cpu) fn narrow(values: &[f32], factor: f32, out: &mut [u16]) {
         for (out, value) in out.iter_mut().zip(values) {
@@ -64,10 +80,35 @@ vectorised! {
         }
     }
 
-    /// bf16 bits of `factor · values`, written over the first half of `values`.
+    /// `factor · values`, rounded to bf16 values.
     pub(in crate::cpu) fn round(values: &[f32], factor: f32, out: &mut [f32]) {
         for (out, value) in out.iter_mut().zip(values) {
             *out = widened(bf16_bits(factor * value));
+        }
+    }
+
+    /// Rounds to bf16 values.
+    pub(in crate::cpu) fn round_in_place(values: &mut [f32]) {
+        for value in values.iter_mut() {
+            *value = widened(bf16_bits(*value));
+        }
+    }
+
+    /// `row` holds f32 values, two halves each, the lower first. Writes the bf16 bits of `factor · value` from its beginning on:
+    /// a part is read before anything is written over it.
+    pub(in crate::cpu) fn narrow_in_place(row: &mut [u16], factor: f32) {
+        const PART: usize = 64;
+        let count = row.len() / 2;
+        let mut values = [0.0f32; PART];
+        for first in (0..count).step_by(PART) {
+            let length = PART.min(count - first);
+            let (halves, _) = row[2 * first..2 * (first + length)].as_chunks::<2>();
+            for (value, [low, high]) in values.iter_mut().zip(halves) {
+                *value = factor * f32::from_bits(u32::from(*low) | u32::from(*high) << 16);
+            }
+            for (out, value) in row[first..first + length].iter_mut().zip(&values) {
+                *out = bf16_bits(*value);
+            }
         }
     }
 
@@ -147,31 +188,83 @@ vectorised! {
         all.fold(f32::NEG_INFINITY, |largest, value| if *value > largest { *value } else { largest })
     }
 
-    /// Replaces each value by `exp(factor · value − shift)`; answers their sum.
-    pub(in crate::cpu) fn exponentials(values: &mut [f32], factor: f32, shift: f32) -> f32 {
-        for value in values.iter_mut() {
-            *value = exp::<F>(F::fused(*value, factor, -shift));
+    /// One block of a running softmax. Each row of 64 scores is multiplied by `scale` and replaced by `exp(score − maximum)`,
+    /// where the row's maximum first rises to that of the scores; `sums` are brought to the new maxima and grow by the row.
+    /// `corrections` are the factors by which anything summed under the old maxima must be multiplied.
+    pub(in crate::cpu) fn softmax_block(
+        scores: &mut [f32],
+        scale: f32,
+        maxima: &mut [f32; 64],
+        sums: &mut [f32; 64],
+        corrections: &mut [f32; 64],
+    ) {
+        let (rows, _) = scores.as_chunks_mut::<64>();
+        let states = maxima.iter_mut().zip(sums).zip(corrections);
+        for (row, ((maximum, sum), correction)) in rows.iter_mut().zip(states) {
+            let mut lanes = [f32::NEG_INFINITY; LANES];
+            for part in row.chunks_exact_mut(LANES) {
+                for (lane, score) in lanes.iter_mut().zip(part) {
+                    *score *= scale;
+                    *lane = if *score > *lane { *score } else { *lane };
+                }
+            }
+            let mut half = LANES / 2;
+            while half > 0 {
+                for i in 0..half {
+                    lanes[i] = if lanes[i + half] > lanes[i] { lanes[i + half] } else { lanes[i] };
+                }
+                half /= 2;
+            }
+            let risen = if lanes[0] > *maximum { lanes[0] } else { *maximum };
+            let mut totals = [0.0f32; LANES];
+            for part in row.chunks_exact_mut(LANES) {
+                for (total, score) in totals.iter_mut().zip(part) {
+                    *score = exp::<F>(*score - risen);
+                    *total += *score;
+                }
+            }
+            let mut half = LANES / 2;
+            while half > 0 {
+                for i in 0..half {
+                    totals[i] += totals[i + half];
+                }
+                half /= 2;
+            }
+            *correction = exp::<F>(*maximum - risen);
+            *sum = F::fused(*sum, *correction, totals[0]);
+            *maximum = risen;
         }
-        lane_sum!(F, values, values, sum, a, _b, sum + a)
     }
 
-    /// `Σ exp(value − shift)`.
-    pub(in crate::cpu) fn sum_of_exponentials(values: &[f32], shift: f32) -> f32 {
-        lane_sum!(F, values, values, sum, a, _b, sum + exp::<F>(a - shift))
-    }
-
-    /// Replaces each value by `factor · exp(value − shift)`.
-    pub(in crate::cpu) fn scaled_exponentials(values: &mut [f32], factor: f32, shift: f32) {
-        for value in values.iter_mut() {
-            *value = factor * exp::<F>(*value - shift);
+    /// Multiplies each row of `width` elements by its factor.
+    pub(in crate::cpu) fn scale_rows(values: &mut [f32], width: usize, factors: &[f32]) {
+        for (row, factor) in values.chunks_exact_mut(width.max(1)).zip(factors) {
+            for value in row {
+                *value *= factor;
+            }
         }
     }
 
-    /// `p ← exp(scale · p − lse)`, then `ds ← p · (ds − delta)`: one row of attention's backward pass.
-    pub(in crate::cpu) fn score_gradients(p: &mut [f32], ds: &mut [f32], scale: f32, lse: f32, delta: f32) {
-        for (p, ds) in p.iter_mut().zip(ds) {
-            *p = exp::<F>(F::fused(*p, scale, -lse));
-            *ds = *p * (*ds - delta);
+    /// Replaces each value by `exp(value − shift)`; answers their sum.
+    pub(in crate::cpu) fn exponentials(values: &mut [f32], shift: f32) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        for part in values.chunks_mut(LANES) {
+            for (lane, value) in lanes.iter_mut().zip(part) {
+                *value = exp::<F>(*value - shift);
+                *lane += *value;
+            }
+        }
+        lanes.iter().sum()
+    }
+
+    /// `p ← exp(scale · p − lse)`, then `ds ← p · (ds − delta)`: rows of 64 scores of attention's backward pass.
+    pub(in crate::cpu) fn score_gradients(p: &mut [f32], ds: &mut [f32], scale: f32, lse: &[f32], delta: &[f32]) {
+        let ((p, _), (ds, _)) = (p.as_chunks_mut::<64>(), ds.as_chunks_mut::<64>());
+        for ((p, ds), (lse, delta)) in p.iter_mut().zip(ds).zip(lse.iter().zip(delta)) {
+            for (p, ds) in p.iter_mut().zip(ds) {
+                *p = exp::<F>(F::fused(*p, scale, -lse));
+                *ds = *p * (*ds - delta);
+            }
         }
     }
 

@@ -4,8 +4,9 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __mmask16, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-    _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    __m512, __m512bh, __m512i, __mmask16, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps,
 };
 
 use super::tile::{Job, LANES};
@@ -75,12 +76,14 @@ unsafe fn tiles_half<const ROWS: usize, const VECTORS: usize>(job: &Job) {
             let left: [*const i32; ROWS] = rows(job, first);
             let mut panel = job.panel.cast::<i32>();
             for step in 0..job.steps {
-                let columns: [__m512bh; VECTORS] =
-                    std::array::from_fn(|i| std::mem::transmute(_mm512_loadu_si512(panel.add(i * LANES).cast())));
+                let columns: [__m512bh; VECTORS] = std::array::from_fn(|i| {
+                    std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(panel.add(i * LANES).cast()))
+                });
                 for row in 0..ROWS {
                     let pair = _mm512_set1_epi32(left[row].add(step).read_unaligned());
                     for i in 0..VECTORS {
-                        sums[row][i] = _mm512_dpbf16_ps(sums[row][i], std::mem::transmute(pair), columns[i]);
+                        sums[row][i] =
+                            _mm512_dpbf16_ps(sums[row][i], std::mem::transmute::<__m512i, __m512bh>(pair), columns[i]);
                     }
                 }
                 panel = panel.add(VECTORS * LANES);
