@@ -73,6 +73,7 @@ impl Case {
         let judge = Judge {
             case: self.name.to_owned(),
             length: self.length,
+            cancelling: 0.0,
         };
         let ours = self.cpu.read_f32(ours).unwrap();
         judge

@@ -160,7 +160,7 @@ impl<'a> Matrix<'a> {
                 while !out.is_empty() {
                     let in_block = (NF4_BLOCK - first % NF4_BLOCK).min(out.len());
                     let (part, rest) = out.split_at_mut(in_block);
-                    let table = super::nf4::values_of_block(scales[first / NF4_BLOCK]);
+                    let table = super::nf4::values_of_block(simd, scales[first / NF4_BLOCK]);
                     simd::look_up_nf4(simd, codes, first, &table, &mut bits[..in_block]);
                     E::fill_brain(simd, &bits[..in_block], part);
                     (first, out) = (first + in_block, rest);

@@ -140,6 +140,24 @@ impl Cpu {
         });
     }
 
+    /// As [`Cpu::product`] on this thread alone: for products inside a task.
+    pub(super) fn product_here<E: Factor>(
+        &self,
+        terms: &[Term<'_, E>],
+        out: &mut [f32],
+        columns: usize,
+        start: Start<'_>,
+    ) {
+        if out.is_empty() {
+            return;
+        }
+        let rows = out.len() / columns;
+        let blocks = Blocks::new(out, columns, rows);
+        for index in 0..blocks.len() {
+            self.block_of_product(terms, blocks.take(index), start);
+        }
+    }
+
     /// One task of [`Cpu::product`].
     fn block_of_product<E: Factor>(&self, terms: &[Term<'_, E>], mut block: Block<'_>, start: Start<'_>) {
         let simd = self.inner.simd;

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::level::{Simd, SimdLevel};
+use super::math::bf16_bits;
 use super::tile::{Element, LANES};
 
 /// Packs up to 16 matrix rows as columns `at..at + 16` of a panel of `width` columns: `panel[k, at + r] = rows[r][k]`. Missing
@@ -58,6 +59,15 @@ pub(in crate::cpu) fn interleave_rows<E: Element>(simd: Simd, rows: &[E], width:
 }
 
 super::level::vectorised! {
+    /// bf16 bits of `scale · table`, subnormal products taken as zero.
+    pub(in crate::cpu) fn nf4_values(table: &[f32; 16], scale: f32, values: &mut [u16; 16]) {
+        for (value, entry) in values.iter_mut().zip(table) {
+            let product = entry * scale;
+            let kept = if product.abs() < f32::MIN_POSITIVE { 0.0 } else { product.abs() };
+            *value = bf16_bits(kept.copysign(product));
+        }
+    }
+
     fn pairs(first: &[u16], second: &[u16], step: &mut [u32]) {
         for ((step, first), second) in step.iter_mut().zip(first).zip(second) {
             *step = u32::from(*first) | u32::from(*second) << 16;
