@@ -138,6 +138,24 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Elements `range` of a row: where they lie, or else read into `room`.
+    pub(super) fn borrow_or_read<'r, E: Factor>(
+        &self,
+        simd: Simd,
+        row: usize,
+        range: std::ops::Range<usize>,
+        room: &'r mut [E],
+    ) -> &'r [E]
+    where
+        'a: 'r,
+    {
+        if let Some(elements) = self.borrow(row, range.clone()) {
+            return elements;
+        }
+        self.read(simd, row, range, room);
+        room
+    }
+
     /// Reads elements `range` of a row.
     pub(super) fn read<E: Factor>(&self, simd: Simd, row: usize, range: std::ops::Range<usize>, out: &mut [E]) {
         let first = row * self.columns + range.start;
