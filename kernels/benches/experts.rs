@@ -21,11 +21,18 @@ const SIZES: [usize; 4] = [2048, 512, 10, 512];
 
 fn best(mut body: impl FnMut()) -> f64 {
     let time = |body: &mut dyn FnMut()| {
-        let start = Instant::now();
+        let (start, cpu) = (Instant::now(), cpu_seconds());
         body();
+        eprint!("[cpu {:.0}] ", (cpu_seconds() - cpu) * 1e3);
         start.elapsed().as_secs_f64()
     };
     (0..5).map(|_| time(&mut body)).fold(f64::INFINITY, f64::min)
+}
+
+fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+    fields[11].parse::<f64>().unwrap() / 100.0
 }
 
 fn random(cpu: &Cpu, shape: &[usize], seed: u64) -> Tensor<Cpu> {

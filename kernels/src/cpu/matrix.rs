@@ -138,6 +138,24 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Elements `range` of a row: where they lie, or else read into `room`.
+    pub(super) fn borrow_or_read<'r, E: Factor>(
+        &self,
+        simd: Simd,
+        row: usize,
+        range: std::ops::Range<usize>,
+        room: &'r mut [E],
+    ) -> &'r [E]
+    where
+        'a: 'r,
+    {
+        if let Some(elements) = self.borrow(row, range.clone()) {
+            return elements;
+        }
+        self.read(simd, row, range, room);
+        room
+    }
+
     /// Reads elements `range` of a row.
     pub(super) fn read<E: Factor>(&self, simd: Simd, row: usize, range: std::ops::Range<usize>, out: &mut [E]) {
         let first = row * self.columns + range.start;
@@ -160,7 +178,7 @@ impl<'a> Matrix<'a> {
                 while !out.is_empty() {
                     let in_block = (NF4_BLOCK - first % NF4_BLOCK).min(out.len());
                     let (part, rest) = out.split_at_mut(in_block);
-                    let table = super::nf4::values_of_block(scales[first / NF4_BLOCK]);
+                    let table = super::nf4::values_of_block(simd, scales[first / NF4_BLOCK]);
                     simd::look_up_nf4(simd, codes, first, &table, &mut bits[..in_block]);
                     E::fill_brain(simd, &bits[..in_block], part);
                     (first, out) = (first + in_block, rest);

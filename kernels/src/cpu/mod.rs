@@ -26,6 +26,7 @@ mod quantize;
 mod rope;
 mod scratch;
 mod simd;
+mod small;
 mod split;
 mod tasks;
 mod view;

@@ -1,8 +1,7 @@
 //! The arithmetic of 4-bit NormalFloat, in the very order bitsandbytes 0.50 does it on a CPU, so that codes, scales and
 //! decoded values have the same bits.
 
-use half::bf16;
-
+use super::simd::{Simd, nf4_values};
 use crate::weight::{NF4_BLOCK, NF4_NESTED_BLOCK};
 
 /// The sixteen values of NF4 (Dettmers et al. 2023, appendix E), ascending.
@@ -62,16 +61,10 @@ pub(super) fn quantize_block(values: &[f32], packed: &mut [u8]) -> f32 {
 
 /// The sixteen values of a block, as bf16 bits: the f32 products rounded, and subnormal products taken as zero. That is what
 /// the conversion instruction of AVX-512 BF16 does, and so the peer where it uses it.
-pub(super) fn values_of_block(scale: f32) -> [u16; 16] {
-    CODE.map(|value| {
-        let product = value * scale;
-        let flushed = if product.is_subnormal() {
-            0.0f32.copysign(product)
-        } else {
-            product
-        };
-        bf16::from_f32(flushed).to_bits()
-    })
+pub(super) fn values_of_block(simd: Simd, scale: f32) -> [u16; 16] {
+    let mut values = [0; 16];
+    nf4_values(simd, &CODE, scale, &mut values);
+    values
 }
 
 /// bitsandbytes' signed dynamic 8-bit map, ascending (Dettmers 2015, arXiv 1511.04561).

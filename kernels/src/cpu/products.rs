@@ -140,6 +140,24 @@ impl Cpu {
         });
     }
 
+    /// As [`Cpu::product`] on this thread alone: for products inside a task.
+    pub(super) fn product_here<E: Factor>(
+        &self,
+        terms: &[Term<'_, E>],
+        out: &mut [f32],
+        columns: usize,
+        start: Start<'_>,
+    ) {
+        if out.is_empty() {
+            return;
+        }
+        let rows = out.len() / columns;
+        let blocks = Blocks::new(out, columns, rows);
+        for index in 0..blocks.len() {
+            self.block_of_product(terms, blocks.take(index), start);
+        }
+    }
+
     /// One task of [`Cpu::product`].
     fn block_of_product<E: Factor>(&self, terms: &[Term<'_, E>], mut block: Block<'_>, start: Start<'_>) {
         let simd = self.inner.simd;
@@ -228,21 +246,24 @@ impl Cpu {
         const GROUP: usize = 16;
         let simd = self.inner.simd;
         let width = columns.len().next_multiple_of(GROUP);
-        let mut strip = [E::zeroed(); 2 * PANEL];
-        let strip = &mut strip[..E::DEPTH * width];
-        for (first, step) in depth
-            .clone()
-            .step_by(E::DEPTH)
-            .zip(panel.chunks_exact_mut(E::DEPTH * width))
-        {
-            for (i, strip) in strip.chunks_exact_mut(width).enumerate() {
-                if first + i < depth.end {
-                    matrix.read(simd, first + i, columns.clone(), &mut strip[..columns.len()]);
-                } else {
-                    strip.fill(E::zeroed());
-                }
+        let count = columns.len();
+        let mut strips = [[E::zeroed(); PANEL]; 2];
+        let steps = panel.chunks_exact_mut(E::DEPTH * width);
+        for (row, step) in depth.clone().step_by(E::DEPTH).zip(steps) {
+            if E::DEPTH == 1 {
+                matrix.read(simd, row, columns.clone(), &mut step[..count]);
+                step[count..].fill(E::zeroed());
+                continue;
             }
-            simd::interleave_rows(simd, strip, width, step);
+            let [first, second] = &mut strips;
+            let first = matrix.borrow_or_read(simd, row, columns.clone(), &mut first[..count]);
+            let second = if row + 1 < depth.end {
+                matrix.borrow_or_read(simd, row + 1, columns.clone(), &mut second[..count])
+            } else {
+                second[..count].fill(E::zeroed());
+                &second[..count]
+            };
+            simd::interleave_pair(simd, first, second, step);
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::super::simd::rows::{dot, scale};
-use super::super::simd::small::{add_nn, add_nt, add_tn};
+use super::super::small::{add_nn, add_nt, add_tn};
 use super::chunk::{Chunk, Head, chunks, gather, scale_rows};
 use crate::ops::DELTA_CHUNK;
 
@@ -124,7 +124,7 @@ impl Step {
                 transposed[j * n + i] = *value;
             }
         }
-        add_nn(chunk.simd, &mut dr, width, &transposed, n, &du, 1.0);
+        add_nn(chunk.simd, &mut dr, width, &transposed, n, &du);
         self.through_triangle(&mut own, &dr, width);
         self.through_residual(&mut own, dstate, dr, key_dim, width);
         own
@@ -134,9 +134,9 @@ impl Step {
     fn through_advance(&self, own: &mut ChunkGradients, dstate: &mut [f32], key_dim: usize, width: usize) -> Vec<f32> {
         let chunk = &self.chunk;
         let mut du = vec![0.0; chunk.n * width];
-        add_nn(chunk.simd, &mut du, width, &chunk.k, key_dim, dstate, 1.0);
+        add_nn(chunk.simd, &mut du, width, &chunk.k, key_dim, dstate);
         scale_rows(chunk.simd, &mut du, width, &chunk.to_end);
-        add_nt(chunk.simd, &mut own.k, key_dim, &self.corrected, dstate, width, 1.0);
+        add_nt(chunk.simd, &mut own.k, key_dim, &self.corrected, dstate, width);
         scale_rows(chunk.simd, &mut own.k, key_dim, &chunk.to_end);
         let whole = chunk.whole();
         let mut at_end = whole * dot(chunk.simd, &self.state, dstate);
@@ -160,33 +160,25 @@ impl Step {
         width: usize,
     ) {
         let chunk = &self.chunk;
-        add_nt(chunk.simd, &mut own.q, key_dim, &self.dout, &self.state, width, 1.0);
+        add_nt(chunk.simd, &mut own.q, key_dim, &self.dout, &self.state, width);
         scale_rows(chunk.simd, &mut own.q, key_dim, &chunk.from_start);
         for i in 0..chunk.n {
             own.cumulated[i] += dot(chunk.simd, row(&chunk.q, i, key_dim), row(&own.q, i, key_dim));
         }
         let mut q = chunk.q.clone();
         scale_rows(chunk.simd, &mut q, key_dim, &chunk.from_start);
-        add_tn(chunk.simd, dstate, width, &q, &self.dout, 1.0);
+        add_tn(chunk.simd, dstate, width, &q, &self.dout);
 
         let products = chunk.decayed_products(&chunk.q);
-        add_tn(chunk.simd, du, width, &products, &self.dout, 1.0);
+        add_tn(chunk.simd, du, width, &products, &self.dout);
         let mut dproducts = vec![0.0; chunk.n * chunk.n];
-        add_nt(
-            chunk.simd,
-            &mut dproducts,
-            chunk.n,
-            &self.dout,
-            &self.corrected,
-            width,
-            1.0,
-        );
+        add_nt(chunk.simd, &mut dproducts, chunk.n, &self.dout, &self.corrected, width);
         own.through_decay(&dproducts, &products, chunk.n);
         for (gradient, between) in dproducts.iter_mut().zip(&chunk.between) {
             *gradient *= between;
         }
-        add_nn(chunk.simd, &mut own.q, key_dim, &dproducts, chunk.n, &chunk.k, 1.0);
-        add_tn(chunk.simd, &mut own.k, key_dim, &dproducts, &chunk.q, 1.0);
+        add_nn(chunk.simd, &mut own.q, key_dim, &dproducts, chunk.n, &chunk.k);
+        add_tn(chunk.simd, &mut own.k, key_dim, &dproducts, &chunk.q);
     }
 
     /// `L_ij = β_i (k_i · k_j) e^{c_i − c_j}` for `j < i`, with `dL = −dr uᵀ`.
@@ -194,20 +186,20 @@ impl Step {
         let chunk = &self.chunk;
         let (n, key_dim) = (chunk.n, chunk.k.len() / chunk.n);
         let mut dlower = vec![0.0; n * n];
-        add_nt(chunk.simd, &mut dlower, n, dr, &self.corrected, width, -1.0);
+        add_nt(chunk.simd, &mut dlower, n, dr, &self.corrected, width);
         let products = chunk.decayed_products(&chunk.k);
         for i in 0..n {
             let (gradients, products) = (&mut dlower[i * n..][..n], &products[i * n..][..n]);
             gradients[i..].fill(0.0);
-            own.beta[i] += dot(chunk.simd, &gradients[..i], &products[..i]);
-            scale(chunk.simd, &mut gradients[..i], chunk.beta[i]);
+            own.beta[i] -= dot(chunk.simd, &gradients[..i], &products[..i]);
+            scale(chunk.simd, &mut gradients[..i], -chunk.beta[i]);
         }
         own.through_decay(&dlower, &products, n);
         for (gradient, between) in dlower.iter_mut().zip(&chunk.between) {
             *gradient *= between;
         }
-        add_nn(chunk.simd, &mut own.k, key_dim, &dlower, n, &chunk.k, 1.0);
-        add_tn(chunk.simd, &mut own.k, key_dim, &dlower, &chunk.k, 1.0);
+        add_nn(chunk.simd, &mut own.k, key_dim, &dlower, n, &chunk.k);
+        add_tn(chunk.simd, &mut own.k, key_dim, &dlower, &chunk.k);
     }
 
     /// `r_i = β_i (v_i − e^{c_i} k_i S)`.
@@ -233,10 +225,11 @@ impl Step {
         }
         scale_rows(chunk.simd, &mut dr, width, &chunk.beta);
         own.v.clone_from(&dr);
-        // From here on −dr is the gradient of e^{c_i} k_i S.
+        // From here on dr is the gradient of e^{c_i} k_i S.
+        scale(chunk.simd, &mut dr, -1.0);
         scale_rows(chunk.simd, &mut dr, width, &chunk.from_start);
-        add_nt(chunk.simd, &mut own.k, key_dim, &dr, &self.state, width, -1.0);
-        add_tn(chunk.simd, dstate, width, &chunk.k, &dr, -1.0);
+        add_nt(chunk.simd, &mut own.k, key_dim, &dr, &self.state, width);
+        add_tn(chunk.simd, dstate, width, &chunk.k, &dr);
     }
 }
 

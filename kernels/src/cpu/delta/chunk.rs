@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use super::super::simd::Simd;
 use super::super::simd::rows::{exponentials, scale};
-use super::super::simd::small::add_nt;
+use super::super::small::add_nt;
 use crate::contract::DeltaSizes;
 use crate::ops::DELTA_CHUNK;
 
@@ -91,7 +91,7 @@ impl Chunk {
     /// `(a_i · k_j) e^{c_i − c_j}` for `j ≤ i`, else 0: `[n, n]` of rows `a` of `Dk`.
     pub(super) fn decayed_products(&self, a: &[f32]) -> Vec<f32> {
         let mut products = vec![0.0; self.n * self.n];
-        add_nt(self.simd, &mut products, self.n, a, &self.k, a.len() / self.n, 1.0);
+        add_nt(self.simd, &mut products, self.n, a, &self.k, a.len() / self.n);
         for (product, between) in products.iter_mut().zip(&self.between) {
             *product *= between;
         }

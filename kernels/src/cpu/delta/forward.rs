@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::super::simd::rows::scale;
-use super::super::simd::small::{add_nn, add_tn};
+use super::super::simd::{Left, Start, multiply};
+use super::super::small::{add_nn, add_tn};
 use super::chunk::{Chunk, Head, chunks, scale_rows};
 use crate::ops::DELTA_CHUNK;
 
@@ -31,15 +32,7 @@ impl Head<'_> {
             let residual = chunk.residual(&state, width);
             let corrected = chunk.corrected(&residual, solved, width);
             let mut rows_out = vec![0.0; chunk.n * width];
-            add_nn(
-                self.simd,
-                &mut rows_out,
-                width,
-                &chunk.q,
-                self.sizes.key_dim,
-                &state,
-                1.0,
-            );
+            add_nn(self.simd, &mut rows_out, width, &chunk.q, self.sizes.key_dim, &state);
             scale_rows(self.simd, &mut rows_out, width, &chunk.from_start);
             add_nn(
                 self.simd,
@@ -48,7 +41,6 @@ impl Head<'_> {
                 &chunk.decayed_products(&chunk.q),
                 chunk.n,
                 &corrected,
-                1.0,
             );
             scale(self.simd, &mut rows_out, self.scale);
             out.extend(rows_out);
@@ -62,7 +54,7 @@ impl Chunk {
     /// `v_i − e^{c_i} k_i S`, `[n, Dv]`: what the decayed state does not yet know of the values.
     pub(super) fn residual(&self, state: &[f32], width: usize) -> Vec<f32> {
         let mut known = vec![0.0; self.n * width];
-        add_nn(self.simd, &mut known, width, &self.k, self.k.len() / self.n, state, 1.0);
+        add_nn(self.simd, &mut known, width, &self.k, self.k.len() / self.n, state);
         scale_rows(self.simd, &mut known, width, &self.from_start);
         for (known, v) in known.iter_mut().zip(&self.v) {
             *known = v - *known;
@@ -75,7 +67,7 @@ impl Chunk {
         let mut r = residual.to_vec();
         scale_rows(self.simd, &mut r, width, &self.beta);
         let mut corrected = vec![0.0; self.n * width];
-        add_nn(self.simd, &mut corrected, width, solved, DELTA_CHUNK, &r, 1.0);
+        add_nn(self.simd, &mut corrected, width, solved, DELTA_CHUNK, &r);
         corrected
     }
 
@@ -85,7 +77,7 @@ impl Chunk {
         scale(self.simd, state, whole);
         let mut k = self.k.clone();
         scale_rows(self.simd, &mut k, self.k.len() / self.n, &self.to_end);
-        add_tn(self.simd, state, width, &k, corrected, 1.0);
+        add_tn(self.simd, state, width, &k, corrected);
     }
 }
 
@@ -98,7 +90,13 @@ fn solve(chunk: &Chunk, solved: &mut [f32]) {
         row.fill(0.0);
         row[i] = 1.0;
         let mut lower = products[i * chunk.n..][..i].to_vec();
-        scale(chunk.simd, &mut lower, chunk.beta[i]);
-        add_nn(chunk.simd, row, DELTA_CHUNK, &lower, i, above, -1.0);
+        scale(chunk.simd, &mut lower, -chunk.beta[i]);
+        let left = Left {
+            values: &lower,
+            stride: i,
+            rows: 1,
+        };
+        // The rows above are a panel as they lie.
+        multiply(chunk.simd, left, above, i, DELTA_CHUNK, row, DELTA_CHUNK, Start::Output);
     }
 }

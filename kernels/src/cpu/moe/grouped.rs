@@ -3,68 +3,36 @@
 
 use std::ops::Range;
 
-use super::super::Cpu;
-use super::super::matrix::Matrix;
+use super::super::matrix::{Factor, Matrix};
+use super::super::products::{RowsAre, Term, transposed};
 use super::super::scratch::with_local;
-use super::super::simd::small::{add_nn, add_nn_window, add_nt, add_tn};
-use super::super::simd::{Simd, rows as simd_rows};
+use super::super::simd::{Left, Simd, Start, rows as simd_rows};
 use super::super::split::take;
 use super::super::view::{floats, floats_mut};
+use super::super::{Cpu, Products};
 use super::matrix::of_expert;
 use super::routing::Groups;
 use crate::contract::{self, GroupedSizes};
 use crate::error::Result;
-use crate::ops::{GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, Precision, RowOrder, Write};
+use crate::ops::{GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, RowOrder, Write};
 use crate::stack::WeightStack;
 
 /// Rows of an expert that one task takes. A popular expert is worth several tasks; its matrix is then decoded once for each,
-/// which 64 rows of work pay for.
-const TASK_ROWS: usize = 64;
-
-/// Elements of a decoded tile: 32 KiB, which stay in the first-level cache next to the rows they meet.
-const TILE_ELEMENTS: usize = 8 * 1024;
-
-/// Matrix rows that a tile of the backward product has at least: as many as it takes at a time.
-const TILE_ROWS: usize = 8;
+/// which this many rows of work pay for.
+const TASK_ROWS: usize = 96;
 
 /// An activation whose rows are found through the routing.
+#[derive(Clone, Copy)]
 struct Operand<'a> {
     values: &'a [f32],
     order: RowOrder,
     width: usize,
-    rounded: bool,
-    simd: Simd,
 }
 
-impl Operand<'_> {
-    /// The rows that `rows` read, as they enter a product.
-    fn gather(&self, groups: &Groups<'_>, rows: Range<usize>, out: &mut [f32]) {
-        for (row, out) in rows.zip(out.chunks_exact_mut(self.width.max(1))) {
-            let source = &self.values[groups.source(row, self.order) * self.width..][..self.width];
-            if self.rounded {
-                simd_rows::round(self.simd, source, 1.0, out);
-            } else {
-                out.copy_from_slice(source);
-            }
-        }
+impl<'a> Operand<'a> {
+    fn row(&self, groups: &Groups<'_>, row: usize) -> &'a [f32] {
+        &self.values[groups.source(row, self.order) * self.width..][..self.width]
     }
-
-    /// Gives `work` the gathered rows.
-    fn with_rows(&self, groups: &Groups<'_>, rows: Range<usize>, work: impl FnOnce(&[f32])) {
-        with_local(rows.len() * self.width, |gathered| {
-            self.gather(groups, rows, gathered);
-            work(gathered);
-        });
-    }
-}
-
-/// Values as they enter a product.
-fn rounded(simd: Simd, values: &[f32], rounded: bool) -> Vec<f32> {
-    let mut out = values.to_vec();
-    if rounded {
-        simd_rows::round(simd, values, 1.0, &mut out);
-    }
-    out
 }
 
 /// Some rows of one expert and their places in two outputs.
@@ -96,65 +64,76 @@ fn parts<'a>(
     parts
 }
 
-/// `y += x · Wᵀ`, the matrix decoded a few whole rows at a time.
-fn add_forward(simd: Simd, y: &mut [f32], x: &[f32], matrix: &Matrix<'_>) {
-    let Matrix { rows, columns, .. } = *matrix;
-    if rows * columns == 0 {
-        return;
-    }
-    let tile_rows = (TILE_ELEMENTS / columns).next_multiple_of(4).min(rows);
-    with_local::<f32, _>(tile_rows * columns, |tile| {
-        for first in (0..rows).step_by(tile_rows) {
-            let count = tile_rows.min(rows - first);
-            for (row, tile) in tile.chunks_exact_mut(columns).take(count).enumerate() {
-                matrix.read(simd, first + row, 0..columns, tile);
-            }
-            add_nt(simd, &mut y[first..], rows, x, &tile[..count * columns], columns, 1.0);
+/// Gives `work` rows as the left matrix of a product; `row(i)` is the `i`-th of `count`.
+fn with_left<'v, E: Factor>(
+    simd: Simd,
+    (count, width): (usize, usize),
+    rounded: bool,
+    row: impl Fn(usize) -> &'v [f32],
+    work: impl FnOnce(Left<'_, E>),
+) {
+    let stride = width.next_multiple_of(E::DEPTH);
+    with_local(count * stride, |values: &mut [E]| {
+        for (i, out) in values.chunks_exact_mut(stride.max(1)).enumerate() {
+            let (filled, padding) = out.split_at_mut(width);
+            E::fill(simd, row(i), 1.0, rounded, filled);
+            padding.fill(E::zeroed());
         }
+        work(Left {
+            values,
+            stride,
+            rows: count,
+        });
     });
 }
 
-/// `dx += dy · W`, the matrix decoded in tiles of some rows by some columns.
-fn add_backward(simd: Simd, dx: &mut [f32], dy: &[f32], matrix: &Matrix<'_>) {
-    let Matrix { rows, columns, .. } = *matrix;
-    if rows * columns == 0 {
-        return;
-    }
-    let tile_columns = (TILE_ELEMENTS / TILE_ROWS).min(columns);
-    let tile_rows = (TILE_ELEMENTS / tile_columns).min(rows);
-    with_local::<f32, _>(tile_rows * tile_columns, |tile| {
-        for first in (0..rows).step_by(tile_rows) {
-            let count = tile_rows.min(rows - first);
-            for column in (0..columns).step_by(tile_columns) {
-                let width = tile_columns.min(columns - column);
-                for (row, tile) in tile.chunks_exact_mut(width).take(count).enumerate() {
-                    matrix.read(simd, first + row, column..column + width, tile);
-                }
-                let tile = &tile[..count * width];
-                add_nn_window(simd, &mut dx[column..], (columns, width), &dy[first..], rows, tile, 1.0);
-            }
-        }
+/// As [`with_left`] for the rows of a matrix.
+fn with_rows<E: Factor>(simd: Simd, values: &[f32], width: usize, rounded: bool, work: impl FnOnce(Left<'_, E>)) {
+    let count = values.len() / width.max(1);
+    with_left(simd, (count, width), rounded, |i| &values[i * width..][..width], work);
+}
+
+/// As [`with_left`] for the columns of a matrix, each times `factor`.
+fn with_columns<E: Factor>(
+    simd: Simd,
+    values: &[f32],
+    width: usize,
+    factor: f32,
+    rounded: bool,
+    work: impl FnOnce(Left<'_, E>),
+) {
+    let rows = values.len() / width.max(1);
+    with_local(values.len(), |turned: &mut [f32]| {
+        transposed(values, width, turned);
+        simd_rows::scale(simd, turned, factor);
+        with_rows(simd, turned, rows, rounded, work);
     });
 }
 
 pub(super) fn forward(cpu: &Cpu, call: GroupedLinearForward<'_, Cpu>) -> Result<()> {
+    let sizes = contract::grouped_linear_forward(&call)?;
+    match cpu.products(call.precision) {
+        Products::Single { rounded } => forward_as::<f32>(cpu, call, sizes, rounded),
+        Products::Half => forward_as::<u16>(cpu, call, sizes, true),
+    }
+}
+
+fn forward_as<E: Factor>(
+    cpu: &Cpu,
+    call: GroupedLinearForward<'_, Cpu>,
+    sizes: GroupedSizes,
+    rounded: bool,
+) -> Result<()> {
     const OP: &str = "grouped_linear_forward";
-    let GroupedSizes {
-        routing,
-        inputs,
-        outputs,
-        rank,
-    } = contract::grouped_linear_forward(&call)?;
-    let groups = Groups::new(OP, call.routing, routing)?;
-    let (simd, bf16) = (cpu.inner.simd, call.precision == Precision::Bf16);
+    let (inputs, outputs, rank) = (sizes.inputs, sizes.outputs, sizes.rank);
+    let groups = Groups::new(OP, call.routing, sizes.routing)?;
+    let simd = cpu.inner.simd;
     let x = Operand {
         values: floats(OP, "x", call.x)?,
         order: call.x_order,
         width: inputs,
-        rounded: bf16,
-        simd,
     };
-    let matrices = matrices(cpu, call.weight, &groups, bf16)?;
+    let matrices = matrices(cpu, call.weight, &groups, rounded)?;
     let y = floats_mut(OP, "y", call.y)?;
     let (adapters, hidden) = match call.lora {
         Some(lora) => {
@@ -164,44 +143,63 @@ pub(super) fn forward(cpu: &Cpu, call: GroupedLinearForward<'_, Cpu>) -> Result<
         None => (None, &mut [][..]),
     };
     cpu.for_parts(parts(&groups, (y, hidden), (outputs, rank)), |part| {
-        let Part {
-            expert,
-            rows,
-            first: y,
-            second: hidden,
-        } = part;
-        y.fill(0.0);
-        x.with_rows(&groups, rows, |x| {
-            if let Some(matrix) = &matrices[expert] {
-                add_forward(simd, y, x, matrix);
-            }
-            let Some((a, b, scale)) = adapters else {
-                return;
-            };
-            let a = rounded(simd, &a[expert * rank * inputs..][..rank * inputs], bf16);
-            let b = rounded(simd, &b[expert * outputs * rank..][..outputs * rank], bf16);
-            hidden.fill(0.0);
-            add_nt(simd, hidden, rank, x, &a, inputs, 1.0);
-            let mut scaled = hidden.to_vec();
-            simd_rows::scale(simd, &mut scaled, scale);
-            add_nt(simd, y, outputs, &rounded(simd, &scaled, bf16), &b, rank, 1.0);
-        });
+        let Part { expert, rows, .. } = part;
+        let count = (rows.len(), inputs);
+        with_left::<E>(
+            simd,
+            count,
+            rounded,
+            |i| x.row(&groups, rows.start + i),
+            |x| {
+                let Some(matrix) = &matrices[expert] else {
+                    return;
+                };
+                let Some((a, b, scale)) = adapters else {
+                    return cpu.product_here(&[by_columns(x, matrix)], part.first, outputs, Start::Zero);
+                };
+                let a = Matrix::of_values(&a[expert * rank * inputs..][..rank * inputs], inputs, rounded);
+                let b = Matrix::of_values(&b[expert * outputs * rank..][..outputs * rank], rank, rounded);
+                cpu.product_here(&[by_columns(x, &a)], part.second, rank, Start::Zero);
+                let mut hidden = part.second.to_vec();
+                simd_rows::scale(simd, &mut hidden, scale);
+                with_left::<E>(
+                    simd,
+                    (rows.len(), rank),
+                    rounded,
+                    |i| &hidden[i * rank..][..rank],
+                    |hidden| {
+                        let terms = [by_columns(x, matrix), by_columns(hidden, &b)];
+                        cpu.product_here(&terms, part.first, outputs, Start::Zero);
+                    },
+                );
+            },
+        );
     });
     Ok(())
 }
 
 pub(super) fn backward(cpu: &Cpu, call: GroupedLinearBackward<'_, Cpu>) -> Result<()> {
-    const OP: &str = "grouped_linear_backward";
     let sizes = contract::grouped_linear_backward(&call)?;
+    match cpu.products(call.precision) {
+        Products::Single { rounded } => backward_as::<f32>(cpu, call, sizes, rounded),
+        Products::Half => backward_as::<u16>(cpu, call, sizes, true),
+    }
+}
+
+fn backward_as<E: Factor>(
+    cpu: &Cpu,
+    call: GroupedLinearBackward<'_, Cpu>,
+    sizes: GroupedSizes,
+    rounded: bool,
+) -> Result<()> {
+    const OP: &str = "grouped_linear_backward";
     let (inputs, outputs, rank) = (sizes.inputs, sizes.outputs, sizes.rank);
     let groups = Groups::new(OP, call.routing, sizes.routing)?;
-    let (simd, bf16) = (cpu.inner.simd, call.precision == Precision::Bf16);
+    let simd = cpu.inner.simd;
     let dy = Operand {
         values: floats(OP, "dy", call.dy)?,
         order: call.dy_order,
         width: outputs,
-        rounded: bf16,
-        simd,
     };
     // v = s · dy · B, which both the adapters' gradients and dx need.
     let mut v = cpu.scratch::<f32>(sizes.routing.slots() * rank)?;
@@ -209,57 +207,82 @@ pub(super) fn backward(cpu: &Cpu, call: GroupedLinearBackward<'_, Cpu>) -> Resul
     if let Some(lora) = call.lora {
         let b = floats(OP, "lora.b", lora.b)?;
         cpu.for_parts(parts(&groups, (v.values_mut(), &mut []), (rank, 0)), |part| {
-            let b = rounded(simd, &b[part.expert * outputs * rank..][..outputs * rank], bf16);
-            let v = part.first;
-            v.fill(0.0);
-            dy.with_rows(&groups, part.rows, |dy| {
-                add_nn(simd, v, rank, dy, outputs, &b, lora.scale)
-            });
-            if bf16 {
-                let exact = v.to_vec();
-                simd_rows::round(simd, &exact, 1.0, v);
-            }
+            let b = Matrix::of_values(&b[part.expert * outputs * rank..][..outputs * rank], rank, rounded);
+            let count = (part.rows.len(), outputs);
+            with_left::<E>(
+                simd,
+                count,
+                rounded,
+                |i| dy.row(&groups, part.rows.start + i),
+                |dy| {
+                    cpu.product_here(&[by_depth(dy, &b)], part.first, rank, Start::Zero);
+                },
+            );
+            simd_rows::scale(simd, part.first, lora.scale);
         });
         a = Some(floats(OP, "lora.a", lora.a)?);
-        adapter_gradients(cpu, lora, &groups, sizes, &dy, v.values())?;
+        adapter_gradients::<E>(cpu, lora, &groups, sizes, dy, v.values(), rounded)?;
     }
     let Some((dx, write)) = call.dx else {
         return Ok(());
     };
-    let matrices = matrices(cpu, call.weight, &groups, bf16)?;
+    let start = match write {
+        Write::Overwrite => Start::Zero,
+        Write::Accumulate => Start::Output,
+    };
+    let matrices = matrices(cpu, call.weight, &groups, rounded)?;
     let (dx, v) = (floats_mut(OP, "dx", dx)?, v.values());
     cpu.for_parts(parts(&groups, (dx, &mut []), (inputs, 0)), |part| {
-        let Part {
-            expert,
-            rows,
-            first: dx,
-            ..
-        } = part;
-        if write == Write::Overwrite {
-            dx.fill(0.0);
-        }
-        let v = &v[rows.start * rank..rows.end * rank];
-        dy.with_rows(&groups, rows, |dy| {
-            if let Some(matrix) = &matrices[expert] {
-                add_backward(simd, dx, dy, matrix);
-            }
-            if let Some(a) = a {
-                let a = rounded(simd, &a[expert * rank * inputs..][..rank * inputs], bf16);
-                add_nn(simd, dx, inputs, v, rank, &a, 1.0);
-            }
-        });
+        let Part { expert, rows, .. } = part;
+        let count = (rows.len(), outputs);
+        with_left::<E>(
+            simd,
+            count,
+            rounded,
+            |i| dy.row(&groups, rows.start + i),
+            |dy| {
+                let Some(matrix) = &matrices[expert] else {
+                    return;
+                };
+                let Some(a) = a else {
+                    return cpu.product_here(&[by_depth(dy, matrix)], part.first, inputs, start);
+                };
+                let a = Matrix::of_values(&a[expert * rank * inputs..][..rank * inputs], inputs, rounded);
+                let v = |i: usize| &v[(rows.start + i) * rank..][..rank];
+                with_left::<E>(simd, (rows.len(), rank), rounded, v, |v| {
+                    cpu.product_here(&[by_depth(dy, matrix), by_depth(v, &a)], part.first, inputs, start);
+                });
+            },
+        );
     });
     Ok(())
 }
 
+fn by_columns<'a, E>(left: Left<'a, E>, right: &'a Matrix<'a>) -> Term<'a, E> {
+    Term {
+        left,
+        right,
+        rows_are: RowsAre::Columns,
+    }
+}
+
+fn by_depth<'a, E>(left: Left<'a, E>, right: &'a Matrix<'a>) -> Term<'a, E> {
+    Term {
+        left,
+        right,
+        rows_are: RowsAre::Depth,
+    }
+}
+
 /// Adds `dA` and `dB`, one expert a task.
-fn adapter_gradients(
+fn adapter_gradients<E: Factor>(
     cpu: &Cpu,
     lora: GroupedLoraBackward<'_, Cpu>,
     groups: &Groups<'_>,
     sizes: GroupedSizes,
-    dy: &Operand<'_>,
+    dy: Operand<'_>,
     v: &[f32],
+    rounded: bool,
 ) -> Result<()> {
     const OP: &str = "grouped_linear_backward";
     let (inputs, outputs, rank) = (sizes.inputs, sizes.outputs, sizes.rank);
@@ -267,9 +290,8 @@ fn adapter_gradients(
         values: floats(OP, "lora.x", lora.x)?,
         order: lora.x_order,
         width: inputs,
-        ..*dy
     };
-    let (simd, hidden) = (dy.simd, floats(OP, "lora.hidden", lora.hidden)?);
+    let (simd, hidden) = (cpu.inner.simd, floats(OP, "lora.hidden", lora.hidden)?);
     let mut da = floats_mut(OP, "lora.gradient_a", lora.gradient_a)?;
     let mut db = floats_mut(OP, "lora.gradient_b", lora.gradient_b)?;
     let mut parts = Vec::new();
@@ -284,14 +306,19 @@ fn adapter_gradients(
             });
         }
     }
+    let gathered = |operand: Operand<'_>, rows: Range<usize>| -> Vec<f32> {
+        rows.flat_map(|row| operand.row(groups, row)).copied().collect()
+    };
     cpu.for_parts(parts, |part| {
         let own = part.rows.start * rank..part.rows.end * rank;
-        x.with_rows(groups, part.rows.clone(), |x| {
-            add_tn(simd, part.first, inputs, &v[own.clone()], x, 1.0)
+        let x = gathered(x, part.rows.clone());
+        let x = Matrix::of_values(&x, inputs, rounded);
+        with_columns::<E>(simd, &v[own.clone()], rank, 1.0, rounded, |v| {
+            cpu.product_here(&[by_depth(v, &x)], part.first, inputs, Start::Output);
         });
-        let hidden = rounded(simd, &hidden[own], dy.rounded);
-        dy.with_rows(groups, part.rows, |dy| {
-            add_tn(simd, part.second, rank, dy, &hidden, lora.scale)
+        let u = Matrix::of_values(&hidden[own], rank, rounded);
+        with_columns::<E>(simd, &gathered(dy, part.rows), outputs, lora.scale, rounded, |dy| {
+            cpu.product_here(&[by_depth(dy, &u)], part.second, rank, Start::Output);
         });
     });
     Ok(())

@@ -9,7 +9,6 @@ mod level;
 mod math;
 mod pack;
 pub(super) mod rows;
-pub(super) mod small;
 mod tile;
 mod tile_avx2;
 mod tile_avx512;
@@ -17,5 +16,5 @@ mod tile_portable;
 
 pub(super) use self::level::Simd;
 pub use self::level::SimdLevel;
-pub(super) use self::pack::{interleave_rows, look_up_nf4, transpose_rows};
+pub(super) use self::pack::{interleave_pair, interleave_rows, look_up_nf4, nf4_values, transpose_rows};
 pub(super) use self::tile::{Block, Blocks, Element, Left, PANEL, Start, multiply};

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::level::{Simd, SimdLevel};
+use super::math::bf16_bits;
 use super::tile::{Element, LANES};
 
 /// Packs up to 16 matrix rows as columns `at..at + 16` of a panel of `width` columns: `panel[k, at + r] = rows[r][k]`. Missing
@@ -49,18 +50,32 @@ pub(in crate::cpu) fn interleave_rows<E: Element>(simd: Simd, rows: &[E], width:
         return;
     }
     let (first, second) = rows.split_at(width);
-    pairs(
-        simd,
-        bytemuck::cast_slice(first),
-        bytemuck::cast_slice(second),
-        bytemuck::cast_slice_mut(step),
-    );
+    interleave_pair(simd, first, second, step);
+}
+
+/// Packs a step of a bf16 panel from two matrix rows: `panel[k, c] = first[c]`, `panel[k + 1, c] = second[c]`. Columns beyond
+/// the rows are zero.
+pub(in crate::cpu) fn interleave_pair<E: Element>(simd: Simd, first: &[E], second: &[E], step: &mut [E]) {
+    assert!(E::DEPTH == 2 && first.len() == second.len() && step.len() >= 2 * first.len());
+    let (filled, padding) = step.split_at_mut(2 * first.len());
+    let filled: &mut [[u16; 2]] = bytemuck::cast_slice_mut(filled);
+    pairs(simd, bytemuck::cast_slice(first), bytemuck::cast_slice(second), filled);
+    padding.fill(E::zeroed());
 }
 
 super::level::vectorised! {
-    fn pairs(first: &[u16], second: &[u16], step: &mut [u32]) {
+    /// bf16 bits of `scale · table`, subnormal products taken as zero.
+    pub(in crate::cpu) fn nf4_values(table: &[f32; 16], scale: f32, values: &mut [u16; 16]) {
+        for (value, entry) in values.iter_mut().zip(table) {
+            let product = entry * scale;
+            let kept = if product.abs() < f32::MIN_POSITIVE { 0.0 } else { product.abs() };
+            *value = bf16_bits(kept.copysign(product));
+        }
+    }
+
+    fn pairs(first: &[u16], second: &[u16], step: &mut [[u16; 2]]) {
         for ((step, first), second) in step.iter_mut().zip(first).zip(second) {
-            *step = u32::from(*first) | u32::from(*second) << 16;
+            *step = [*first, *second];
         }
     }
 }
@@ -92,8 +107,8 @@ mod avx512 {
     use std::arch::x86_64::{
         _mm_loadu_si128, _mm256_and_si256, _mm256_cvtepu8_epi16, _mm256_loadu_si256, _mm256_or_si256,
         _mm256_set1_epi16, _mm256_slli_epi16, _mm256_srli_epi16, _mm512_castsi256_si512, _mm512_cvtepu8_epi16,
-        _mm512_loadu_si512, _mm512_permutexvar_epi16, _mm512_shuffle_i32x4, _mm512_storeu_si512, _mm512_unpackhi_epi32,
-        _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        _mm512_loadu_si512, _mm512_permutexvar_epi16, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512,
+        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
 
     use super::LANES;
@@ -105,12 +120,21 @@ mod avx512 {
     /// strides.
     #[target_feature(enable = "avx512f")]
     pub(super) unsafe fn transpose(sources: &[*const u32; LANES], target: *mut u32, stride: usize) {
-        // SAFETY: the caller vouches for the sources.
-        let rows = sources.map(|row| unsafe { _mm512_loadu_si512(row.cast()) });
+        // Loops over indices and not `map`: a closure would be compiled without the instructions and called for every vector.
+        let mut rows = [_mm512_setzero_si512(); LANES];
+        for i in 0..LANES {
+            // SAFETY: the caller vouches for the sources.
+            rows[i] = unsafe { _mm512_loadu_si512(sources[i].cast()) };
+        }
         // Words of neighbouring rows, then pairs of words, side by side in every 128-bit lane.
         let mut quads = rows;
         for group in 0..4 {
-            let [a, b, c, d]: [_; 4] = std::array::from_fn(|i| rows[group * 4 + i]);
+            let [a, b, c, d] = [
+                rows[group * 4],
+                rows[group * 4 + 1],
+                rows[group * 4 + 2],
+                rows[group * 4 + 3],
+            ];
             let (low1, low2) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
             let (high1, high2) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
             quads[group * 4] = _mm512_unpacklo_epi64(low1, low2);
@@ -120,7 +144,7 @@ mod avx512 {
         }
         // Lane `l` of `quads[4g + c]` holds column `4l + c` of rows `4g..4g + 4`; gather the lanes of the four groups.
         for column in 0..4 {
-            let [a, b, c, d]: [_; 4] = std::array::from_fn(|group| quads[group * 4 + column]);
+            let [a, b, c, d] = [quads[column], quads[4 + column], quads[8 + column], quads[12 + column]];
             let (even1, even2) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0x88>(c, d));
             let (odd1, odd2) = (_mm512_shuffle_i32x4::<0xDD>(a, b), _mm512_shuffle_i32x4::<0xDD>(c, d));
             let lanes = [
