@@ -83,7 +83,9 @@ impl Environment {
             missing: Vec::new(),
             notes: Vec::new(),
         };
-        let key = reader.optional("RUNPOD_AI_API_KEY", "no heartbeats are sent").map(Secret::new);
+        let key = reader
+            .optional("RUNPOD_AI_API_KEY", "no heartbeats are sent")
+            .map(Secret::new);
         let named = reader.optional("RUNPOD_POD_ID", "the worker's id is random and no heartbeats are sent");
         let environment = Self {
             take: reader.required("RUNPOD_WEBHOOK_GET_JOB"),
@@ -94,7 +96,9 @@ impl Environment {
             key,
             worker_is_named: named.is_some(),
             worker_id: named.unwrap_or_else(|| Uuid::new_v4().to_string()),
-            hostname: reader.text("RUNPOD_POD_HOSTNAME").unwrap_or_else(|| "unknown".to_owned()),
+            hostname: reader
+                .text("RUNPOD_POD_HOSTNAME")
+                .unwrap_or_else(|| "unknown".to_owned()),
             endpoint: reader.text("RUNPOD_ENDPOINT_ID"),
             gpu_type_id: reader.text("RUNPOD_GPU_TYPE_ID"),
             log_level: reader.log_level(),
@@ -162,18 +166,23 @@ impl Reader<'_> {
     fn ping_interval(&mut self) -> Duration {
         let interval = Duration::from_secs_f64(self.number("RUNPOD_PING_INTERVAL", 10_000.0).min(3.6e6) / 1000.0);
         if interval < SHORTEST_PING_INTERVAL {
-            self.notes.push("RUNPOD_PING_INTERVAL is below 1000 ms: 1000 is used".to_owned());
+            self.notes
+                .push("RUNPOD_PING_INTERVAL is below 1000 ms: 1000 is used".to_owned());
         }
         interval.max(SHORTEST_PING_INTERVAL)
     }
 
     fn switch(&self, name: &str) -> bool {
-        self.text(name).is_some_and(|value| value.eq_ignore_ascii_case("true") || value == "1")
+        self.text(name)
+            .is_some_and(|value| value.eq_ignore_ascii_case("true") || value == "1")
     }
 
     fn log_level(&mut self) -> tracing::level_filters::LevelFilter {
         use tracing::level_filters::LevelFilter;
-        let Some(text) = self.text("RUNPOD_LOG_LEVEL").or_else(|| self.text("RUNPOD_DEBUG_LEVEL")) else {
+        let Some(text) = self
+            .text("RUNPOD_LOG_LEVEL")
+            .or_else(|| self.text("RUNPOD_DEBUG_LEVEL"))
+        else {
             return LevelFilter::INFO;
         };
         match text.to_ascii_uppercase().as_str() {
@@ -184,7 +193,8 @@ impl Reader<'_> {
             "WARN" | "WARNING" | "4" => LevelFilter::WARN,
             "ERROR" | "5" => LevelFilter::ERROR,
             _ => {
-                self.notes.push("the log level is not one of ERROR, WARN, INFO, DEBUG, TRACE: INFO is used".to_owned());
+                self.notes
+                    .push("the log level is not one of ERROR, WARN, INFO, DEBUG, TRACE: INFO is used".to_owned());
                 LevelFilter::INFO
             }
         }
@@ -197,11 +207,17 @@ mod tests {
     use super::*;
 
     fn variables(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
-        pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+        pairs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+            .collect()
     }
 
     fn complete(more: &[(&str, &str)]) -> Environment {
-        let mut all = variables(&[("RUNPOD_WEBHOOK_GET_JOB", "http://h/job-take/$ID?a=b"), ("RUNPOD_WEBHOOK_POST_OUTPUT", "http://h/d")]);
+        let mut all = variables(&[
+            ("RUNPOD_WEBHOOK_GET_JOB", "http://h/job-take/$ID?a=b"),
+            ("RUNPOD_WEBHOOK_POST_OUTPUT", "http://h/d"),
+        ]);
         all.extend(variables(more));
         Environment::read(&all).unwrap()
     }
@@ -209,8 +225,16 @@ mod tests {
     #[test]
     fn every_missing_variable_is_named_at_once_and_an_empty_one_is_missing() {
         let failure = Environment::read(&variables(&[("RUNPOD_WEBHOOK_GET_JOB", " ")])).unwrap_err();
-        assert!(failure.message.contains("RUNPOD_WEBHOOK_GET_JOB, RUNPOD_WEBHOOK_POST_OUTPUT"), "{failure}");
-        assert!(!Environment::is_production(&variables(&[("RUNPOD_WEBHOOK_GET_JOB", "")])));
+        assert!(
+            failure
+                .message
+                .contains("RUNPOD_WEBHOOK_GET_JOB, RUNPOD_WEBHOOK_POST_OUTPUT"),
+            "{failure}"
+        );
+        assert!(!Environment::is_production(&variables(&[(
+            "RUNPOD_WEBHOOK_GET_JOB",
+            ""
+        )])));
     }
 
     #[test]
@@ -224,7 +248,11 @@ mod tests {
     #[test]
     fn log_levels_are_names_in_any_case_or_digits_and_nonsense_means_info() {
         use tracing::level_filters::LevelFilter;
-        for (given, level) in [("debug", LevelFilter::DEBUG), ("1", LevelFilter::TRACE), ("loud", LevelFilter::INFO)] {
+        for (given, level) in [
+            ("debug", LevelFilter::DEBUG),
+            ("1", LevelFilter::TRACE),
+            ("loud", LevelFilter::INFO),
+        ] {
             assert_eq!(complete(&[("RUNPOD_DEBUG_LEVEL", given)]).log_level, level);
         }
         let both = complete(&[("RUNPOD_DEBUG_LEVEL", "DEBUG"), ("RUNPOD_LOG_LEVEL", "ERROR")]);

@@ -80,7 +80,9 @@ fn check_memory(min_gb: f64) -> Result<(), String> {
     if available >= min_gb {
         return Ok(());
     }
-    Err(format!("{available:.1} GiB of memory are available; {min_gb} are needed (RUNPOD_MIN_MEMORY_GB)"))
+    Err(format!(
+        "{available:.1} GiB of memory are available; {min_gb} are needed (RUNPOD_MIN_MEMORY_GB)"
+    ))
 }
 
 /// Bytes the container may still use, where it has a limit: the host's numbers do not know it.
@@ -106,7 +108,9 @@ fn check_disk(min_percent: f64) -> Result<(), String> {
     if free >= min_percent {
         return Ok(());
     }
-    Err(format!("{free:.1} % of / are free; {min_percent} are needed (RUNPOD_MIN_DISK_PERCENT)"))
+    Err(format!(
+        "{free:.1} % of / are free; {min_percent} are needed (RUNPOD_MIN_DISK_PERCENT)"
+    ))
 }
 
 async fn check_network(host: Option<(String, u16)>, limit: Duration) -> Result<(), String> {

@@ -142,7 +142,13 @@ impl JobContext {
             latest: Arc::clone(&latest),
             chunks: sender,
         };
-        (context, Outgoing { latest, chunks: receiver })
+        (
+            context,
+            Outgoing {
+                latest,
+                chunks: receiver,
+            },
+        )
     }
 
     /// A context without a platform, for running a handler directly. Progress and chunks go nowhere.

@@ -119,8 +119,12 @@ impl Drop for Heartbeat {
 
 impl Beat {
     fn spawn(self, stop: CancellationToken) -> Result<JoinHandle<()>> {
-        let unavailable =
-            |error: std::io::Error| Failure::system("RUNPOD_HEARTBEAT_UNAVAILABLE", format!("No heartbeat thread could be started: {error}"));
+        let unavailable = |error: std::io::Error| {
+            Failure::system(
+                "RUNPOD_HEARTBEAT_UNAVAILABLE",
+                format!("No heartbeat thread could be started: {error}"),
+            )
+        };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -155,7 +159,9 @@ impl Beat {
             // Nothing before the first repetition, then a fifth and two fifths of the interval: 0, 2 and 4 s by default.
             tokio::time::sleep(self.interval * attempt.saturating_sub(1) / 5).await;
             self.alive();
-            let Some(url) = self.routes.ping(&self.jobs.all()) else { return };
+            let Some(url) = self.routes.ping(&self.jobs.all()) else {
+                return;
+            };
             let answer = self.http.get(&url, self.interval * 2).await;
             self.alive();
             match answer {

@@ -4,7 +4,9 @@ use std::io::Read;
 use std::time::Duration;
 
 use bytes::Bytes;
-use reqwest::header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
+use reqwest::header::{
+    ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER,
+};
 use reqwest::redirect::Policy;
 
 use crate::error::{Failure, Result};
@@ -87,8 +89,11 @@ impl Http {
                 .redirect(redirects)
                 .build()
                 .map_err(|error| {
-                    Failure::system("RUNPOD_CLIENT_UNAVAILABLE", format!("No HTTP client could be made: {}", cause(error)))
-                        .hint("Check that the machine has root certificates (Debian: package ca-certificates)")
+                    Failure::system(
+                        "RUNPOD_CLIENT_UNAVAILABLE",
+                        format!("No HTTP client could be made: {}", cause(error)),
+                    )
+                    .hint("Check that the machine has root certificates (Debian: package ca-certificates)")
                 })
         };
         let authorization = authorization.map(|value| {
@@ -118,7 +123,10 @@ impl Http {
     /// One POST of a worker: JSON text under the form content type, which is what the control plane is sent by RunPod's own worker.
     pub async fn post_job(&self, url: &str, job: &str, body: Bytes, timeout: Duration) -> Result<Answer, Silence> {
         let mut headers = self.headers();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded"));
+        headers.insert(
+            CONTENT_TYPE,
+            HeaderValue::from_static("application/x-www-form-urlencoded"),
+        );
         headers.insert("charset", HeaderValue::from_static("utf-8"));
         if let Ok(id) = HeaderValue::from_str(job) {
             headers.insert("x-request-id", id);
@@ -150,12 +158,15 @@ async fn receive(request: reqwest::RequestBuilder) -> Result<Answer, Silence> {
     let mut answer = Answer {
         status: response.status().as_u16(),
         content_type: header(CONTENT_TYPE).unwrap_or_default().to_owned(),
-        retry_after: header(RETRY_AFTER).and_then(|value| value.trim().parse().ok()).map(Duration::from_secs),
+        retry_after: header(RETRY_AFTER)
+            .and_then(|value| value.trim().parse().ok())
+            .map(Duration::from_secs),
         body: Bytes::new(),
     };
     let encoding = header(CONTENT_ENCODING).unwrap_or_default().to_ascii_lowercase();
     let body = response.bytes().await.map_err(silence)?;
-    answer.body = unpack(&encoding, body).map_err(|error| Silence::Broken(format!("the answer cannot be unpacked: {error}")))?;
+    answer.body =
+        unpack(&encoding, body).map_err(|error| Silence::Broken(format!("the answer cannot be unpacked: {error}")))?;
     Ok(answer)
 }
 
@@ -163,8 +174,12 @@ async fn receive(request: reqwest::RequestBuilder) -> Result<Answer, Silence> {
 fn unpack(encoding: &str, body: Bytes) -> std::io::Result<Bytes> {
     let mut plain = Vec::new();
     match encoding {
-        "gzip" | "x-gzip" => flate2::read::MultiGzDecoder::new(&body[..]).take(LARGEST_ANSWER).read_to_end(&mut plain)?,
-        "deflate" => flate2::read::ZlibDecoder::new(&body[..]).take(LARGEST_ANSWER).read_to_end(&mut plain)?,
+        "gzip" | "x-gzip" => flate2::read::MultiGzDecoder::new(&body[..])
+            .take(LARGEST_ANSWER)
+            .read_to_end(&mut plain)?,
+        "deflate" => flate2::read::ZlibDecoder::new(&body[..])
+            .take(LARGEST_ANSWER)
+            .read_to_end(&mut plain)?,
         _ => return Ok(body),
     };
     Ok(plain.into())

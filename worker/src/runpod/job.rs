@@ -48,7 +48,10 @@ impl RunPodJob {
             Some(Value::String(id)) if !id.is_empty() => id,
             _ => {
                 let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-                return Err(format!("its `id` is not a non-empty string (other fields: {})", names.join(", ")));
+                return Err(format!(
+                    "its `id` is not a non-empty string (other fields: {})",
+                    names.join(", ")
+                ));
             }
         };
         let input = fields.remove("input").filter(|input| !input.is_null());
@@ -65,7 +68,10 @@ impl RunPodJob {
 
     /// Credentials that came with the job, for redaction.
     pub(crate) fn secrets(&self) -> Vec<String> {
-        let parsed = self.s3_config.as_ref().map(|config| serde_json::from_str(config.expose()));
+        let parsed = self
+            .s3_config
+            .as_ref()
+            .map(|config| serde_json::from_str(config.expose()));
         match parsed {
             Some(Ok(Value::Object(config))) => config
                 .into_iter()
@@ -127,7 +133,8 @@ mod tests {
 
     #[test]
     fn s3_credentials_are_not_printed_but_known_to_the_redactor() {
-        let job = RunPodJob::read(json!({"id": "a", "s3Config": {"accessSecret": "canary-secret", "bucketName": "b"}})).unwrap();
+        let job = RunPodJob::read(json!({"id": "a", "s3Config": {"accessSecret": "canary-secret", "bucketName": "b"}}))
+            .unwrap();
         assert!(!format!("{job:?}").contains("canary"));
         assert_eq!(job.secrets(), ["canary-secret"]);
     }

@@ -47,7 +47,9 @@ impl LogLayer<()> {
             let place = panic.location().map(ToString::to_string).unwrap_or_default();
             let payload = panic.payload();
             let text = payload.downcast_ref::<&str>().copied();
-            let text = text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message");
+            let text = text
+                .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+                .unwrap_or("no message");
             tracing::error!("panic at {place}: {text}");
         }));
     }

@@ -115,7 +115,9 @@ impl Memory {
     fn path(&self, job: &str, state: State) -> Option<PathBuf> {
         let name = hex::encode(Sha256::digest(job.as_bytes()));
         let ending = state.ending();
-        self.folder.as_ref().map(|folder| folder.join(format!("{}.{ending}", &name[..32])))
+        self.folder
+            .as_ref()
+            .map(|folder| folder.join(format!("{}.{ending}", &name[..32])))
     }
 
     fn prune(&self) {

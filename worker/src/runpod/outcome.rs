@@ -59,7 +59,10 @@ impl Outcome {
                 }
                 if let Some(error) = error {
                     outcome.is_failure = true;
-                    body.insert("error".to_owned(), Value::String(redactor.clean(&as_text(&error)).into_owned()));
+                    body.insert(
+                        "error".to_owned(),
+                        Value::String(redactor.clean(&as_text(&error)).into_owned()),
+                    );
                 }
             }
             other => {
@@ -145,7 +148,10 @@ mod tests {
     #[test]
     fn clipping_keeps_head_and_tail_and_whole_characters() {
         let clipped = clip(&"ä".repeat(100), 21);
-        assert!(clipped.starts_with("äääää ") && clipped.ends_with(" äääää"), "{clipped}");
+        assert!(
+            clipped.starts_with("äääää ") && clipped.ends_with(" äääää"),
+            "{clipped}"
+        );
         assert_eq!(clip("short", 5), "short");
     }
 }

@@ -28,8 +28,16 @@ pub(crate) struct Channel<'a> {
 }
 
 /// Sends what the job says until `ended` fires; then the remaining chunks, and no more progress. Returns the chunks if they are aggregated.
-pub(crate) async fn run(channel: Channel<'_>, outgoing: Outgoing, ended: CancellationToken, stop: StopSignal) -> Vec<Value> {
-    let Outgoing { latest, chunks: mut arriving } = outgoing;
+pub(crate) async fn run(
+    channel: Channel<'_>,
+    outgoing: Outgoing,
+    ended: CancellationToken,
+    stop: StopSignal,
+) -> Vec<Value> {
+    let Outgoing {
+        latest,
+        chunks: mut arriving,
+    } = outgoing;
     let mut chunks = Vec::new();
     let mut next_progress = Instant::now();
     loop {
@@ -66,7 +74,11 @@ impl Channel<'_> {
         let url = self.routes.done(self.job, false);
         let body = Bytes::from(json!({"status": "IN_PROGRESS", "output": value}).to_string());
         for _ in 0..PROGRESS_TRIES {
-            match self.http.post_job(&url, self.job, body.clone(), self.pace.progress_timeout).await {
+            match self
+                .http
+                .post_job(&url, self.job, body.clone(), self.pace.progress_timeout)
+                .await
+            {
                 Ok(answer) if answer.status < 300 => return,
                 Ok(answer) => tracing::debug!(status = answer.status, "a progress update was refused"),
                 Err(silence) => tracing::debug!(%silence, "a progress update was not answered"),

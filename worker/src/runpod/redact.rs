@@ -25,7 +25,9 @@ impl Redactor {
             .collect();
         secrets.sort_by(|left, right| right.len().cmp(&left.len()).then_with(|| left.cmp(right)));
         secrets.dedup();
-        Self { secrets: secrets.into() }
+        Self {
+            secrets: secrets.into(),
+        }
     }
 
     /// The values of all variables whose names say that they hold a credential.
@@ -65,9 +67,18 @@ impl std::fmt::Debug for Redactor {
 /// Whether a variable or field of this name holds a credential.
 pub fn names_a_secret(name: &str) -> bool {
     let name = name.to_ascii_uppercase();
-    ["KEY", "SECRET", "TOKEN", "PASSWORD", "DATABASE_URL", "API_ID", "DB_URL", "POSTGRES_URL"]
-        .iter()
-        .any(|word| name.contains(word))
+    [
+        "KEY",
+        "SECRET",
+        "TOKEN",
+        "PASSWORD",
+        "DATABASE_URL",
+        "API_ID",
+        "DB_URL",
+        "POSTGRES_URL",
+    ]
+    .iter()
+    .any(|word| name.contains(word))
 }
 
 #[cfg(test)]
@@ -77,7 +88,10 @@ mod tests {
     #[test]
     fn a_secret_inside_another_one_leaves_no_rest() {
         let redactor = Redactor::new(["canary".to_owned(), "canary-not-real-2".to_owned()]);
-        assert_eq!(redactor.clean("a canary-not-real-2 b canary"), "a [redacted] b [redacted]");
+        assert_eq!(
+            redactor.clean("a canary-not-real-2 b canary"),
+            "a [redacted] b [redacted]"
+        );
     }
 
     #[test]

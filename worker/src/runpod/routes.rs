@@ -139,7 +139,10 @@ mod tests {
                 "RUNPOD_WEBHOOK_POST_OUTPUT".to_owned(),
                 "http://h/v2/ep/job-done/$RUNPOD_POD_ID/$ID?gpu=NVIDIA+L40S".to_owned(),
             ),
-            ("RUNPOD_WEBHOOK_PING".to_owned(), "http://h/ping/$RUNPOD_POD_ID".to_owned()),
+            (
+                "RUNPOD_WEBHOOK_PING".to_owned(),
+                "http://h/ping/$RUNPOD_POD_ID".to_owned(),
+            ),
             ("RUNPOD_POD_ID".to_owned(), "pod1".to_owned()),
         ]);
         Routes::new(&Environment::read(&variables).unwrap(), "1.12.0")
@@ -149,19 +152,33 @@ mod tests {
     fn t19_a_take_address_without_query_or_without_job_take() {
         let plain = routes("http://h/job-take/$ID");
         assert_eq!(plain.take(1, false), "http://h/job-take/pod1?job_in_progress=0");
-        assert_eq!(plain.take(3, true), "http://h/job-take-batch/pod1?batch_size=3&job_in_progress=1");
+        assert_eq!(
+            plain.take(3, true),
+            "http://h/job-take-batch/pod1?batch_size=3&job_in_progress=1"
+        );
         let odd = routes("http://h/jobs/$ID?x=1");
-        assert_eq!(odd.take(3, false), "http://h/jobs/pod1?x=1&job_in_progress=0", "batch is off");
+        assert_eq!(
+            odd.take(3, false),
+            "http://h/jobs/pod1?x=1&job_in_progress=0",
+            "batch is off"
+        );
         assert!(odd.stop().is_none() && !odd.are_derivable());
     }
 
     #[test]
     fn t20_a_template_query_keeps_its_bytes() {
         let routes = routes("http://h/job-take/$ID?gpu=A+B%2BC&t=%20");
-        assert_eq!(routes.take(1, false), "http://h/job-take/pod1?gpu=A+B%2BC&t=%20&job_in_progress=0");
+        assert_eq!(
+            routes.take(1, false),
+            "http://h/job-take/pod1?gpu=A+B%2BC&t=%20&job_in_progress=0"
+        );
         assert_eq!(routes.stop().unwrap(), "http://h/job-stop/pod1?gpu=A+B%2BC&t=%20");
         let through_the_client = url::Url::parse(&routes.take(1, false)).unwrap();
-        assert_eq!(through_the_client.as_str(), routes.take(1, false), "the HTTP client does not re-encode it");
+        assert_eq!(
+            through_the_client.as_str(),
+            routes.take(1, false),
+            "the HTTP client does not re-encode it"
+        );
     }
 
     #[test]

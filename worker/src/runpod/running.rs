@@ -45,7 +45,13 @@ pub(crate) struct Ended {
 }
 
 /// Brings one job to its end.
-pub(crate) async fn run(shared: Arc<Shared>, handler: Arc<dyn Handler>, jobs: Handle, job: RunPodJob, stop: StopSignal) -> Ended {
+pub(crate) async fn run(
+    shared: Arc<Shared>,
+    handler: Arc<dyn Handler>,
+    jobs: Handle,
+    job: RunPodJob,
+    stop: StopSignal,
+) -> Ended {
     let ended = Ended {
         job: job.id.clone(),
         ..Ended::default()
@@ -68,16 +74,17 @@ pub(crate) async fn run(shared: Arc<Shared>, handler: Arc<dyn Handler>, jobs: Ha
             return Ended { panicked, ..ended };
         }
         (Some(StopReason::Draining), Err(failure)) => {
-            tracing::info!(code = failure.code, "Interrupted; nothing is posted, the platform hands the job out again.");
+            tracing::info!(
+                code = failure.code,
+                "Interrupted; nothing is posted, the platform hands the job out again."
+            );
             return Ended { panicked, ..ended };
         }
         _ => {}
     }
-    let is_stream = matches!(handler.output(), OutputForm::Stream { .. });
-    let result = result.map(|value| match value {
-        Value::Null if is_stream => Value::Array(chunks),
-        value => value,
-    });
+    let form = handler.output();
+    let is_stream = form != OutputForm::Value;
+    let result = result.map(|value| final_value(value, form, chunks));
     let mut outcome = within_limit(&shared, &ended.job, Outcome::of(result, &shared.identity, &redactor));
     if shared.settings.refresh_after_each_job {
         outcome = outcome.refreshing();
@@ -126,6 +133,15 @@ async fn compute(
     tokio::join!(finish, pump::run(channel, outgoing, ended.clone(), stop.clone()))
 }
 
+/// The output of a handler that has ended well, with what it streamed.
+pub(crate) fn final_value(value: Value, form: OutputForm, chunks: Vec<Value>) -> Value {
+    match (value, form) {
+        (Value::Null, OutputForm::Stream { aggregate: true }) => Value::Array(chunks),
+        (Value::Null, OutputForm::Stream { aggregate: false }) => Value::Array(Vec::new()),
+        (value, _) => value,
+    }
+}
+
 /// Asks whose job it is until that is clear, then runs it.
 async fn claim_and_run(handler: Arc<dyn Handler>, job: RunPodJob, context: JobContext, pace: Pace) -> Result<Value> {
     let asked = Instant::now();
@@ -136,8 +152,11 @@ async fn claim_and_run(handler: Arc<dyn Handler>, job: RunPodJob, context: JobCo
             Claim::Elsewhere => {}
         }
         if asked.elapsed() >= pace.claim_limit {
-            return Err(Failure::system("RUNPOD_RUN_LOCKED", "Another worker has been running this job all the time")
-                .hint("Its result will come from there; ask for the status of the run, not of this delivery"));
+            return Err(Failure::system(
+                "RUNPOD_RUN_LOCKED",
+                "Another worker has been running this job all the time",
+            )
+            .hint("Its result will come from there; ask for the status of the run, not of this delivery"));
         }
         tracing::info!("another worker has this job; asking again in {:?}", pace.claim_again);
         tokio::select! {
@@ -149,7 +168,7 @@ async fn claim_and_run(handler: Arc<dyn Handler>, job: RunPodJob, context: JobCo
     }
 }
 
-fn panic_failure(error: tokio::task::JoinError) -> Failure {
+pub(crate) fn panic_failure(error: tokio::task::JoinError) -> Failure {
     let what = match error.try_into_panic() {
         Ok(panic) => panic
             .downcast_ref::<String>()
@@ -158,8 +177,11 @@ fn panic_failure(error: tokio::task::JoinError) -> Failure {
             .unwrap_or_else(|| "no message".to_owned()),
         Err(_) => "the runtime is gone".to_owned(),
     };
-    Failure::system("INTERNAL_PANIC", format!("The job hit a defect of the program (panic): {what}"))
-        .hint("Report this with the job's id; the log has the place")
+    Failure::system(
+        "INTERNAL_PANIC",
+        format!("The job hit a defect of the program (panic): {what}"),
+    )
+    .hint("Report this with the job's id; the log has the place")
 }
 
 /// The outcome, or a small error in place of one that the platform would refuse.
@@ -200,8 +222,11 @@ async fn post(shared: &Shared, remembered: Remembered, stop: &StopSignal) {
         let Delivery::Refused(status) = first else { return first };
         shared.memory.forget(&remembered.job);
         tracing::error!(status, "the result was refused; an error is posted in its place");
-        let failure = Failure::platform("RUNPOD_OUTPUT_REFUSED", format!("The platform refused the job's output with status {status}"))
-            .hint("The job itself has ended; look for its result where it stores files");
+        let failure = Failure::platform(
+            "RUNPOD_OUTPUT_REFUSED",
+            format!("The platform refused the job's output with status {status}"),
+        )
+        .hint("The job itself has ended; look for its result where it stores files");
         let body = Outcome::of_failure(&failure, &shared.identity, &shared.redactor).body;
         post_body(shared, &remembered, &body).await
     };
@@ -224,8 +249,12 @@ async fn post(shared: &Shared, remembered: Remembered, stop: &StopSignal) {
             shared.memory.forget(&remembered.job);
             tracing::warn!("the platform does not know this job any more; its result is dropped");
         }
-        Delivery::Refused(status) => tracing::error!(status, "neither the result nor an error in its place was accepted"),
-        Delivery::GivenUp(why) => tracing::error!(%why, "the result could not be delivered; it is kept for the next delivery of this job"),
+        Delivery::Refused(status) => {
+            tracing::error!(status, "neither the result nor an error in its place was accepted")
+        }
+        Delivery::GivenUp(why) => {
+            tracing::error!(%why, "the result could not be delivered; it is kept for the next delivery of this job")
+        }
     }
 }
 

@@ -36,11 +36,19 @@ fn judge(answer: Result<Answer, Silence>, pace: &Pace, absent: u32) -> (Vec<Stri
     match answer {
         Ok(answer) if answer.status == 200 => {
             let ids = read(&answer);
-            let wait = if ids.is_empty() { pace.stop_pause } else { Duration::ZERO };
+            let wait = if ids.is_empty() {
+                pace.stop_pause
+            } else {
+                Duration::ZERO
+            };
             (ids, wait)
         }
         Ok(Answer { status: 204, .. }) => none(pace.stop_pause),
-        Ok(Answer { status: 429, retry_after, .. }) => none(at_least(retry_after.unwrap_or(pace.stop_busy))),
+        Ok(Answer {
+            status: 429,
+            retry_after,
+            ..
+        }) => none(at_least(retry_after.unwrap_or(pace.stop_busy))),
         Ok(Answer { status: 404, .. }) if absent >= ABSENT_AFTER => none(pace.stop_absent),
         Ok(answer) => {
             tracing::debug!(status = answer.status, "the stop channel is in trouble");
@@ -57,7 +65,10 @@ fn judge(answer: Result<Answer, Silence>, pace: &Pace, absent: u32) -> (Vec<Stri
 /// The ids of an answer; whatever is not what it should be names no job.
 fn read(answer: &Answer) -> Vec<String> {
     let body: Option<Value> = serde_json::from_slice(&answer.body).ok();
-    let listed = body.as_ref().and_then(|body| body.get("jobsToStop")).and_then(Value::as_array);
+    let listed = body
+        .as_ref()
+        .and_then(|body| body.get("jobsToStop"))
+        .and_then(Value::as_array);
     let Some(listed) = listed.filter(|_| answer.is_json()) else {
         tracing::warn!("the stop channel answered something that names no jobs");
         return Vec::new();

@@ -158,8 +158,13 @@ impl Supervisor {
     /// Takes in what was handed out: every job is in the heartbeats from here on.
     fn accept(&mut self, handed: Handed) {
         for job in handed.jobs {
-            if self.leaving == Some(Leaving::Replaced) || (self.leaving.is_some() && self.shared.settings.drain == DrainMode::Checkpoint) {
-                tracing::warn!(request_id = job.id, "handed out while leaving: not reported, so that it is handed out again soon");
+            if self.leaving == Some(Leaving::Replaced)
+                || (self.leaving.is_some() && self.shared.settings.drain == DrainMode::Checkpoint)
+            {
+                tracing::warn!(
+                    request_id = job.id,
+                    "handed out while leaving: not reported, so that it is handed out again soon"
+                );
                 continue;
             }
             if !self.shared.in_flight.add(&job.id) {
@@ -183,9 +188,19 @@ impl Supervisor {
                 deadline: None,
             };
             self.running.insert(job.id.clone(), running);
-            let work = running::run(Arc::clone(&self.shared), Arc::clone(&self.handler), self.jobs.clone(), job, stop);
+            let work = running::run(
+                Arc::clone(&self.shared),
+                Arc::clone(&self.handler),
+                self.jobs.clone(),
+                job,
+                stop,
+            );
             self.tasks.spawn(work.instrument(span));
-            tracing::debug!("Jobs in queue: {}. Jobs in progress: {}.", self.backlog.len(), self.running.len());
+            tracing::debug!(
+                "Jobs in queue: {}. Jobs in progress: {}.",
+                self.backlog.len(),
+                self.running.len()
+            );
         }
     }
 
@@ -212,7 +227,9 @@ impl Supervisor {
         if let Some(running) = self.running.get_mut(id) {
             tracing::info!(request_id = id, "told to stop");
             running.stop.give(StopReason::Cancelled);
-            running.deadline.get_or_insert(Instant::now() + self.shared.settings.pace.stop_limit);
+            running
+                .deadline
+                .get_or_insert(Instant::now() + self.shared.settings.pace.stop_limit);
         }
     }
 
@@ -259,7 +276,10 @@ impl Supervisor {
     }
 
     fn watch_heartbeat(&mut self) {
-        let revived = self.heartbeat.as_mut().map(|heartbeat| heartbeat.revive(std::time::Instant::now()));
+        let revived = self
+            .heartbeat
+            .as_mut()
+            .map(|heartbeat| heartbeat.revive(std::time::Instant::now()));
         if let Some(Err(failure)) = revived {
             tracing::error!(%failure, "the heartbeat cannot be replaced");
         }

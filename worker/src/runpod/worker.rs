@@ -85,9 +85,12 @@ impl Settings {
     /// `RUNPOD_SETTING_INVALID` for any other value.
     pub fn with_variables(mut self, variables: &BTreeMap<String, String>) -> Result<Self> {
         let invalid = |name: &str, accepted: &str| {
-            Failure::user("RUNPOD_SETTING_INVALID", format!("{name} has a value that is not understood"))
-                .at(format!("environment variable `{name}`"))
-                .hint(format!("Use {accepted}"))
+            Failure::user(
+                "RUNPOD_SETTING_INVALID",
+                format!("{name} has a value that is not understood"),
+            )
+            .at(format!("environment variable `{name}`"))
+            .hint(format!("Use {accepted}"))
         };
         match variables.get("DRAIN_MODE").map(String::as_str) {
             None | Some("") => {}
@@ -96,7 +99,9 @@ impl Settings {
             Some(_) => return Err(invalid("DRAIN_MODE", "`finish` or `checkpoint`")),
         }
         if let Some(text) = variables.get("DRAIN_SECONDS").filter(|text| !text.is_empty()) {
-            let seconds = text.parse().map_err(|_| invalid("DRAIN_SECONDS", "a whole number of seconds"))?;
+            let seconds = text
+                .parse()
+                .map_err(|_| invalid("DRAIN_SECONDS", "a whole number of seconds"))?;
             self.drain_limit = Duration::from_secs(seconds);
         }
         Ok(self)
@@ -207,7 +212,10 @@ impl Worker {
         }
         let in_flight = InFlight::default();
         // The heartbeat has clients of its own: a connection that a post has blocked must not delay it.
-        let heartbeat = match (&environment.ping, environment.worker_is_named && environment.key.is_some()) {
+        let heartbeat = match (
+            &environment.ping,
+            environment.worker_is_named && environment.key.is_some(),
+        ) {
             (Some(_), true) => Some(Heartbeat::start(
                 routes.clone(),
                 Http::for_worker(environment.key.as_ref())?,
@@ -229,13 +237,19 @@ impl Worker {
             in_flight,
             settings,
         });
-        Ok(Supervisor::new(shared, handler, jobs, heartbeat, shutdown.1).run().await)
+        Ok(Supervisor::new(shared, handler, jobs, heartbeat, shutdown.1)
+            .run()
+            .await)
     }
 }
 
 /// What an operator should know at the start: notes, and the names of the platform's variables, never their values.
 fn announce(environment: &Environment, routes: &Routes) {
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), worker = environment.worker_id, "Starting serverless worker.");
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        worker = environment.worker_id,
+        "Starting serverless worker."
+    );
     for note in &environment.notes {
         tracing::warn!("{note}");
     }
@@ -252,8 +266,12 @@ fn announce(environment: &Environment, routes: &Routes) {
 fn listen_to_signals(shutdown: Shutdown) -> Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
-        let mut arrivals =
-            signal(kind).map_err(|error| Failure::system("RUNPOD_SIGNALS_UNAVAILABLE", format!("No signal handler could be installed: {error}")))?;
+        let mut arrivals = signal(kind).map_err(|error| {
+            Failure::system(
+                "RUNPOD_SIGNALS_UNAVAILABLE",
+                format!("No signal handler could be installed: {error}"),
+            )
+        })?;
         let shutdown = shutdown.clone();
         tokio::spawn(async move {
             while arrivals.recv().await.is_some() {
