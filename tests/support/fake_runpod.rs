@@ -152,7 +152,16 @@ pub struct FakeRunPod {
     state: Arc<Mutex<State>>,
     changed: Arc<Notify>,
     address: std::net::SocketAddr,
-    _runtime: tokio::runtime::Runtime,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Drop for FakeRunPod {
+    fn drop(&mut self) {
+        // Not waited for, so that a test may be a task of another runtime.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 impl FakeRunPod {
@@ -162,15 +171,19 @@ impl FakeRunPod {
             .enable_all()
             .build()
             .unwrap();
-        let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
+        let inside = runtime.enter();
+        let listener = TcpListener::from_std(listener).unwrap();
+        drop(inside);
         let (state, changed) = (Arc::<Mutex<State>>::default(), Arc::<Notify>::default());
         runtime.spawn(accept(listener, Arc::clone(&state), Arc::clone(&changed)));
         Self {
             state,
             changed,
             address,
-            _runtime: runtime,
+            runtime: Some(runtime),
         }
     }
 
@@ -275,6 +288,13 @@ impl FakeRunPod {
                 .any(|request| request.route == Route::Done && request.job() == job && request.is_result())
         });
         self.results(job).swap_remove(0)
+    }
+
+    /// Waits for the first request of a route.
+    pub fn some(&self, route: Route) {
+        self.eventually(&format!("a {route:?}"), |requests| {
+            requests.iter().any(|request| request.route == route)
+        });
     }
 
     /// Waits for `count` more requests of a route: the way to let things happen without a clock.

@@ -14,7 +14,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use brightrun_worker::runpod::{DrainMode, Environment, LogLayer, Settings, Worker};
+use brightrun_worker::runpod::local::listen;
+use brightrun_worker::runpod::{
+    DrainMode, Environment, LocalApi, LocalFlags, LocalOptions, LogLayer, OutputForm, Settings, Worker,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tracing_subscriber::layer::SubscriberExt;
@@ -57,6 +60,9 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.iter().any(|argument| argument == "--as-worker") {
         std::process::exit(i32::from(work()));
+    }
+    if arguments.iter().any(|argument| argument == "--rp_serve_api") {
+        return serve(&arguments);
     }
     let is_listing = arguments.iter().any(|argument| argument == "--list");
     let is_exact = arguments.iter().any(|argument| argument == "--exact");
@@ -111,7 +117,38 @@ fn work() -> u8 {
     if let Some(reason) = variables.get("TEST_UNFIT").cloned() {
         worker = worker.check("test", move || async move { Err(reason) });
     }
-    worker.run(handler, jobs.handle().clone()).code
+    let exit = worker.run(handler, jobs.handle().clone());
+    // A handler that cannot be stopped is not waited for.
+    jobs.shutdown_background();
+    exit.code
+}
+
+/// The local API as a process, with the flags of RunPod's SDK, for `tests/support/runpod_client.py`. Jobs that wait are never let go.
+fn serve(arguments: &[String]) {
+    let (flags, rest) = LocalFlags::parse(arguments.iter().cloned()).unwrap();
+    let form = match rest.iter().any(|argument| argument == "--stream") {
+        true => OutputForm::Stream { aggregate: true },
+        false => OutputForm::Value,
+    };
+    let options = LocalOptions {
+        slots: flags.concurrency,
+        compatibility: flags.compatibility,
+        ..LocalOptions::default()
+    };
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let api = LocalApi::new(
+            Arc::new(Mock {
+                form,
+                ..Mock::default()
+            }),
+            options,
+        )
+        .unwrap();
+        let listener = listen(&flags.host, flags.port).await.unwrap();
+        println!("{}", listener.local_addr().unwrap());
+        api.serve(listener, std::future::pending()).await.unwrap();
+    });
 }
 
 /// The usual test handler, which also writes its input's `log` to the log.
@@ -206,8 +243,8 @@ fn h08_a_killed_worker_is_silent() {
 fn x01_an_idle_worker_leaves_at_once() {
     let plane = FakeRunPod::start();
     let mut process = Process::start(&plane, &[]);
-    plane.more(Route::Take, 1);
-    plane.more(Route::Stop, 1);
+    plane.some(Route::Take);
+    plane.some(Route::Stop);
     let told = Instant::now();
     process.signal(Signal::TERM);
     assert_eq!(process.exit().code(), Some(0));
@@ -248,7 +285,7 @@ fn x05_the_second_signal_ends_the_process() {
 fn x06_sigint_is_like_sigterm() {
     let plane = FakeRunPod::start();
     let mut process = Process::start(&plane, &[]);
-    plane.more(Route::Take, 1);
+    plane.some(Route::Take);
     process.signal(Signal::INT);
     assert_eq!(process.exit().code(), Some(0));
 }

@@ -75,7 +75,7 @@ fn x04_a_job_on_the_open_take_is_run_or_left_unreported() {
     for (mode, results) in [(settings(), 1), (checkpointing(), 0)] {
         let plane = FakeRunPod::start();
         let worker = start(&plane, Mock::default(), mode);
-        plane.more(Route::Take, 1);
+        plane.some(Route::Take);
         worker.leave();
         plane.job("late", json!({}));
         assert_eq!(worker.exit().code, 0);

@@ -274,7 +274,7 @@ fn the_concurrency_a_handler_wishes_is_asked_before_every_take() {
         ..Mock::default()
     };
     let _worker = start(&plane, mock, settings());
-    plane.more(Route::Take, 1);
+    plane.some(Route::Take);
     assert_eq!(plane.of(Route::Take)[0].parameter("batch_size"), Some("4"));
 }
 
