@@ -40,6 +40,8 @@ pub struct Request {
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
     pub at: Instant,
+    /// Whether the answer says that the request was accepted.
+    pub accepted: bool,
 }
 
 impl Request {
@@ -273,7 +275,12 @@ impl FakeRunPod {
 
     /// Waits until `condition` holds.
     pub fn eventually(&self, what: &str, condition: impl Fn(&[Request]) -> bool) {
-        let deadline = Instant::now() + PATIENCE;
+        self.patiently(what, PATIENCE, condition);
+    }
+
+    /// The same with another limit.
+    pub fn patiently(&self, what: &str, patience: Duration, condition: impl Fn(&[Request]) -> bool) {
+        let deadline = Instant::now() + patience;
         while !condition(&self.requests()) {
             assert!(Instant::now() < deadline, "not in time: {what}\n{}", self.trace());
             std::thread::sleep(Duration::from_millis(5));
@@ -305,8 +312,11 @@ impl FakeRunPod {
         });
     }
 
+    /// The last requests, for a message.
     pub fn trace(&self) -> String {
-        let lines = self.requests().into_iter().map(|request| {
+        let requests = self.requests();
+        let skipped = requests.len().saturating_sub(60);
+        let lines = requests.into_iter().skip(skipped).map(|request| {
             let body = String::from_utf8_lossy(&request.body[..request.body.len().min(200)]).into_owned();
             format!("{} {} {body}\n", request.method, request.target)
         });
@@ -333,6 +343,10 @@ async fn serve(mut stream: TcpStream, state: &Mutex<State>, changed: &Notify) ->
             return Ok(());
         }
         read_body(&mut stream, &mut buffer, &mut request).await?;
+        request.accepted = match &step {
+            Step::Answer { status, .. } => *status < 300,
+            other => matches!(other, Step::Behave),
+        };
         state.lock().unwrap().requests.push(request.clone());
         let answer = match step {
             Step::Behave => behave(state, changed, &request).await,
@@ -445,6 +459,7 @@ async fn read_head(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> std::io::Res
         target,
         body: Vec::new(),
         at: Instant::now(),
+        accepted: false,
     }))
 }
 

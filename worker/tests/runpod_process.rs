@@ -26,7 +26,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use fake_runpod::{CANARY_KEY, FakeRunPod, PATIENCE, Route, Step};
 use support::{Mock, settings};
 
-const TESTS: [(&str, fn()); 9] = [
+const TESTS: [(&str, fn()); 10] = [
     ("h08_a_killed_worker_is_silent", h08_a_killed_worker_is_silent),
     ("x01_an_idle_worker_leaves_at_once", x01_an_idle_worker_leaves_at_once),
     (
@@ -49,6 +49,10 @@ const TESTS: [(&str, fn()); 9] = [
     (
         "l01_every_line_is_json_with_three_keys_even_after_a_panic",
         l01_every_line_is_json_with_three_keys_even_after_a_panic,
+    ),
+    (
+        "z01_of_thousands_of_jobs_under_faults_each_has_one_accepted_result",
+        z01_of_thousands_of_jobs_under_faults_each_has_one_accepted_result,
     ),
     (
         "l02_l03_lines_are_cut_and_hold_no_key",
@@ -104,6 +108,9 @@ fn work() -> u8 {
     LogLayer::catch_panics();
     let defaults = Settings {
         handle_signals: true,
+        concurrency: variables
+            .get("TEST_CONCURRENCY")
+            .map_or(1, |count| count.parse().unwrap()),
         ..settings()
     };
     let settings = defaults.with_variables(&variables).unwrap();
@@ -351,4 +358,77 @@ fn l02_l03_lines_are_cut_and_hold_no_key() {
         "the key is in the log"
     );
     assert!(!plane.result("job-1").to_string().contains(CANARY_KEY));
+}
+
+/// Size of the soak.
+const SOAK_JOBS: usize = 3000;
+
+fn z01_of_thousands_of_jobs_under_faults_each_has_one_accepted_result() {
+    let plane = FakeRunPod::start();
+    let mut seed = 0x2545_f491_4f6c_dd17_u64;
+    let mut fault = move || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        match seed % 40 {
+            0 => Step::Drop,
+            1 => Step::DropEarly,
+            2 => Step::status(500),
+            3 => Step::status(429).with("Retry-After", "0"),
+            _ => Step::Behave,
+        }
+    };
+    plane.script(Route::Done, (0..2 * SOAK_JOBS).map(|_| fault()));
+    plane.script(Route::Ping, (0..100).map(|_| fault()));
+    // A take that is dropped loses no job here: the fake hands one out only when it answers.
+    plane.script(Route::Take, (0..SOAK_JOBS / 4).map(|_| fault()));
+    let mut process = Process::start(&plane, &[("TEST_CONCURRENCY", "8"), ("RUNPOD_LOG_LEVEL", "ERROR")]);
+    let usage = |process: &Process| {
+        let id = process.child.id();
+        let status = std::fs::read_to_string(format!("/proc/{id}/status")).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        let kib: usize = line.trim().trim_end_matches(" kB").parse().unwrap();
+        (kib, std::fs::read_dir(format!("/proc/{id}/fd")).unwrap().count())
+    };
+    let mut after_warm_up = (0, 0);
+    for part in 0..10 {
+        let jobs =
+            (0..SOAK_JOBS / 10).map(|number| json!({"id": format!("job-{part}-{number}"), "input": {"progress": [1]}}));
+        plane.queue(jobs);
+        plane.patiently("all results", Duration::from_secs(120), |requests| {
+            let accepted = requests
+                .iter()
+                .filter(|request| request.accepted && request.is_result());
+            accepted.count() >= (part + 1) * SOAK_JOBS / 10
+        });
+        if part == 1 {
+            after_warm_up = usage(&process);
+        }
+    }
+    let (kib, files) = usage(&process);
+    process.signal(Signal::TERM);
+    assert_eq!(process.exit().code(), Some(0));
+    let mut accepted = std::collections::BTreeMap::<String, usize>::new();
+    for request in plane
+        .of(Route::Done)
+        .iter()
+        .filter(|request| request.accepted && request.is_result())
+    {
+        *accepted.entry(request.job().to_owned()).or_default() += 1;
+    }
+    assert_eq!(accepted.len(), SOAK_JOBS);
+    assert!(
+        accepted.values().all(|count| *count == 1),
+        "a result was accepted twice"
+    );
+    assert!(
+        kib < after_warm_up.0 + 8 * 1024,
+        "{} KiB grew to {kib}",
+        after_warm_up.0
+    );
+    assert!(
+        files < after_warm_up.1 + 16,
+        "{} open files grew to {files}",
+        after_warm_up.1
+    );
 }

@@ -178,3 +178,32 @@ impl Beat {
         self.last.store(now, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::runpod::environment::Environment;
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn a_thread_that_shows_no_life_for_three_intervals_is_replaced_once() {
+        let variables = BTreeMap::from(
+            [
+                ("RUNPOD_WEBHOOK_GET_JOB", "http://127.0.0.1:9/job-take/$ID"),
+                ("RUNPOD_WEBHOOK_POST_OUTPUT", "http://127.0.0.1:9/job-done"),
+            ]
+            .map(|(name, value)| (name.to_owned(), value.to_owned())),
+        );
+        // No address for heartbeats: the thread only ticks.
+        let routes = Routes::new(&Environment::read(&variables).unwrap(), "1.12.0");
+        let interval = Duration::from_secs(3600);
+        let mut heartbeat =
+            Heartbeat::start(routes, Http::for_worker(None).unwrap(), InFlight::default(), interval).unwrap();
+        let stop_of_the_first = heartbeat.stop.clone();
+        assert!(!heartbeat.revive(Instant::now()).unwrap());
+        assert!(heartbeat.revive(Instant::now() + interval * 4).unwrap());
+        assert!(stop_of_the_first.is_cancelled() && !heartbeat.stop.is_cancelled());
+        assert!(!heartbeat.revive(Instant::now()).unwrap());
+    }
+}

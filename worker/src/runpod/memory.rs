@@ -4,6 +4,9 @@
 //! between the two. Whoever is handed the same job again, in this process or in another one on the same volume, posts what is
 //! remembered instead of computing it again. An acknowledged *failure* is forgotten: the same id comes back by `/retry`, which asks for
 //! another attempt.
+//!
+//! Beside them a counter per job says how often it was begun without coming to any end: a job that kills its worker (out of memory, a
+//! defect of a driver) would otherwise be handed out for ever.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -103,6 +106,33 @@ impl Memory {
         }
     }
 
+    /// Notes that a job begins and says for the how-manieth time since it last came to an end.
+    pub fn begin(&self, job: &str) -> u32 {
+        let Some(path) = self.path(job, State::Begun) else {
+            return 1;
+        };
+        let before: u32 = fs::read_to_string(&path)
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0);
+        let starts = before.saturating_add(1);
+        let written = path
+            .parent()
+            .map_or(Ok(()), fs::create_dir_all)
+            .and_then(|()| fs::write(&path, starts.to_string()));
+        if let Err(error) = written {
+            tracing::warn!(%error, "it cannot be noted on disk that this job has begun");
+        }
+        starts
+    }
+
+    /// The job came to an end, whichever.
+    pub fn end(&self, job: &str) {
+        if let Some(path) = self.path(job, State::Begun) {
+            let _may_be_absent = fs::remove_file(path);
+        }
+    }
+
     fn read(&self, job: &str) -> Option<Remembered> {
         [State::Pending, State::Acknowledged].into_iter().find_map(|state| {
             let text = fs::read(self.path(job, state)?).ok()?;
@@ -126,7 +156,7 @@ impl Memory {
             let path = entry.path();
             let limit = match path.extension().and_then(|ending| ending.to_str()) {
                 Some(ending) if ending == State::Acknowledged.ending() => KEPT_ACKNOWLEDGED,
-                Some(ending) if ending == State::Pending.ending() => KEPT_PENDING,
+                Some(ending) if ending == State::Pending.ending() || ending == State::Begun.ending() => KEPT_PENDING,
                 _ => continue,
             };
             let modified = entry.metadata().and_then(|metadata| metadata.modified());
@@ -142,6 +172,7 @@ impl Memory {
 enum State {
     Pending,
     Acknowledged,
+    Begun,
 }
 
 impl State {
@@ -149,6 +180,7 @@ impl State {
         match self {
             Self::Pending => "pending",
             Self::Acknowledged => "delivered",
+            Self::Begun => "begun",
         }
     }
 }

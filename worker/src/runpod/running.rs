@@ -23,6 +23,9 @@ use super::routes::Routes;
 use super::worker::Settings;
 use crate::error::{Failure, Result};
 
+/// Starts of one job that ended with the death of the process; the next one is refused.
+const MOST_STARTS: u32 = 3;
+
 /// What all jobs of a worker share.
 pub(crate) struct Shared {
     pub http: Http,
@@ -63,7 +66,13 @@ pub(crate) async fn run(
     }
     tracing::info!("Started.");
     let redactor = shared.redactor.with(job.secrets());
-    let (result, chunks) = compute(&shared, Arc::clone(&handler), jobs, job, &stop).await;
+    let starts = shared.memory.begin(&job.id);
+    let (result, chunks) = if starts > MOST_STARTS {
+        (Ok(Err(killed_too_often(starts))), Vec::new())
+    } else {
+        compute(&shared, Arc::clone(&handler), jobs, job, &stop).await
+    };
+    shared.memory.end(&ended.job);
     let (result, panicked) = match result {
         Ok(result) => (result, false),
         Err(panic) => (Err(panic), true),
@@ -133,6 +142,19 @@ async fn compute(
     tokio::join!(finish, pump::run(channel, outgoing, ended.clone(), stop.clone()))
 }
 
+fn killed_too_often(starts: u32) -> Failure {
+    Failure::system(
+        "RUNPOD_JOB_KILLS_WORKERS",
+        format!(
+            "The worker died during each of the last {} attempts at this job",
+            starts - 1
+        ),
+    )
+    .hint(
+        "Most often the machine's memory is too small: choose a larger GPU or a smaller model, or shorten the examples",
+    )
+}
+
 /// The output of a handler that has ended well, with what it streamed.
 pub(crate) fn final_value(value: Value, form: OutputForm, chunks: Vec<Value>) -> Value {
     match (value, form) {
@@ -143,7 +165,12 @@ pub(crate) fn final_value(value: Value, form: OutputForm, chunks: Vec<Value>) ->
 }
 
 /// Asks whose job it is until that is clear, then runs it.
-async fn claim_and_run(handler: Arc<dyn Handler>, job: RunPodJob, context: JobContext, pace: Pace) -> Result<Value> {
+pub(crate) async fn claim_and_run(
+    handler: Arc<dyn Handler>,
+    job: RunPodJob,
+    context: JobContext,
+    pace: Pace,
+) -> Result<Value> {
     let asked = Instant::now();
     loop {
         match handler.claim(&job).await? {

@@ -136,3 +136,50 @@ fn d04_a_stop_ends_the_waiting_for_another_worker() {
     plane.eventually("the slot to be free", |_| plane.of(Route::Take).len() == 2);
     assert!(plane.results("job-1").is_empty());
 }
+
+#[test]
+fn d05_a_job_that_kills_its_process_three_times_is_refused_the_fourth_time() {
+    let volume = tempfile::tempdir().unwrap();
+    let durable = Settings {
+        results_folder: Some(volume.path().join("results")),
+        ..settings()
+    };
+    // A process that dies leaves its job without an end: so does a worker that is told to leave twice.
+    for _ in 0..3 {
+        let plane = FakeRunPod::start();
+        let worker = start(&plane, Mock::default(), durable.clone());
+        plane.job("job-1", json!({"stubborn": true}));
+        plane.eventually("it runs", |_| worker.mock.runs() == 1);
+        worker.leave();
+        worker.leave();
+        assert_eq!(worker.exit().code, 1);
+    }
+    let plane = FakeRunPod::start();
+    let worker = start(&plane, Mock::default(), durable);
+    plane.queue([json!({"id": "job-1", "input": {}}), json!({"id": "other", "input": {}})]);
+    assert!(
+        plane.result("job-1")["error"]
+            .as_str()
+            .unwrap()
+            .contains("RUNPOD_JOB_KILLS_WORKERS")
+    );
+    plane.result("other");
+    assert_eq!(worker.mock.runs(), 1, "only the other one");
+}
+
+#[test]
+fn d05_jobs_that_end_in_any_way_are_not_counted() {
+    let volume = tempfile::tempdir().unwrap();
+    let durable = Settings {
+        results_folder: Some(volume.path().join("results")),
+        ..settings()
+    };
+    let plane = FakeRunPod::start();
+    let worker = start(&plane, Mock::default(), durable);
+    for round in 1..=5 {
+        plane.job("job-1", json!({"fail": "again"}));
+        plane.eventually("a result", |_| plane.results("job-1").len() == round);
+        plane.eventually("the next take", |_| plane.of(Route::Take).len() == round + 1);
+    }
+    assert_eq!(worker.mock.runs(), 5);
+}

@@ -8,8 +8,9 @@ use crate::error::Result;
 use crate::runpod::handler::{Handler, JobContext, OutputForm, StopSignal};
 use crate::runpod::job::RunPodJob;
 use crate::runpod::outcome::{Identity, Outcome};
+use crate::runpod::pace::Pace;
 use crate::runpod::redact::Redactor;
-use crate::runpod::running::{final_value, panic_failure};
+use crate::runpod::running::{claim_and_run, final_value, panic_failure};
 
 /// A job that was run here.
 pub(crate) struct Ran {
@@ -36,7 +37,7 @@ pub(crate) async fn run(
 ) -> Result<Ran> {
     let redactor = redactor.with(job.secrets());
     let (context, outgoing) = JobContext::new(StopSignal::default());
-    let mut work = tokio::spawn(async move { handler.run(job, context).await });
+    let mut work = tokio::spawn(claim_and_run(handler, job, context, Pace::default()));
     let (mut arriving, mut chunks) = (outgoing.chunks, Vec::new());
     // The job's end decides, not the channel's: a thread of the handler may keep its sender.
     let ended = loop {

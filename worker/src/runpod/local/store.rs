@@ -18,8 +18,9 @@ use crate::runpod::handler::{Handler, JobContext, Outgoing, StopReason, StopSign
 use crate::runpod::http::Http;
 use crate::runpod::job::RunPodJob;
 use crate::runpod::outcome::Outcome;
+use crate::runpod::pace::Pace;
 use crate::runpod::redact::Redactor;
-use crate::runpod::running::{final_value, panic_failure};
+use crate::runpod::running::{claim_and_run, final_value, panic_failure};
 use crate::runpod::status::JobStatus;
 
 /// Tries of a webhook, as the cloud makes them.
@@ -217,7 +218,7 @@ impl Store {
         let (context, outgoing) = JobContext::new(stop.clone());
         let handler = Arc::clone(&self.handler);
         let form = handler.output();
-        let work = tokio::spawn(async move { handler.run(job, context).await }.in_current_span());
+        let work = tokio::spawn(claim_and_run(handler, job, context, Pace::default()).in_current_span());
         let mut chunks = Vec::new();
         let result = tokio::select! {
             result = self.listen(&id, outgoing, work, &mut chunks) => result,
