@@ -96,7 +96,7 @@ impl Supervisor {
     /// Works until told to leave.
     pub async fn run(mut self) -> Exit {
         let (stops_in, mut stops) = mpsc::unbounded_channel();
-        let _stop_channel = self.listen_for_stops(stops_in);
+        self.listen_for_stops(stops_in);
         let mut watch = tokio::time::interval(WATCH_EVERY);
         let mut take: Option<Take> = None;
         loop {
@@ -136,10 +136,12 @@ impl Supervisor {
         }
     }
 
-    fn listen_for_stops(&self, stops: mpsc::UnboundedSender<Vec<String>>) -> Option<tokio::task::AbortHandle> {
-        let url = self.shared.routes.stop()?.to_owned();
-        let listener = stop::listen(self.shared.http.clone(), url, self.shared.settings.pace.clone(), stops);
-        Some(tokio::spawn(listener).abort_handle())
+    /// Opens the stop channel where there is one; it ends with the runtime.
+    fn listen_for_stops(&self, stops: mpsc::UnboundedSender<Vec<String>>) {
+        if let Some(url) = self.shared.routes.stop() {
+            let (http, pace) = (self.shared.http.clone(), self.shared.settings.pace.clone());
+            tokio::spawn(stop::listen(http, url.to_owned(), pace, stops));
+        }
     }
 
     /// Asks for as many jobs as there are free slots, unless some wait already.

@@ -78,7 +78,7 @@ async fn openapi() -> Json<Value> {
 async fn run(State(server): State<Arc<Server>>, headers: HeaderMap, body: Bytes) -> Response {
     let asked = match read(&headers, &body) {
         Ok(asked) => asked,
-        Err(problem) => return problem,
+        Err(problem) => return detail(StatusCode::UNPROCESSABLE_ENTITY, problem),
     };
     let id = new_id();
     let mut stored = server.stored.lock().unwrap_or_else(PoisonError::into_inner);
@@ -93,7 +93,7 @@ async fn run(State(server): State<Arc<Server>>, headers: HeaderMap, body: Bytes)
 async fn runsync(State(server): State<Arc<Server>>, headers: HeaderMap, body: Bytes) -> Response {
     match read(&headers, &body) {
         Ok(asked) => server.answer(&new_id(), asked).await,
-        Err(problem) => problem,
+        Err(problem) => detail(StatusCode::UNPROCESSABLE_ENTITY, problem),
     }
 }
 
@@ -189,13 +189,12 @@ fn detail(status: StatusCode, detail: Value) -> Response {
 }
 
 /// One problem of a request, in the words of the server's framework.
-fn unprocessable(kind: &str, place: &[&str], message: &str, input: &Value) -> Response {
-    let problem = json!([{"type": kind, "loc": place, "msg": message, "input": input}]);
-    detail(StatusCode::UNPROCESSABLE_ENTITY, problem)
+fn unprocessable(kind: &str, place: &[&str], message: &str, input: &Value) -> Value {
+    json!([{"type": kind, "loc": place, "msg": message, "input": input}])
 }
 
-/// Reads a request body.
-fn read(headers: &HeaderMap, body: &[u8]) -> std::result::Result<Asked, Response> {
+/// Reads a request body; the error is what is wrong with it.
+fn read(headers: &HeaderMap, body: &[u8]) -> std::result::Result<Asked, Value> {
     let kind = headers
         .get(header::CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
