@@ -16,3 +16,4 @@ setup-demo:
 
 setup-test:
 	@scripts/setup test
+	@scripts/fetch-test-assets

@@ -12,8 +12,10 @@
 //! | [`ops`] | the contract of every op, one family per file |
 //! | [`tensor`] | owned, contiguous, row-major tensors in a backend's memory |
 //! | [`weight`] | frozen weights as data: f32, bf16, NF4 |
+//! | [`stack`] | the same for all experts of a layer |
 //! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
 //! | [`oracle`] | float64, naive loops: the judge of every backend |
+//! | [`testing`] | what the conformance suites share |
 //!
 //! # Conventions
 //!
@@ -30,16 +32,20 @@
 //!
 //! *Absent on purpose:* a general tensor library, views with strides, broadcasting, an autograd tape.
 
+mod contract;
 pub mod cpu;
 pub mod dtype;
 pub mod error;
 pub mod ops;
 pub mod oracle;
+pub mod stack;
 pub mod tensor;
+pub mod testing;
 pub mod weight;
 
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use ops::{Backend, Op, Support};
+pub use stack::{Nf4Stack, Nf4StackScales, WeightStack};
 pub use tensor::{Segments, Shape, Tensor};
 pub use weight::{Nf4Scales, Nf4Weight, Weight};

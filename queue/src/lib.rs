@@ -1,1 +1,43 @@
-//! (under construction)
+//! A Postgres job engine for long jobs.
+//!
+//! Jobs are rows; the engine is SQL functions in schema `brightrun` (see `schema.sql`); this crate
+//! calls them and runs handlers. It knows queues, kinds, leases and attempts, and nothing of what
+//! a job means: payloads, results and progress are opaque JSON.
+//!
+//! - [`Queue`] is the client: one method per function of the engine.
+//! - [`Runner`] turns [`Handler`]s into a worker: it claims, beats, listens, sweeps and drains.
+//! - [`private_server`] is a Postgres of one's own for demos and tests.
+//!
+//! Four promises, each spelt out with its test in the crate's README:
+//!
+//! 1. Each claim carries a fencing token, and every write about a running job is refused unless
+//!    its token is the newest. A worker that was thought dead can do no harm.
+//! 2. A cancel is never overwritten: whatever a worker reports afterwards ends as cancelled.
+//! 3. Interruption is not failure: shutdown, preemption and snoozing use up no attempt.
+//! 4. Only the database's clock decides, and nobody is declared dead because the database was away.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
+
+mod config;
+mod connection;
+mod error;
+mod job;
+mod outbox;
+pub mod private_server;
+mod queue;
+mod runner;
+mod sql;
+mod tls;
+
+pub use config::QueueConfig;
+pub use error::{Error, Place, Result};
+pub use job::{
+    Blame, CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, NewJob,
+};
+pub use outbox::OutboxMessage;
+pub use queue::{ClaimRequest, ENGINE_VERSION, Queue};
+pub use runner::{Ending, Handler, JobContext, Runner, RunnerConfig, RunnerReport, StopReason, StopSignal};
+
+/// The examples of the README are compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -14,6 +14,7 @@
 //! | [`runpod`] | RunPod: the serverless worker, a local stand-in of its API, a client for an orchestrator |
 //! | [`cli`] | the commands of `brightrun` |
 //! | [`config`] | settings of the program: flags, environment, file |
+//! | [`recipe`] | from files to a proven adapter: what the command line and a job share |
 //! | [`spec`] | every training setting: default, range, meaning |
 //! | [`demo`] | the main job on one machine, with a private Postgres and a miniature model |
 //! | [`error`] | the one outward error type, [`error::Failure`] |
@@ -32,6 +33,7 @@ pub mod demo;
 pub mod error;
 pub mod job;
 pub mod model;
+pub mod recipe;
 pub mod runpod;
 pub mod secret;
 pub mod spec;

@@ -15,10 +15,14 @@
 
 mod activation;
 mod attention;
+mod convolution;
+mod delta;
 mod device;
 mod embedding;
+mod gate;
 mod loss;
 mod matmul;
+mod moe;
 mod norm;
 mod optimizer;
 mod quantize;
@@ -26,10 +30,17 @@ mod rope;
 
 pub use self::activation::ActivationOps;
 pub use self::attention::{AttentionBackward, AttentionForward, AttentionOps};
+pub use self::convolution::{ConvolutionBackward, ConvolutionForward, ConvolutionOps};
+pub use self::delta::{DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaOps};
 pub use self::device::{Device, MemoryStats, Op, Support};
 pub use self::embedding::EmbeddingOps;
+pub use self::gate::{Columns, GateOps, GatedNormBackward, GatedNormForward, SigmoidGateBackward};
 pub use self::loss::{LinearCrossEntropy, LossOps};
 pub use self::matmul::{LinearBackward, LinearForward, LoraBackward, LoraForward, MatmulOps, Precision, Write};
+pub use self::moe::{
+    GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward, MoeOps, RouteBackward,
+    RoutedSwigluBackward, Routing, RowOrder,
+};
 pub use self::norm::{NormBackward, NormForward, NormOps, NormWeight};
 pub use self::optimizer::{AdamW, OptimizerOps};
 pub use self::quantize::QuantizeOps;
@@ -37,7 +48,19 @@ pub use self::rope::{RopeDirection, RopeOps, RopeTable};
 
 /// All op families together: what model code asks for.
 pub trait Backend:
-    MatmulOps + NormOps + RopeOps + AttentionOps + ActivationOps + EmbeddingOps + LossOps + OptimizerOps + QuantizeOps
+    MatmulOps
+    + NormOps
+    + RopeOps
+    + AttentionOps
+    + ActivationOps
+    + EmbeddingOps
+    + LossOps
+    + OptimizerOps
+    + QuantizeOps
+    + MoeOps
+    + DeltaOps
+    + ConvolutionOps
+    + GateOps
 {
 }
 
@@ -51,5 +74,9 @@ impl<D> Backend for D where
         + LossOps
         + OptimizerOps
         + QuantizeOps
+        + MoeOps
+        + DeltaOps
+        + ConvolutionOps
+        + GateOps
 {
 }

@@ -4,11 +4,20 @@
 //! (one per step for `train`), nothing else there. Human text goes to standard output, progress bars and logs to standard error.
 //! Exit codes: 0 success, 1 the user's input is at fault, 2 wrong usage, 3 this machine or a service is at fault.
 
+mod doctor;
+mod model;
+pub mod output;
+pub mod service;
+mod validate;
+
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
+use crate::config::Config;
+use crate::error::{Failure, Result};
 use crate::spec::{BaseDtype, Order, Schedule, Supervise, TrainSpec};
 
 /// Trains LoRA adapters from rows of a Postgres table.
@@ -108,12 +117,6 @@ pub struct WorkerArguments {
     /// Leave when the queue is empty
     #[arg(long)]
     pub until_idle: bool,
-    /// Leave after this many jobs
-    #[arg(long, value_name = "N")]
-    pub max_jobs: Option<usize>,
-    /// Train only this job
-    #[arg(long, value_name = "UUID")]
-    pub job: Option<Uuid>,
 }
 
 /// `enqueue`.
@@ -442,6 +445,88 @@ choice!(
         AllAnswers,
     }
 );
+
+/// Runs one command to its exit code.
+pub fn run(cli: Cli) -> ExitCode {
+    init_logging();
+    crate::storage::http::install_crypto_provider();
+    let json = wants_json(&cli.command);
+    let result = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| {
+            Failure::system(
+                "RUNTIME_UNAVAILABLE",
+                format!("The asynchronous runtime cannot start: {error}"),
+            )
+        })
+        .and_then(|runtime| runtime.block_on(dispatch(cli)));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => output::report_failure(&failure, json),
+    }
+}
+
+async fn dispatch(cli: Cli) -> Result<()> {
+    let config = Config::load(cli.config.as_deref(), std::env::vars())?;
+    // Computing commands hold their thread: block_in_place keeps signals and timers alive meanwhile.
+    match &cli.command {
+        Command::Demo(arguments) => crate::demo::run(config, arguments).await,
+        Command::Migrate => service::migrate().await,
+        Command::Orchestrate(arguments) => service::orchestrate(config, arguments).await,
+        Command::Worker(arguments) => service::worker(config, arguments).await,
+        Command::Enqueue(arguments) => service::enqueue(config, arguments).await,
+        Command::Status(arguments) => service::status(arguments).await,
+        Command::Watch(arguments) => service::watch(arguments).await,
+        Command::Cancel(arguments) => service::cancel(arguments).await,
+        Command::Validate(arguments) => validate::validate(arguments),
+        Command::Inspect(arguments) => model::inspect(&config, arguments),
+        Command::Estimate(arguments) => tokio::task::block_in_place(|| model::estimate(&config, arguments)),
+        Command::Train(arguments) => tokio::task::block_in_place(|| model::train(&config, arguments)),
+        Command::Eval(arguments) => tokio::task::block_in_place(|| model::eval(&config, arguments)),
+        Command::Generate(arguments) => tokio::task::block_in_place(|| model::generate(&config, arguments)),
+        Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
+        Command::Config => print_config(&config),
+    }
+}
+
+fn print_config(config: &Config) -> Result<()> {
+    let text = toml::to_string_pretty(config)
+        .map_err(|error| Failure::system("CONFIG_INTERNAL", format!("The settings cannot be printed: {error}")))?;
+    output::print_line(text.trim_end())
+}
+
+fn wants_json(command: &Command) -> bool {
+    match command {
+        Command::Demo(DemoArguments { output, .. })
+        | Command::Enqueue(EnqueueArguments { output, .. })
+        | Command::Status(JobArguments { output, .. })
+        | Command::Watch(JobArguments { output, .. })
+        | Command::Cancel(JobArguments { output, .. })
+        | Command::Validate(ValidateArguments { output, .. })
+        | Command::Inspect(InspectArguments { output, .. })
+        | Command::Estimate(EstimateArguments { output, .. })
+        | Command::Train(TrainArguments { output, .. })
+        | Command::Eval(EvalArguments { output, .. })
+        | Command::Generate(GenerateArguments { output, .. })
+        | Command::Doctor(output) => output.json,
+        Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
+    }
+}
+
+/// Logs go to standard error; `RUST_LOG` chooses what (default: warnings, and information from this program's services).
+fn init_logging() {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("warn,brightrun_worker=info,brightrun_queue=info"));
+    // A second initialisation (tests in one process) keeps the first.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .try_init();
+}
 
 #[cfg(test)]
 mod tests {

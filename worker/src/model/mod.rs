@@ -1,1 +1,65 @@
-//! (under construction)
+//! Qwen families, written once over the op interface of `brightrun-kernels`.
+//!
+//! # Map
+//!
+//! | module | what |
+//! |---|---|
+//! | [`config`] | `config.json` → numbers; refuses what would be computed differently |
+//! | [`tensor_file`], [`checkpoint`] | safetensors by positioned reads; shards; everything headers can tell is checked first |
+//! | [`load`] | checkpoint → [`Model`], tensor by tensor, quantised on the way |
+//! | [`transformer`] | embedding, layers, head: forward, and forward with backward |
+//! | [`layer`] | one decoder layer: a mixer, a feed-forward part; what is kept and what is computed again |
+//! | [`attention`], [`mlp`], [`norm`], [`linear`] | the parts, each with `forward` and `backward` |
+//! | [`lora`], [`adapter`] | adapters beside the frozen model; PEFT's files |
+//! | [`decode`], [`cache`] | one document, continued token by token |
+//! | [`synthetic`] | checkpoints of seeded random numbers |
+//! | [`batch`], [`pass`], [`rope`], [`random`] | packed documents; what layers share; rotations; seeded numbers |
+//!
+//! # Invariants
+//!
+//! - Model code is generic over [`Backend`](brightrun_kernels::Backend) and never learns which one runs.
+//! - The base model is immutable after loading; only [`LoraSet`] values change.
+//! - Whether a layer's activations were kept or computed again changes no bit of any gradient.
+
+pub mod adapter;
+pub mod attention;
+pub mod batch;
+pub mod cache;
+pub mod checkpoint;
+pub mod config;
+pub mod decode;
+pub mod layer;
+pub mod linear;
+pub mod load;
+pub mod lora;
+pub mod mlp;
+pub mod norm;
+pub mod pass;
+pub mod random;
+pub mod rope;
+pub mod synthetic;
+pub mod tensor_file;
+pub mod transformer;
+
+pub use self::batch::{Batch, IGNORED};
+pub use self::config::{Family, ModelConfig};
+pub use self::decode::Decoder;
+pub use self::load::{Encoding, LoadOptions, LoadProgress};
+pub use self::lora::{LoraConfig, LoraGradients, LoraSet, Module, ModuleId};
+pub use self::rope::RopeFrequencies;
+pub use self::transformer::{BackwardSettings, Model};
+
+use crate::error::Failure;
+
+impl From<brightrun_kernels::Error> for Failure {
+    fn from(error: brightrun_kernels::Error) -> Self {
+        use brightrun_kernels::Error;
+        match error {
+            Error::OutOfMemory { .. } => Self::system("COMPUTE_OUT_OF_MEMORY", error.to_string())
+                .hint("Lower micro_batch_tokens, max_length or activation_budget_bytes, or use base_dtype nf4"),
+            Error::Unsupported { .. } => Self::system("COMPUTE_UNSUPPORTED", error.to_string()),
+            Error::Device { .. } => Self::system("COMPUTE_DEVICE", error.to_string()),
+            _ => Self::system("COMPUTE_CONTRACT", error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! The gated delta rule.
+
+use super::{Rules, VECTOR};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::ops::{DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, Device};
+use crate::tensor::{Segments, Tensor};
+
+/// `Hk`, `Hv`, `Dk`, `Dv`.
+#[derive(Clone, Copy)]
+pub(crate) struct DeltaSizes {
+    pub(crate) tokens: usize,
+    pub(crate) key_heads: usize,
+    pub(crate) value_heads: usize,
+    pub(crate) key_dim: usize,
+    pub(crate) value_dim: usize,
+}
+
+pub(crate) fn delta_rule_forward<D: Device>(call: &DeltaForward<'_, D>) -> Result<DeltaSizes> {
+    let rules = Rules("delta_rule_forward");
+    let sizes = common(rules, call.q, call.k, call.v, call.segments)?;
+    let gates = [("decay", call.decay), ("beta", call.beta)];
+    per_head(rules, &gates, sizes)?;
+    rules.alike("out", call.out, call.q)?;
+    rules.shape("out", call.out, "[T, Hv, Dv]", call.v.shape().extents())?;
+    solved(rules, call.solved, sizes)?;
+    if let Some(state) = &call.state {
+        let extents = [call.segments.len(), sizes.value_heads, sizes.key_dim, sizes.value_dim];
+        rules.dtype("state", state, &[DType::F32])?;
+        rules.shape("state", state, "[documents, Hv, Dk, Dv]", &extents)?;
+    }
+    Ok(sizes)
+}
+
+pub(crate) fn delta_rule_backward<D: Device>(call: &DeltaBackward<'_, D>) -> Result<DeltaSizes> {
+    let rules = Rules("delta_rule_backward");
+    let sizes = common(rules, call.q, call.k, call.v, call.segments)?;
+    let gates = [
+        ("decay", call.decay),
+        ("beta", call.beta),
+        ("ddecay", &*call.ddecay),
+        ("dbeta", &*call.dbeta),
+    ];
+    per_head(rules, &gates, sizes)?;
+    solved(rules, call.solved, sizes)?;
+    for (argument, tensor) in [("dout", call.dout), ("dv", &*call.dv)] {
+        rules.alike(argument, tensor, call.q)?;
+        rules.shape(argument, tensor, "[T, Hv, Dv]", call.v.shape().extents())?;
+    }
+    for (argument, tensor) in [("dq", &*call.dq), ("dk", &*call.dk)] {
+        rules.alike(argument, tensor, call.q)?;
+        rules.shape(argument, tensor, "[T, Hk, Dk]", call.q.shape().extents())?;
+    }
+    Ok(sizes)
+}
+
+/// `N`.
+pub(crate) fn delta_gates_forward<D: Device>(call: &DeltaGatesForward<'_, D>) -> Result<usize> {
+    let rules = Rules("delta_gates_forward");
+    let outputs = [("decay", &*call.decay), ("beta", &*call.beta)];
+    let width = gates(rules, call.a, call.a_log, call.dt_bias, &outputs)?;
+    rules.alike("b", call.b, call.a)?;
+    rules.shape("b", call.b, "the shape of a", call.a.shape().extents())?;
+    Ok(width)
+}
+
+/// `N`.
+pub(crate) fn delta_gates_backward<D: Device>(call: &DeltaGatesBackward<'_, D>) -> Result<usize> {
+    let rules = Rules("delta_gates_backward");
+    let wide = [("beta", call.beta), ("ddecay", call.ddecay), ("dbeta", call.dbeta)];
+    let width = gates(rules, call.a, call.a_log, call.dt_bias, &wide)?;
+    for (argument, tensor) in [("da", &*call.da), ("db", &*call.db)] {
+        rules.alike(argument, tensor, call.a)?;
+        rules.shape(argument, tensor, "the shape of a", call.a.shape().extents())?;
+    }
+    Ok(width)
+}
+
+fn common<D: Device>(
+    rules: Rules,
+    q: &Tensor<D>,
+    k: &Tensor<D>,
+    v: &Tensor<D>,
+    segments: &Segments,
+) -> Result<DeltaSizes> {
+    for (argument, tensor) in [("q", q), ("k", k), ("v", v)] {
+        rules.alike(argument, tensor, q)?;
+    }
+    let [tokens, key_heads, key_dim] = rules.extents("q", q, "[T, Hk, Dk]")?;
+    if tokens != segments.tokens() {
+        let expected = format!("[T, Hk, Dk] with T = {} as the segments say", segments.tokens());
+        return Err(rules.wrong_shape("q", q, expected));
+    }
+    rules.shape("k", k, "the shape of q", q.shape().extents())?;
+    let [_, value_heads, value_dim] = rules.extents("v", v, "[T, Hv, Dv]")?;
+    rules.shape("v", v, "[T, Hv, Dv]", &[tokens, value_heads, value_dim])?;
+    if key_heads == 0 || value_heads % key_heads != 0 {
+        let expected = format!("[T, Hv, Dv] with Hv a multiple of Hk = {key_heads}");
+        return Err(rules.wrong_shape("v", v, expected));
+    }
+    Ok(DeltaSizes {
+        tokens,
+        key_heads,
+        value_heads,
+        key_dim,
+        value_dim,
+    })
+}
+
+fn per_head<D: Device>(rules: Rules, tensors: &[(&'static str, &Tensor<D>)], sizes: DeltaSizes) -> Result<()> {
+    for (argument, tensor) in tensors {
+        rules.dtype(argument, tensor, &[DType::F32])?;
+        rules.shape(argument, tensor, "[T, Hv]", &[sizes.tokens, sizes.value_heads])?;
+    }
+    Ok(())
+}
+
+fn solved<D: Device>(rules: Rules, solved: &Tensor<D>, sizes: DeltaSizes) -> Result<()> {
+    rules.dtype("solved", solved, &[DType::F32])?;
+    let extents = [sizes.tokens, sizes.value_heads, DELTA_CHUNK];
+    rules.shape("solved", solved, "[T, Hv, 64]", &extents)
+}
+
+/// The width of the gates, whose f32 tensors `wide` are shaped as `a`.
+fn gates<D: Device>(
+    rules: Rules,
+    a: &Tensor<D>,
+    a_log: &Tensor<D>,
+    dt_bias: &Tensor<D>,
+    wide: &[(&'static str, &Tensor<D>)],
+) -> Result<usize> {
+    rules.alike("a", a, a)?;
+    let [_, width] = rules.extents("a", a, "[T, N]")?;
+    for (argument, tensor) in [("a_log", a_log), ("dt_bias", dt_bias)] {
+        rules.dtype(argument, tensor, VECTOR)?;
+        rules.shape(argument, tensor, "[N]", &[width])?;
+    }
+    for (argument, tensor) in wide {
+        rules.dtype(argument, tensor, &[DType::F32])?;
+        rules.shape(argument, tensor, "the shape of a", a.shape().extents())?;
+    }
+    Ok(width)
+}

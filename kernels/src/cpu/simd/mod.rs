@@ -1,0 +1,21 @@
+//! Everything that depends on the instruction set, and all of this crate's `unsafe` code.
+//!
+//! Outside this folder the CPU backend is safe Rust. Here there are two reasons for `unsafe`: calling functions compiled for
+//! instructions that were found at run time (proof: a [`Simd`] exists only for a level the processor has), and tiles that
+//! read and write through pointers whose bounds are checked once for the whole product.
+
+pub(super) mod gates;
+mod level;
+mod math;
+mod pack;
+pub(super) mod rows;
+pub(super) mod small;
+mod tile;
+mod tile_avx2;
+mod tile_avx512;
+mod tile_portable;
+
+pub(super) use self::level::Simd;
+pub use self::level::SimdLevel;
+pub(super) use self::pack::{interleave_rows, look_up_nf4, transpose_rows};
+pub(super) use self::tile::{Block, Blocks, Element, Left, PANEL, Start, multiply};

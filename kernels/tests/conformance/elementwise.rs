@@ -1,0 +1,216 @@
+//! Element-wise ops, norms and the optimizer.
+
+use brightrun_kernels::ops::{
+    AdamW, Backend, Device, NormBackward, NormForward, NormWeight, OptimizerOps, Precision, Write,
+};
+use brightrun_kernels::oracle::{
+    Real, adamw_step, rms_norm_backward, rms_norm_forward, swiglu_backward, swiglu_forward,
+};
+use brightrun_kernels::testing::Random;
+use brightrun_kernels::{DType, Tensor};
+
+use super::backends::{Run, narrow, on_every_backend, wide};
+use super::weights::dense;
+use crate::judged;
+
+/// Rows and columns: nothing, one, odd tails, more than a task.
+const SHAPES: &[(usize, usize)] = &[
+    (0, 4),
+    (1, 1),
+    (1, 15),
+    (3, 16),
+    (5, 17),
+    (7, 63),
+    (2, 64),
+    (33, 65),
+    (40, 1000),
+];
+
+fn upload<D: Device>(device: &D, shape: (usize, usize), values: &[f32]) -> Tensor<D> {
+    device.upload_f32([shape.0, shape.1], values).unwrap()
+}
+
+/// Gates far out on both sides too, where a careless logistic overflows.
+fn gates(random: &mut Random, count: usize) -> Vec<f32> {
+    let values = random.normal(count);
+    values
+        .into_iter()
+        .map(|value| value * [1.0, 10.0, 40.0, 200.0][random.below(4)])
+        .collect()
+}
+
+fn swiglu<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize)) {
+    let mut random = Random::new(shape.1 as u64);
+    let count = shape.0 * shape.1;
+    let (gate, up, dy) = (
+        gates(&mut random, count),
+        random.adversarial(count),
+        random.adversarial(count),
+    );
+    let device = run.backend;
+    let [gate_t, up_t, dy_t] = [&gate, &up, &dy].map(|values| upload(device, shape, values));
+    let [mut y, mut dgate, mut dup] = [(); 3].map(|()| device.alloc(DType::F32, [shape.0, shape.1]).unwrap());
+    device.swiglu_forward(&gate_t, &up_t, &mut y).unwrap();
+    device
+        .swiglu_backward(&gate_t, &up_t, &dy_t, &mut dgate, &mut dup)
+        .unwrap();
+    let (plain, oracle) = judged!(Precision::F32, N, {
+        let (gate, up, dy) = (narrow::<N>(&gate), narrow::<N>(&up), narrow::<N>(&dy));
+        let (dgate, dup) = swiglu_backward(&gate, &up, &dy);
+        vec![wide(swiglu_forward(&gate, &up)), wide(dgate), wide(dup)]
+    });
+    let mut case = run.case(format_args!("swiglu {shape:?}"), 8);
+    for (i, (name, tensor)) in [("y", &y), ("dgate", &dgate), ("dup", &dup)].into_iter().enumerate() {
+        case.compare(name, tensor, &plain[i], &oracle[i]);
+    }
+}
+
+fn add<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize)) {
+    let mut random = Random::new(shape.1 as u64);
+    let (x, y) = (random.adversarial(shape.0 * shape.1), random.normal(shape.0 * shape.1));
+    let (x_t, mut y_t) = (upload(run.backend, shape, &x), upload(run.backend, shape, &y));
+    run.backend.add_assign(&mut y_t, &x_t).unwrap();
+    let sum: Vec<f64> = x.iter().zip(&y).map(|(x, y)| f64::from(x + y)).collect();
+    run.case(format_args!("add_assign {shape:?}"), 0)
+        .compare("y", &y_t, &sum, &sum);
+}
+
+fn norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), style: NormWeight, dtype: DType, write: Write) {
+    let mut random = Random::new(shape.1 as u64);
+    let count = shape.0 * shape.1;
+    let (x, dy, old) = (random.adversarial(count), random.normal(count), random.normal(count));
+    let stored = random.normal(shape.1);
+    let device = run.backend;
+    let [x_t, dy_t, mut dx] = [&x, &dy, &old].map(|values| upload(device, shape, values));
+    let weight = dense(device, dtype, [1, shape.1], &stored).reshaped([shape.1]).unwrap();
+    let stored = device.read_f32(&weight).unwrap();
+    let factor: Vec<f32> = stored
+        .iter()
+        .map(|w| if style == NormWeight::ZeroCentred { 1.0 + w } else { *w })
+        .collect();
+    let (mut y, mut rstd) = (
+        device.alloc(DType::F32, [shape.0, shape.1]).unwrap(),
+        device.alloc(DType::F32, [shape.0]).unwrap(),
+    );
+    let eps = 1e-6;
+    let call = NormForward {
+        x: &x_t,
+        weight: &weight,
+        style,
+        eps,
+        y: &mut y,
+        rstd: &mut rstd,
+    };
+    device.rms_norm_forward(call).unwrap();
+    let call = NormBackward {
+        x: &x_t,
+        weight: &weight,
+        style,
+        rstd: &rstd,
+        dy: &dy_t,
+        dx: (&mut dx, write),
+    };
+    device.rms_norm_backward(call).unwrap();
+    let (plain, oracle) = judged!(Precision::F32, N, {
+        let (x, dy, factor) = (narrow::<N>(&x), narrow::<N>(&dy), narrow::<N>(&factor));
+        let (y, rstd) = rms_norm_forward(&x, &factor, N::new(f64::from(eps)));
+        let mut dx = rms_norm_backward(&x, &factor, &rstd, &dy);
+        if write == Write::Accumulate {
+            #[allow(clippy::assign_op_pattern)] // `Real` has no such operator
+            dx.iter_mut()
+                .zip(narrow::<N>(&old))
+                .for_each(|(dx, old)| *dx = *dx + old);
+        }
+        vec![wide(y), wide(rstd), wide(dx)]
+    });
+    let mut case = run.case(format_args!("rms_norm {shape:?} {style:?} {dtype} {write:?}"), shape.1);
+    for (i, (name, tensor)) in [("y", &y), ("rstd", &rstd), ("dx", &dx)].into_iter().enumerate() {
+        case.compare(name, tensor, &plain[i], &oracle[i]);
+    }
+}
+
+fn adamw<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), step: u64) {
+    let mut random = Random::new(step);
+    let count = shape.0 * shape.1;
+    let (w, g, m) = (random.normal(count), random.adversarial(count), random.normal(count));
+    let v: Vec<f32> = random.normal(count).into_iter().map(|v| v * v).collect();
+    let settings = AdamW {
+        learning_rate: 3e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+        step,
+        gradient_scale: 0.37,
+    };
+    let device = run.backend;
+    let [mut w_t, g_t, mut m_t, mut v_t] = [&w, &g, &m, &v].map(|values| upload(device, shape, values));
+    device
+        .adamw_step(&mut w_t, &g_t, &mut m_t, &mut v_t, &settings)
+        .unwrap();
+    let (plain, oracle) = judged!(Precision::F32, N, {
+        let (mut w, g, mut m, mut v) = (narrow::<N>(&w), narrow::<N>(&g), narrow::<N>(&m), narrow::<N>(&v));
+        adamw_step(&mut w, &g, &mut m, &mut v, &settings);
+        vec![wide(w), wide(m), wide(v)]
+    });
+    let mut case = run.case(format_args!("adamw {shape:?} step {step}"), 4);
+    for (i, (name, tensor)) in [("w", &w_t), ("m", &m_t), ("v", &v_t)].into_iter().enumerate() {
+        case.compare(name, tensor, &plain[i], &oracle[i]);
+    }
+}
+
+#[test]
+fn swiglu_agrees_with_the_oracle() {
+    on_every_backend("swiglu", |run| SHAPES.iter().for_each(|shape| swiglu(run, *shape)));
+}
+
+#[test]
+fn add_assign_adds() {
+    on_every_backend("add_assign", |run| SHAPES.iter().for_each(|shape| add(run, *shape)));
+}
+
+#[test]
+fn rms_norm_agrees_with_the_oracle() {
+    on_every_backend("rms_norm", |run| {
+        for shape in SHAPES {
+            norm(run, *shape, NormWeight::Plain, DType::F32, Write::Overwrite);
+            norm(run, *shape, NormWeight::Plain, DType::BF16, Write::Accumulate);
+            norm(run, *shape, NormWeight::ZeroCentred, DType::F32, Write::Accumulate);
+        }
+    });
+}
+
+#[test]
+fn adamw_agrees_with_the_oracle() {
+    on_every_backend("adamw_step", |run| {
+        for (shape, step) in SHAPES.iter().zip([1, 2, 3, 10, 100, 1000, 5, 7, 1]) {
+            adamw(run, *shape, step);
+        }
+    });
+}
+
+#[test]
+fn the_squared_norm_is_summed_in_double_precision() {
+    on_every_backend("squared_norm", |run| {
+        let mut random = Random::new(3);
+        let parts: Vec<Vec<f32>> = [0, 1, 1000, 70_000]
+            .iter()
+            .map(|count| random.adversarial(*count))
+            .collect();
+        let tensors: Vec<_> = parts
+            .iter()
+            .map(|part| run.backend.upload_f32([part.len()], part).unwrap())
+            .collect();
+        let ours = run.backend.squared_norm(&tensors.iter().collect::<Vec<_>>()).unwrap();
+        let exact: f64 = parts.iter().flatten().map(|x| f64::from(*x) * f64::from(*x)).sum();
+        let count = parts.iter().map(Vec::len).sum::<usize>() as f64;
+        assert!(
+            (ours - exact).abs() <= count * f64::EPSILON * exact,
+            "{ours} against {exact} on {}",
+            run.name
+        );
+        let infinite = run.backend.upload_f32([2], &[1.0, f32::INFINITY]).unwrap();
+        assert!(!run.backend.squared_norm(&[&infinite]).unwrap().is_finite());
+        run.case("squared_norm", 0);
+    });
+}

@@ -1,0 +1,304 @@
+//! Gates, gated and l2 norms, columns, and the short convolution.
+
+use brightrun_kernels::ops::{
+    Backend, Columns, ConvolutionBackward, ConvolutionForward, Device, GateOps, GatedNormBackward, GatedNormForward,
+    Precision, SigmoidGateBackward, Write,
+};
+use brightrun_kernels::oracle::{
+    Filter, Real, convolution_backward, convolution_forward, gated_norm_backward, gated_norm_forward, l2_norm_backward,
+    l2_norm_forward, sigmoid_gate_backward, sigmoid_gate_forward,
+};
+use brightrun_kernels::testing::Random;
+use brightrun_kernels::{DType, Error, Segments, Tensor};
+
+use super::backends::{Run, backends, narrow, on_every_backend, wide};
+use super::weights::dense;
+use crate::judged;
+
+/// Rows and columns: nothing, one, odd tails, more than a task.
+const SHAPES: &[(usize, usize)] = &[(0, 4), (1, 1), (3, 16), (5, 17), (7, 63), (2, 64), (33, 65), (40, 1000)];
+
+fn upload<D: Device>(device: &D, shape: (usize, usize), values: &[f32]) -> Tensor<D> {
+    device.upload_f32([shape.0, shape.1], values).unwrap()
+}
+
+fn alloc<D: Device>(device: &D, shape: (usize, usize)) -> Tensor<D> {
+    device.alloc(DType::F32, [shape.0, shape.1]).unwrap()
+}
+
+/// Gates far out on both sides too, where a careless logistic overflows.
+fn gates(random: &mut Random, count: usize) -> Vec<f32> {
+    let values = random.normal(count);
+    values
+        .into_iter()
+        .map(|value| value * [1.0, 10.0, 40.0, 200.0][random.below(4)])
+        .collect()
+}
+
+fn sigmoid_gate<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), scalar: bool, write: Write) {
+    let mut random = Random::new(shape.1 as u64);
+    let gate_shape = (shape.0, if scalar { 1 } else { shape.1 });
+    let count = shape.0 * shape.1;
+    let gate = gates(&mut random, gate_shape.0 * gate_shape.1);
+    let (x, dy, old) = (
+        random.adversarial(count),
+        random.adversarial(count),
+        random.normal(count),
+    );
+    let device = run.backend;
+    let (x_t, dy_t, mut y) = (
+        upload(device, shape, &x),
+        upload(device, shape, &dy),
+        upload(device, shape, &old),
+    );
+    let gate_t = upload(device, gate_shape, &gate);
+    let (mut dx, mut dgate) = (alloc(device, shape), alloc(device, gate_shape));
+    device.sigmoid_gate_forward(&x_t, &gate_t, &mut y, write).unwrap();
+    let call = SigmoidGateBackward {
+        x: &x_t,
+        gate: &gate_t,
+        dy: &dy_t,
+        dx: &mut dx,
+        dgate: &mut dgate,
+    };
+    device.sigmoid_gate_backward(call).unwrap();
+    let (plain, oracle) = judged!(Precision::F32, N, {
+        let (x, gate, dy) = (narrow::<N>(&x), narrow::<N>(&gate), narrow::<N>(&dy));
+        let mut y = sigmoid_gate_forward(&x, &gate);
+        if write == Write::Accumulate {
+            y.iter_mut().zip(narrow::<N>(&old)).for_each(|(y, old)| {
+                let sum = *y + old;
+                *y = sum;
+            });
+        }
+        let (dx, dgate) = sigmoid_gate_backward(&x, &gate, &dy);
+        vec![wide(y), wide(dx), wide(dgate)]
+    });
+    let mut case = run.case(
+        format_args!("sigmoid_gate {shape:?} scalar: {scalar} {write:?}"),
+        4 + shape.1,
+    );
+    for (i, (name, tensor)) in [("y", &y), ("dx", &dx), ("dgate", &dgate)].into_iter().enumerate() {
+        case.compare(name, tensor, &plain[i], &oracle[i]);
+    }
+}
+
+fn gated_norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), dtype: DType) {
+    const EPS: f32 = 1e-6;
+    let mut random = Random::new(shape.1 as u64);
+    let count = shape.0 * shape.1;
+    let (mut x, gate, dy) = (
+        random.adversarial(count),
+        gates(&mut random, count),
+        random.normal(count),
+    );
+    // A row of zeros must neither divide by zero nor leave NaN behind.
+    x.iter_mut().take(shape.1).for_each(|x| *x = 0.0);
+    let device = run.backend;
+    let weight_t = dense(device, dtype, [1, shape.1], &random.normal(shape.1))
+        .reshaped([shape.1])
+        .unwrap();
+    let weight = device.read_f32(&weight_t).unwrap();
+    let (x_t, gate_t, dy_t) = (
+        upload(device, shape, &x),
+        upload(device, shape, &gate),
+        upload(device, shape, &dy),
+    );
+    let (mut y, mut dx, mut dgate) = (alloc(device, shape), alloc(device, shape), alloc(device, shape));
+    let mut rstd = device.alloc(DType::F32, [shape.0]).unwrap();
+    let call = GatedNormForward {
+        x: &x_t,
+        gate: &gate_t,
+        weight: &weight_t,
+        eps: EPS,
+        y: &mut y,
+        rstd: &mut rstd,
+    };
+    device.gated_norm_forward(call).unwrap();
+    let reciprocals = device.read_f32(&rstd).unwrap();
+    let call = GatedNormBackward {
+        x: &x_t,
+        gate: &gate_t,
+        weight: &weight_t,
+        rstd: &rstd,
+        dy: &dy_t,
+        dx: &mut dx,
+        dgate: &mut dgate,
+    };
+    device.gated_norm_backward(call).unwrap();
+    let (plain, oracle) = judged!(Precision::F32, N, {
+        let (x, gate, weight) = (narrow::<N>(&x), narrow::<N>(&gate), narrow::<N>(&weight));
+        let (y, rstd) = gated_norm_forward(&x, &gate, &weight, N::new(f64::from(EPS)));
+        let given = narrow::<N>(&reciprocals);
+        let (dx, dgate) = gated_norm_backward(&x, &gate, &weight, &given, &narrow::<N>(&dy));
+        vec![wide(y), wide(rstd), wide(dx), wide(dgate)]
+    });
+    let mut case = run.case(format_args!("gated_norm {shape:?} {dtype}"), shape.1 + 4);
+    let ours = [("y", &y), ("rstd", &rstd), ("dx", &dx), ("dgate", &dgate)];
+    for (i, (name, tensor)) in ours.into_iter().enumerate() {
+        case.compare(name, tensor, &plain[i], &oracle[i]);
+    }
+}
+
+fn l2_norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize)) {
+    const EPS: f32 = 1e-6;
+    let mut random = Random::new(shape.1 as u64);
+    let count = shape.0 * shape.1;
+    let (mut x, dy) = (random.adversarial(count), random.normal(count));
+    x.iter_mut().take(shape.1).for_each(|x| *x = 0.0);
+    let device = run.backend;
+    let (x_t, dy_t) = (upload(device, shape, &x), upload(device, shape, &dy));
+    let (mut y, mut dx) = (alloc(device, shape), alloc(device, shape));
+    let mut rnorm = device.alloc(DType::F32, [shape.0]).unwrap();
+    device.l2_norm_forward(&x_t, EPS, &mut y, &mut rnorm).unwrap();
+    let reciprocals = device.read_f32(&rnorm).unwrap();
+    device.l2_norm_backward(&x_t, &rnorm, &dy_t, &mut dx).unwrap();
+    let (plain, oracle) = judged!(Precision::F32, N, {
+        let x = narrow::<N>(&x);
+        let (y, rnorm) = l2_norm_forward(&x, shape.1, N::new(f64::from(EPS)));
+        let dx = l2_norm_backward(&x, shape.1, &narrow::<N>(&reciprocals), &narrow::<N>(&dy));
+        vec![wide(y), wide(rnorm), wide(dx)]
+    });
+    let mut case = run.case(format_args!("l2_norm {shape:?}"), shape.1 + 4);
+    for (i, (name, tensor)) in [("y", &y), ("rnorm", &rnorm), ("dx", &dx)].into_iter().enumerate() {
+        case.compare(name, tensor, &plain[i], &oracle[i]);
+    }
+}
+
+#[test]
+fn gates_follow_their_formulas() {
+    on_every_backend("sigmoid_gate", |run| {
+        for shape in SHAPES {
+            sigmoid_gate(run, *shape, false, Write::Overwrite);
+            sigmoid_gate(run, *shape, true, Write::Accumulate);
+        }
+    });
+}
+
+#[test]
+fn gated_norms_follow_their_formulas() {
+    on_every_backend("gated_norm", |run| {
+        for shape in SHAPES {
+            gated_norm(run, *shape, DType::F32);
+            gated_norm(run, *shape, DType::BF16);
+        }
+    });
+}
+
+#[test]
+fn l2_norms_follow_their_formulas_and_survive_a_row_of_zeros() {
+    on_every_backend("l2_norm", |run| SHAPES.iter().for_each(|shape| l2_norm(run, *shape)));
+}
+
+#[test]
+fn columns_go_from_group_to_group_and_leave_the_rest_alone() {
+    for (name, device) in backends() {
+        // Two heads of (query, gate), each two wide; take the gates behind a first column.
+        let source = upload(&device, (2, 8), &(0..16).map(|i| i as f32).collect::<Vec<_>>());
+        let mut target = device.upload_f32([2, 2, 3], &[-1.0; 12]).unwrap();
+        let columns = Columns {
+            groups: 2,
+            source: 2,
+            target: 1,
+            width: 2,
+        };
+        device.copy_columns(&source, &mut target, columns).unwrap();
+        let expected = [-1.0, 2.0, 3.0, -1.0, 6.0, 7.0, -1.0, 10.0, 11.0, -1.0, 14.0, 15.0];
+        assert_eq!(device.read_f32(&target).unwrap(), expected, "{name}");
+        for columns in [
+            Columns { groups: 3, ..columns },
+            Columns { groups: 0, ..columns },
+            Columns { source: 3, ..columns },
+            Columns {
+                width: usize::MAX,
+                ..columns
+            },
+        ] {
+            let refused = device.copy_columns(&source, &mut target, columns);
+            assert!(matches!(refused, Err(Error::Value { .. })), "{name}: {columns:?}");
+        }
+    }
+}
+
+/// Document lengths, channels, taps, bias.
+const CONVOLUTIONS: &[(&[usize], usize, usize, bool)] = &[
+    (&[], 3, 4, false),
+    (&[1], 1, 1, true),
+    (&[5], 8, 2, false),
+    (&[2, 0, 1, 7, 3], 17, 4, true),
+    (&[3, 3], 5, 3, false),
+    (&[1, 1, 1], 4, 6, true),
+    (&[40, 25], 1000, 4, false),
+];
+
+fn convolution<B: Backend>(run: &mut Run<'_, B>, case: usize, dtype: DType) {
+    let (documents, channels, taps, biased) = CONVOLUTIONS[case];
+    let segments = Segments::from_lengths(documents.iter().copied());
+    let mut random = Random::new(case as u64);
+    let shape = (segments.tokens(), channels);
+    let (x, dy) = (random.normal(shape.0 * channels), random.normal(shape.0 * channels));
+    let past = random.normal(documents.len() * (taps - 1) * channels);
+    let device = run.backend;
+    let weight_t = dense(device, dtype, [channels, taps], &random.normal(channels * taps));
+    let bias_t = dense(device, dtype, [1, channels], &random.normal(channels))
+        .reshaped([channels])
+        .unwrap();
+    let weight = device.read_f32(&weight_t).unwrap();
+    let bias = if biased {
+        device.read_f32(&bias_t).unwrap()
+    } else {
+        vec![0.0; channels]
+    };
+    let bias_t = biased.then_some(&bias_t);
+    let (x_t, dy_t) = (upload(device, shape, &x), upload(device, shape, &dy));
+    let extents = [documents.len(), taps - 1, channels];
+    let mut state = device.upload_f32(extents, &past).unwrap();
+    let (mut y, mut continued, mut dx) = (alloc(device, shape), alloc(device, shape), alloc(device, shape));
+    for (y, state) in [(&mut y, None), (&mut continued, Some(&mut state))] {
+        let call = ConvolutionForward {
+            x: &x_t,
+            weight: &weight_t,
+            bias: bias_t,
+            segments: &segments,
+            state,
+            y,
+        };
+        device.convolution_forward(call).unwrap();
+    }
+    let call = ConvolutionBackward {
+        x: &x_t,
+        weight: &weight_t,
+        bias: bias_t,
+        segments: &segments,
+        dy: &dy_t,
+        dx: &mut dx,
+    };
+    device.convolution_backward(call).unwrap();
+    let (plain, oracle) = judged!(Precision::F32, N, {
+        let (x, weight, bias) = (narrow::<N>(&x), narrow::<N>(&weight), narrow::<N>(&bias));
+        let filter = Filter {
+            weight: &weight,
+            bias: &bias,
+        };
+        let (mut nothing, mut state) = (vec![N::new(0.0); past.len()], narrow::<N>(&past));
+        let y = convolution_forward(&x, &filter, &segments, &mut nothing);
+        let continued = convolution_forward(&x, &filter, &segments, &mut state);
+        let dx = convolution_backward(&x, &filter, &segments, &narrow::<N>(&dy));
+        vec![wide(y), wide(continued), wide(state), wide(dx)]
+    });
+    let mut judge = run.case(format_args!("convolution {:?} {dtype}", CONVOLUTIONS[case]), taps + 4);
+    let ours = [("y", &y), ("y continued", &continued), ("state", &state), ("dx", &dx)];
+    for (i, (name, tensor)) in ours.into_iter().enumerate() {
+        judge.compare(name, tensor, &plain[i], &oracle[i]);
+    }
+}
+
+#[test]
+fn convolutions_follow_their_formulas_and_stop_at_documents() {
+    on_every_backend("convolution", |run| {
+        for case in 0..CONVOLUTIONS.len() {
+            convolution(run, case, DType::F32);
+            convolution(run, case, DType::BF16);
+        }
+    });
+}

@@ -1,0 +1,127 @@
+//! Cross-entropy.
+
+use brightrun_kernels::ops::{Backend, Device, LinearCrossEntropy, LossOps, Precision};
+use brightrun_kernels::oracle::{Real, linear_cross_entropy};
+use brightrun_kernels::testing::Random;
+use brightrun_kernels::{DType, Error};
+
+use super::backends::{PRECISIONS, Run, narrow, on_every_backend, wide};
+use super::weights::{ENCODINGS, Encoding, weight};
+use crate::judged;
+
+/// Tokens, width, vocabulary, and one supervised position in how many.
+type Shape = (usize, usize, usize, usize);
+
+const FACTOR: f32 = 0.125;
+
+fn check<B: Backend>(run: &mut Run<'_, B>, shape: Shape, encoding: Encoding, precision: Precision) {
+    let (tokens, width, vocabulary, one_in) = shape;
+    let mut random = Random::new(vocabulary as u64);
+    let x = random.normal(tokens * width);
+    let values: Vec<f32> = random.normal(vocabulary * width).into_iter().map(|v| 0.3 * v).collect();
+    let label = |random: &mut Random| {
+        if random.below(one_in) == 0 {
+            random.below(vocabulary) as i32
+        } else {
+            -100
+        }
+    };
+    let labels: Vec<i32> = (0..tokens).map(|_| label(&mut random)).collect();
+    let device = run.backend;
+    let (head, values) = weight(device, encoding, [vocabulary, width], &values);
+    let x_t = device.upload_f32([tokens, width], &x).unwrap();
+    let labels_t = device.upload_i32([tokens], &labels).unwrap();
+    let mut losses = device.alloc(DType::F32, [tokens]).unwrap();
+    let mut only_losses = device.alloc(DType::F32, [tokens]).unwrap();
+    let mut dx = device.alloc(DType::F32, [tokens, width]).unwrap();
+    for (losses, dx) in [(&mut losses, Some((&mut dx, FACTOR))), (&mut only_losses, None)] {
+        let call = LinearCrossEntropy {
+            x: &x_t,
+            head: &head,
+            labels: &labels_t,
+            precision,
+            losses,
+            dx,
+        };
+        device.linear_cross_entropy(call).unwrap();
+    }
+    let (plain, oracle) = judged!(precision, N, {
+        let factor = N::new(f64::from(FACTOR));
+        let (losses, dx) = linear_cross_entropy(&narrow::<N>(&x), &narrow::<N>(&values), &labels, width, factor);
+        vec![wide(losses), wide(dx)]
+    });
+    let mut case = run.case(
+        format_args!("linear_cross_entropy {shape:?} {encoding:?} {precision:?}"),
+        width + vocabulary,
+    );
+    case.compare("losses", &losses, &plain[0], &oracle[0]);
+    case.compare("losses without dx", &only_losses, &plain[0], &oracle[0]);
+    case.compare("dx", &dx, &plain[1], &oracle[1]);
+}
+
+#[test]
+fn linear_cross_entropy_agrees_with_the_oracle() {
+    on_every_backend("linear_cross_entropy", |run| {
+        for precision in PRECISIONS {
+            for encoding in ENCODINGS {
+                check(run, (9, 33, 130, 2), encoding, precision);
+            }
+            for shape in [
+                (0, 4, 4, 1),
+                (1, 1, 1, 1),
+                (5, 8, 3, 1),
+                (17, 64, 257, 3),
+                (6, 16, 2_500, 1),
+                (4, 8, 8, 1_000_000),
+            ] {
+                check(run, shape, Encoding::Bf16, precision);
+            }
+        }
+    });
+}
+
+#[test]
+fn extreme_logits_give_finite_losses() {
+    on_every_backend("extreme logits", |run| {
+        let device = run.backend;
+        let (head, _) = weight(device, Encoding::F32, [2, 1], &[200.0, -200.0]);
+        let x = device.upload_f32([2, 1], &[1.0, 1.0]).unwrap();
+        let labels = device.upload_i32([2], &[0, 1]).unwrap();
+        let mut losses = device.alloc(DType::F32, [2]).unwrap();
+        let call = LinearCrossEntropy {
+            x: &x,
+            head: &head,
+            labels: &labels,
+            precision: Precision::F32,
+            losses: &mut losses,
+            dx: None,
+        };
+        device.linear_cross_entropy(call).unwrap();
+        run.case("extreme logits", 1)
+            .compare("losses", &losses, &[0.0, 400.0], &[0.0, 400.0]);
+    });
+}
+
+#[test]
+fn a_label_outside_the_vocabulary_is_refused() {
+    on_every_backend("labels", |run| {
+        let device = run.backend;
+        let (head, _) = weight(device, Encoding::F32, [2, 1], &[1.0, 2.0]);
+        let x = device.upload_f32([1, 1], &[1.0]).unwrap();
+        let mut losses = device.alloc(DType::F32, [1]).unwrap();
+        for label in [2, -1, -101] {
+            let labels = device.upload_i32([1], &[label]).unwrap();
+            let call = LinearCrossEntropy {
+                x: &x,
+                head: &head,
+                labels: &labels,
+                precision: Precision::F32,
+                losses: &mut losses,
+                dx: None,
+            };
+            let error = device.linear_cross_entropy(call).unwrap_err();
+            assert!(matches!(error, Error::Value { argument: "labels", .. }), "{error}");
+        }
+        run.case("labels", 0);
+    });
+}

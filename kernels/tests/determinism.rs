@@ -1,0 +1,262 @@
+//! The same bits at any number of threads, for every op that is cut into tasks.
+
+#![allow(clippy::unwrap_used)]
+
+use brightrun_kernels::cpu::{Cpu, SimdLevel};
+use brightrun_kernels::ops::{
+    ActivationOps, AdamW, AttentionBackward, AttentionForward, AttentionOps, Device, EmbeddingOps, LinearBackward,
+    LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, LossOps, MatmulOps, NormBackward, NormForward,
+    NormOps, NormWeight, OptimizerOps, Precision, QuantizeOps, RopeDirection, RopeOps, RopeTable, Write,
+};
+use brightrun_kernels::testing::Random;
+use brightrun_kernels::{DType, Nf4Scales, Segments, Shape, Tensor, Weight};
+
+const THREADS: [usize; 5] = [1, 2, 3, 5, 2];
+
+/// Runs `op` at every number of threads, level and precision; all results of one level must have the same bits.
+fn same_bits(op: &str, run: impl Fn(&Cpu, Precision) -> Vec<Vec<u8>>) {
+    for level in SimdLevel::ALL.into_iter().filter(|level| level.is_supported()) {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let results = THREADS.map(|threads| run(&Cpu::with_simd(Some(threads), level).unwrap(), precision));
+            assert!(
+                results[0].iter().any(|bytes| bytes.iter().any(|byte| *byte != 0)),
+                "{op} computed something"
+            );
+            for (threads, result) in THREADS.iter().zip(&results) {
+                assert!(
+                    *result == results[0],
+                    "{op} at {threads} threads, {level}, {precision:?}"
+                );
+            }
+        }
+    }
+}
+
+fn random(cpu: &Cpu, shape: &[usize], seed: u64) -> Tensor<Cpu> {
+    let shape = Shape::new(shape);
+    cpu.upload_f32(shape, &Random::new(seed).normal(shape.elements()))
+        .unwrap()
+}
+
+fn read<const COUNT: usize>(cpu: &Cpu, tensors: [&Tensor<Cpu>; COUNT]) -> Vec<Vec<u8>> {
+    tensors.map(|tensor| cpu.read(tensor).unwrap()).into()
+}
+
+/// Tokens, inputs, outputs, rank: more than a task of each.
+const LAYER: (usize, usize, usize, usize) = (230, 600, 200, 6);
+
+#[test]
+fn linear_layers() {
+    let (tokens, inputs, outputs, rank) = LAYER;
+    same_bits("linear", |cpu, precision| {
+        let weight = Weight::Nf4(cpu.quantize_nf4(&random(cpu, &[outputs, inputs], 1), true).unwrap());
+        let (x, dy) = (random(cpu, &[tokens, inputs], 2), random(cpu, &[tokens, outputs], 3));
+        let (a, b) = (random(cpu, &[rank, inputs], 4), random(cpu, &[outputs, rank], 5));
+        let mut hidden = cpu.alloc(DType::F32, [tokens, rank]).unwrap();
+        let mut y = cpu.alloc(DType::F32, [tokens, outputs]).unwrap();
+        let lora = Some(LoraForward {
+            a: &a,
+            b: &b,
+            scale: 2.0,
+            hidden: &mut hidden,
+        });
+        let bias = random(cpu, &[outputs], 6);
+        let call = LinearForward {
+            x: &x,
+            weight: &weight,
+            bias: Some(&bias),
+            lora,
+            precision,
+            y: &mut y,
+        };
+        cpu.linear_forward(call).unwrap();
+        let (mut da, mut db) = (random(cpu, &[rank, inputs], 7), random(cpu, &[outputs, rank], 8));
+        let mut dx = random(cpu, &[tokens, inputs], 9);
+        let lora = LoraBackward {
+            x: &x,
+            a: &a,
+            b: &b,
+            scale: 2.0,
+            hidden: &hidden,
+            gradient_a: &mut da,
+            gradient_b: &mut db,
+        };
+        let dx_out = Some((&mut dx, Write::Accumulate));
+        let call = LinearBackward {
+            dy: &dy,
+            weight: &weight,
+            lora: Some(lora),
+            precision,
+            dx: dx_out,
+        };
+        cpu.linear_backward(call).unwrap();
+        read(cpu, [&y, &hidden, &dx, &da, &db])
+    });
+}
+
+#[test]
+fn attention() {
+    let segments = Segments::from_lengths([130, 1, 0, 600]);
+    let (tokens, heads, kv_heads, dim) = (segments.tokens(), 4, 2, 32);
+    same_bits("attention", |cpu, precision| {
+        let (q, dout) = (
+            random(cpu, &[tokens, heads, dim], 1),
+            random(cpu, &[tokens, heads, dim], 4),
+        );
+        let (k, v) = (
+            random(cpu, &[tokens, kv_heads, dim], 2),
+            random(cpu, &[tokens, kv_heads, dim], 3),
+        );
+        let mut out = cpu.alloc(DType::F32, q.shape()).unwrap();
+        let mut lse = cpu.alloc(DType::F32, [tokens, heads]).unwrap();
+        let call = AttentionForward {
+            q: &q,
+            k: &k,
+            v: &v,
+            query_segments: &segments,
+            key_segments: &segments,
+            scale: 0.2,
+            precision,
+            out: &mut out,
+            lse: &mut lse,
+        };
+        cpu.attention_forward(call).unwrap();
+        let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|like| cpu.alloc(DType::F32, like.shape()).unwrap());
+        let call = AttentionBackward {
+            q: &q,
+            k: &k,
+            v: &v,
+            out: &out,
+            lse: &lse,
+            dout: &dout,
+            segments: &segments,
+            scale: 0.2,
+            precision,
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+        };
+        cpu.attention_backward(call).unwrap();
+        read(cpu, [&out, &lse, &dq, &dk, &dv])
+    });
+}
+
+#[test]
+fn cross_entropy() {
+    let (tokens, width, vocabulary) = (300, 40, 2_000);
+    same_bits("linear_cross_entropy", |cpu, precision| {
+        let head = Weight::Dense(random(cpu, &[vocabulary, width], 1));
+        let x = random(cpu, &[tokens, width], 2);
+        let labels: Vec<i32> = (0..tokens)
+            .map(|t| if t % 3 == 0 { -100 } else { (t * 6) as i32 })
+            .collect();
+        let labels = cpu.upload_i32([tokens], &labels).unwrap();
+        let mut losses = cpu.alloc(DType::F32, [tokens]).unwrap();
+        let mut dx = cpu.alloc(DType::F32, [tokens, width]).unwrap();
+        let dx_out = Some((&mut dx, 0.5));
+        let call = LinearCrossEntropy {
+            x: &x,
+            head: &head,
+            labels: &labels,
+            precision,
+            losses: &mut losses,
+            dx: dx_out,
+        };
+        cpu.linear_cross_entropy(call).unwrap();
+        read(cpu, [&losses, &dx])
+    });
+}
+
+#[test]
+fn norms_activations_and_rotations() {
+    let (tokens, width) = (200, 192);
+    same_bits("element-wise", |cpu, _| {
+        let [x, gate, up, dy] = [1, 2, 3, 4].map(|seed| random(cpu, &[tokens, width], seed));
+        let weight = random(cpu, &[width], 5);
+        let [mut y, mut dx, mut z, mut dgate, mut dup] =
+            [6, 7, 8, 9, 10].map(|seed| random(cpu, &[tokens, width], seed));
+        let mut rstd = cpu.alloc(DType::F32, [tokens]).unwrap();
+        let style = NormWeight::ZeroCentred;
+        let call = NormForward {
+            x: &x,
+            weight: &weight,
+            style,
+            eps: 1e-6,
+            y: &mut y,
+            rstd: &mut rstd,
+        };
+        cpu.rms_norm_forward(call).unwrap();
+        let dx_out = (&mut dx, Write::Accumulate);
+        let call = NormBackward {
+            x: &x,
+            weight: &weight,
+            style,
+            rstd: &rstd,
+            dy: &dy,
+            dx: dx_out,
+        };
+        cpu.rms_norm_backward(call).unwrap();
+        cpu.swiglu_forward(&gate, &up, &mut z).unwrap();
+        cpu.swiglu_backward(&gate, &up, &dy, &mut dgate, &mut dup).unwrap();
+        cpu.add_assign(&mut z, &x).unwrap();
+
+        let table = RopeTable {
+            cos: random(cpu, &[300, 16], 11),
+            sin: random(cpu, &[300, 16], 12),
+        };
+        let positions: Vec<i32> = (0..tokens as i32).collect();
+        let positions = cpu.upload_i32([tokens], &positions).unwrap();
+        let mut rotated = random(cpu, &[tokens, 4, 48], 13);
+        cpu.rope(&mut rotated, &positions, &table, RopeDirection::Backward)
+            .unwrap();
+        let mut rows = cpu.alloc(DType::F32, [tokens, width]).unwrap();
+        cpu.gather_rows(&Weight::Dense(random(cpu, &[tokens, width], 14)), &positions, &mut rows)
+            .unwrap();
+        cpu.copy_rows(&x, &mut rows, 0).unwrap();
+        read(cpu, [&y, &rstd, &dx, &z, &dgate, &dup, &rotated, &rows])
+    });
+}
+
+#[test]
+fn optimizer_steps_and_norms() {
+    same_bits("adamw", |cpu, _| {
+        let [mut w, g, mut m] = [1, 2, 3].map(|seed| random(cpu, &[90_001], seed));
+        let mut v = cpu.zeros(DType::F32, [90_001]).unwrap();
+        let settings = AdamW {
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            step: 4,
+            gradient_scale: 0.5,
+        };
+        cpu.adamw_step(&mut w, &g, &mut m, &mut v, &settings).unwrap();
+        let norm = cpu.squared_norm(&[&w, &g, &m, &v]).unwrap();
+        let mut results = read(cpu, [&w, &m, &v]);
+        results.push(norm.to_le_bytes().to_vec());
+        results
+    });
+}
+
+#[test]
+fn quantised_weights() {
+    same_bits("quantize_nf4", |cpu, _| {
+        let weight = cpu.quantize_nf4(&random(cpu, &[301, 333], 1), true).unwrap();
+        let Nf4Scales::Nested {
+            codes,
+            nested_absmax,
+            offset,
+            ..
+        } = &weight.scales
+        else {
+            unreachable!("nested was asked for");
+        };
+        let mut results = read(cpu, [&weight.codes, codes, nested_absmax]);
+        results.push(offset.to_le_bytes().to_vec());
+        let mut values = cpu.alloc(DType::F32, [301, 333]).unwrap();
+        cpu.dequantize(&Weight::Nf4(weight), &mut values).unwrap();
+        results.extend(read(cpu, [&values]));
+        results
+    });
+}

@@ -1,0 +1,42 @@
+//! Every statement this crate sends, each a file of its own under `sql/`.
+//!
+//! All of them are single statements, sent unnamed and with explicit types, so that they work
+//! through a transaction pooler and cost one round trip. The exceptions are [`LISTEN`] and
+//! [`MIGRATE_BEGIN`], which need a session and run on connections of their own.
+
+macro_rules! statements {
+    ($($name:ident = $file:literal;)*) => {
+        $(pub(crate) const $name: &str = include_str!(concat!("sql/", $file, ".sql"));)*
+    };
+}
+
+statements! {
+    ENQUEUE = "enqueue";
+    WAKE = "wake";
+    CANCEL = "cancel";
+    REDRIVE = "redrive";
+    SET_EXTERNAL_ID = "set_external_id";
+    CLAIM = "claim";
+    CLAIM_JOB = "claim_job";
+    HEARTBEAT = "heartbeat";
+    REPORT = "report";
+    COMPLETE = "complete";
+    FAIL = "fail";
+    SNOOZE = "snooze";
+    RELEASE = "release";
+    RELEASE_UNKNOWN = "release_unknown";
+    RESCUE = "rescue";
+    MAINTAIN = "maintain";
+    STATUS = "status";
+    JOBS = "jobs";
+    JOB_EVENTS = "job_events";
+    STATS = "stats";
+    VIOLATIONS = "violations";
+    ENGINE_VERSION = "engine_version";
+    OUTBOX_PUT = "outbox_put";
+    OUTBOX_TAKE = "outbox_take";
+    OUTBOX_ACK = "outbox_ack";
+    OUTBOX_NACK = "outbox_nack";
+    MIGRATE_BEGIN = "migrate_begin";
+    LISTEN = "listen";
+}

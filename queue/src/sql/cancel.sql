@@ -1,0 +1,1 @@
+select brightrun.cancel($1, $2)

@@ -1,0 +1,1 @@
+select brightrun.complete($1, $2, $3)

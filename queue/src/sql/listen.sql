@@ -1,0 +1,1 @@
+listen brightrun_ready; listen brightrun_cancel;

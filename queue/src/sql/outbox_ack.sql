@@ -1,0 +1,1 @@
+select brightrun.outbox_ack($1, $2)

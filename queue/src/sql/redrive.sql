@@ -1,0 +1,1 @@
+select brightrun.redrive($1, $2)

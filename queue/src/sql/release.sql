@@ -1,0 +1,1 @@
+select brightrun.release($1, $2, $3)

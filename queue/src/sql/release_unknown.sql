@@ -1,0 +1,1 @@
+select brightrun.release_unknown($1, $2)

@@ -1,0 +1,1 @@
+select brightrun.report($1, $2, $3, $4)

@@ -1,0 +1,1 @@
+select job_id, state from brightrun.rescue_expired($1, make_interval(secs => $2))

@@ -1,0 +1,1 @@
+select brightrun.set_external_id($1, $2)

@@ -1,0 +1,1 @@
+select brightrun.snooze($1, $2, make_interval(secs => $3), $4)

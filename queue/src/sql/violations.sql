@@ -1,0 +1,1 @@
+select job_id, batons from brightrun.violations()

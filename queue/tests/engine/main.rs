@@ -1,0 +1,19 @@
+//! The engine against a real Postgres, a module per property. One binary, so that one private
+//! server serves all of them; each test has a database of its own.
+#![allow(clippy::unwrap_used, clippy::panic)]
+
+mod access;
+mod cancel;
+mod claim;
+mod connect;
+mod enqueue;
+mod fencing;
+mod invariants;
+mod lease_expiry;
+mod lock_order;
+mod outbox;
+mod projector;
+mod retry;
+mod runner;
+mod state_machine;
+mod support;

@@ -1,0 +1,153 @@
+//! What all jobs of a worker share: settings, storage, the compute backend, the base model in memory.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use brightrun_kernels::Backend;
+use brightrun_kernels::cpu::Cpu;
+use brightrun_queue::Queue;
+use tokio::sync::Mutex;
+use uuid::Uuid;
+
+use crate::config::Config;
+use crate::error::{Blame, Failure, Result};
+use crate::recipe::{self, Base};
+use crate::spec::BaseDtype;
+use crate::storage::{self, HttpOptions, Storage, StorageConfig};
+use crate::template::ChatTemplate;
+
+/// The services of a worker process.
+pub struct Services<B: Backend = Cpu> {
+    /// Settings.
+    pub config: Config,
+    /// Where data sets and adapters lie.
+    pub storage: Arc<dyn Storage>,
+    /// Where the arithmetic is done.
+    pub device: B,
+    loaded: Mutex<Option<Arc<Loaded<B>>>>,
+}
+
+/// A base model with its tokenizer and template.
+pub struct Loaded<B: Backend> {
+    /// Tokenizer and template.
+    pub template: Arc<ChatTemplate>,
+    /// The weights.
+    pub base: Base<B>,
+}
+
+/// Opens the storage that the settings name; credentials come from the environment.
+///
+/// # Errors
+/// `STORAGE_…` naming every missing variable.
+pub fn open_storage(config: &Config) -> Result<Arc<dyn Storage>> {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let place = StorageConfig::from_variables(Some(&config.storage.location), variable)?;
+    storage::open(&place, &HttpOptions::default())
+}
+
+/// The folder of the configured checkpoint.
+///
+/// # Errors
+/// `CONFIG_MISSING` when none is configured, `MODEL_PATH_MISSING` when it is not there.
+pub fn model_folder(config: &Config) -> Result<&Path> {
+    let folder = config.model.path.as_deref().ok_or_else(|| {
+        Failure::system("CONFIG_MISSING", "No base model is configured")
+            .at("setting `model.path`")
+            .hint("Give `--model DIR`, set BRIGHTRUN_MODEL_PATH, or write it into brightrun.toml")
+    })?;
+    // A worker without its model is not the job's fault: another worker may have it.
+    recipe::check_folder(folder).map_err(|failure| Failure {
+        blame: Blame::System,
+        ..failure
+    })?;
+    Ok(folder)
+}
+
+impl<B: Backend> Services<B> {
+    /// Services on a device.
+    pub fn new(config: Config, storage: Arc<dyn Storage>, device: B) -> Self {
+        Self {
+            config,
+            storage,
+            device,
+            loaded: Mutex::new(None),
+        }
+    }
+
+    fn model_folder(&self) -> Result<&Path> {
+        model_folder(&self.config)
+    }
+
+    /// Tokenizer and template alone: enough to look at a data set, and ready in a moment.
+    ///
+    /// # Errors
+    /// As [`model_folder`]; `TEMPLATE_…`.
+    pub async fn template(&self) -> Result<Arc<ChatTemplate>> {
+        if let Some(loaded) = &*self.loaded.lock().await {
+            return Ok(loaded.template.clone());
+        }
+        let folder = self.model_folder()?.to_path_buf();
+        blocking(move || ChatTemplate::load(&folder).map(Arc::new)).await
+    }
+
+    /// The base model in the wanted encoding. It stays in memory for the next job; another encoding replaces it.
+    ///
+    /// # Errors
+    /// As [`model_folder`]; the loader's own.
+    pub async fn base(&self, dtype: BaseDtype, template: Arc<ChatTemplate>) -> Result<Arc<Loaded<B>>> {
+        let mut slot = self.loaded.lock().await;
+        if let Some(loaded) = slot.as_ref().filter(|loaded| loaded.base.dtype == dtype) {
+            return Ok(loaded.clone());
+        }
+        // The old one goes first: two models may not fit.
+        *slot = None;
+        let (device, folder) = (self.device.clone(), self.model_folder()?.to_path_buf());
+        let loaded = blocking(move || {
+            let base = Base::load(&device, &folder, dtype, &mut |_| {})?;
+            Ok(Arc::new(Loaded { template, base }))
+        })
+        .await?;
+        *slot = Some(loaded.clone());
+        Ok(loaded)
+    }
+
+    /// The folder of a job's download, checkpoints and artifact.
+    pub fn job_folder(&self, job_id: Uuid) -> PathBuf {
+        self.config.worker.work_dir.join("jobs").join(job_id.to_string())
+    }
+
+    /// Removes the folders of jobs that have ended. Best effort: what cannot be asked or removed stays.
+    pub async fn sweep_job_folders(&self, queue: &Queue) {
+        let Ok(entries) = std::fs::read_dir(self.config.worker.work_dir.join("jobs")) else {
+            return;
+        };
+        for entry in entries.flatten() {
+            let Some(job_id) = entry.file_name().to_str().and_then(|name| Uuid::try_parse(name).ok()) else {
+                continue;
+            };
+            let ended = matches!(queue.status(job_id).await, Ok(Some(status)) if status.state.is_terminal());
+            if ended && let Err(error) = std::fs::remove_dir_all(entry.path()) {
+                tracing::warn!(%job_id, %error, "the folder of an ended job cannot be removed");
+            }
+        }
+    }
+}
+
+/// Runs computation or file work on a thread of its own.
+///
+/// # Errors
+/// The work's own; `INTERNAL_PANIC` when it panicked.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let span = tracing::Span::current();
+    match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
+        Ok(result) => result,
+        Err(error) => match error.try_into_panic() {
+            // The runner records it as INTERNAL_PANIC with its text.
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(error) => Err(Failure::system(
+                "INTERNAL_INTERRUPTED",
+                format!("A thread was interrupted: {error}"),
+            )),
+        },
+    }
+}

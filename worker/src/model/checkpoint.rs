@@ -1,0 +1,436 @@
+//! A checkpoint folder: one safetensors file, or shards listed by `model.safetensors.index.json`.
+//!
+//! Everything that headers can tell is checked when it is opened, so that an incomplete download is refused with the
+//! whole list of what is missing, before the first weight is read. Tensors are then read one at a time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Failure, Result};
+use crate::model::config::ExpectedTensor;
+use crate::model::tensor_file::{HostTensor, StoredTensor, TensorFile};
+
+/// How many names a message lists before it only counts.
+const NAMES_IN_A_MESSAGE: usize = 8;
+
+/// An opened checkpoint.
+#[derive(Debug)]
+pub struct Checkpoint {
+    directory: PathBuf,
+    files: Vec<TensorFile>,
+    /// Which file holds a tensor.
+    home: BTreeMap<String, usize>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint folder and checks every header.
+    ///
+    /// # Errors
+    /// `MODEL_FILE_MISSING` with the list of absent files, `MODEL_FILE_DAMAGED`, `MODEL_TENSOR_MISSING` when the index names
+    /// a tensor that its file does not hold.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let index_path = directory.join("model.safetensors.index.json");
+        if index_path.is_file() {
+            return Self::open_shards(directory, &index_path);
+        }
+        let single = directory.join("model.safetensors");
+        if !single.is_file() {
+            return Err(Failure::user(
+                "MODEL_FILE_MISSING",
+                "The folder holds neither model.safetensors nor model.safetensors.index.json",
+            )
+            .at(directory.display().to_string())
+            .hint("Name a folder that holds a safetensors checkpoint"));
+        }
+        let file = TensorFile::open(&single)?;
+        let home = file.tensors().keys().map(|name| (name.clone(), 0)).collect();
+        Ok(Self {
+            directory: directory.to_owned(),
+            files: vec![file],
+            home,
+        })
+    }
+
+    fn open_shards(directory: &Path, index_path: &Path) -> Result<Self> {
+        let index = read_index(index_path)?;
+        let names: Vec<&String> = index.weight_map.values().collect::<BTreeSet<_>>().into_iter().collect();
+        let absent: Vec<&str> = names
+            .iter()
+            .filter(|name| !directory.join(name).is_file())
+            .map(|name| name.as_str())
+            .collect();
+        if !absent.is_empty() {
+            return Err(Failure::platform(
+                "MODEL_FILE_MISSING",
+                format!(
+                    "{} of {} shards are missing: {}",
+                    absent.len(),
+                    names.len(),
+                    shortened(&absent)
+                ),
+            )
+            .at(directory.display().to_string())
+            .hint("Finish the download of this checkpoint"));
+        }
+        let files = names
+            .iter()
+            .map(|name| TensorFile::open(&directory.join(name)))
+            .collect::<Result<Vec<_>>>()?;
+        let mut home = BTreeMap::new();
+        for (tensor, file_name) in &index.weight_map {
+            let place = names.binary_search(&file_name).unwrap_or_default();
+            if !files[place].tensors().contains_key(tensor) {
+                return Err(Failure::platform(
+                    "MODEL_TENSOR_MISSING",
+                    format!("The index says that `{file_name}` holds `{tensor}`, but it does not"),
+                )
+                .at(index_path.display().to_string())
+                .hint("Download the checkpoint again"));
+            }
+            home.insert(tensor.clone(), place);
+        }
+        Ok(Self {
+            directory: directory.to_owned(),
+            files,
+            home,
+        })
+    }
+
+    /// The folder.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// A tensor's dtype and extents, if it is there.
+    pub fn tensor(&self, name: &str) -> Option<&StoredTensor> {
+        self.files[*self.home.get(name)?].tensors().get(name)
+    }
+
+    /// Names of all tensors.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.home.keys().map(String::as_str)
+    }
+
+    /// Compares the headers with what a configuration promises.
+    ///
+    /// # Errors
+    /// `MODEL_TENSOR_MISSING` with all absent names; `MODEL_TENSOR_SHAPE` naming tensor, expected and found extents.
+    pub fn check(&self, expected: &[ExpectedTensor]) -> Result<()> {
+        let missing: Vec<&str> = expected
+            .iter()
+            .filter(|tensor| self.tensor(&tensor.name).is_none())
+            .map(|tensor| tensor.name.as_str())
+            .collect();
+        if !missing.is_empty() {
+            return Err(Failure::user(
+                "MODEL_TENSOR_MISSING",
+                format!(
+                    "{} tensors that config.json asks for are not in the checkpoint: {}",
+                    missing.len(),
+                    shortened(&missing)
+                ),
+            )
+            .at(self.directory.display().to_string())
+            .hint("Check that config.json belongs to these weights and that all shards are there"));
+        }
+        for tensor in expected {
+            let Some(stored) = self.tensor(&tensor.name) else {
+                continue;
+            };
+            if stored.shape != tensor.shape {
+                return Err(Failure::user(
+                    "MODEL_TENSOR_SHAPE",
+                    format!(
+                        "By config.json the tensor `{}` has the shape {:?}, but in the checkpoint it is {:?}",
+                        tensor.name, tensor.shape, stored.shape
+                    ),
+                )
+                .at(self.directory.display().to_string())
+                .hint("Check that config.json belongs to these weights"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one tensor and checks that every element is finite.
+    ///
+    /// # Errors
+    /// `MODEL_TENSOR_MISSING`, `MODEL_FILE_DAMAGED`, `MODEL_NON_FINITE` naming tensor and element.
+    pub fn read(&self, name: &str) -> Result<HostTensor> {
+        let file = self.home.get(name).map(|place| &self.files[*place]).ok_or_else(|| {
+            Failure::user("MODEL_TENSOR_MISSING", format!("The checkpoint has no tensor `{name}`"))
+                .at(self.directory.display().to_string())
+        })?;
+        let tensor = file.read(name)?;
+        match tensor.first_non_finite() {
+            None => Ok(tensor),
+            Some(element) => Err(Failure::user(
+                "MODEL_NON_FINITE",
+                format!("Element {element} of the tensor `{name}` is infinite or not a number"),
+            )
+            .at(file.path().display().to_string())
+            .hint("Download the checkpoint again; its weights are damaged")),
+        }
+    }
+
+    /// SHA-256 over all headers: names, dtypes, extents and places of every tensor.
+    pub fn header_hash(&self) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        for file in &self.files {
+            hash.update(file.header_hash());
+        }
+        hash.finalize().into()
+    }
+}
+
+fn read_index(path: &Path) -> Result<Index> {
+    let failure = |message: String| {
+        Failure::platform("MODEL_FILE_DAMAGED", message)
+            .at(path.display().to_string())
+            .hint("Download the index again")
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| failure(format!("The index cannot be read: {error}")))?;
+    let index: Index =
+        serde_json::from_str(&text).map_err(|error| failure(format!("The index is not valid JSON: {error}")))?;
+    // An index is outside data: it must not lead out of its folder.
+    match index
+        .weight_map
+        .values()
+        .find(|name| name.contains(['/', '\\']) || name.starts_with('.'))
+    {
+        Some(name) => Err(failure(format!(
+            "The index names `{name}`, which is not a plain file name"
+        ))),
+        None => Ok(index),
+    }
+}
+
+/// A list for a message: the first few, and how many more.
+fn shortened(names: &[&str]) -> String {
+    let shown = names
+        .iter()
+        .take(NAMES_IN_A_MESSAGE)
+        .copied()
+        .collect::<Vec<_>>()
+        .join(", ");
+    match names.len().saturating_sub(NAMES_IN_A_MESSAGE) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use brightrun_kernels::DType;
+    use brightrun_kernels::cpu::Cpu;
+    use safetensors::tensor::{Dtype, TensorView};
+    use serde_json::{Value, json};
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::model::synthetic::write_checkpoint;
+    use crate::model::{Encoding, Family, LoadOptions, Model, ModelConfig, RopeFrequencies};
+    use crate::spec::BaseDtype;
+
+    fn single() -> TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        write_checkpoint(folder.path(), &ModelConfig::miniature(Family::Qwen3, 32), 3).unwrap();
+        folder
+    }
+
+    /// Writes tensors of a checkpoint as one file, each changed by `change`.
+    fn write_file(source: &Checkpoint, names: &[&str], path: &Path, change: fn(&str, HostTensor) -> HostTensor) {
+        let tensors: Vec<(&str, HostTensor)> = names
+            .iter()
+            .map(|name| (*name, change(name, source.read(name).unwrap())))
+            .collect();
+        let views = tensors.iter().map(|(name, tensor)| {
+            let dtype = match tensor.dtype {
+                DType::BF16 => Dtype::BF16,
+                _ => Dtype::F32,
+            };
+            (
+                *name,
+                TensorView::new(dtype, tensor.shape.clone(), &tensor.bytes).unwrap(),
+            )
+        });
+        std::fs::write(path, safetensors::serialize(views, None).unwrap()).unwrap();
+    }
+
+    fn unchanged(_: &str, tensor: HostTensor) -> HostTensor {
+        tensor
+    }
+
+    /// The same checkpoint in three shards with an index.
+    fn sharded() -> (TempDir, Value) {
+        let (source, target) = (single(), tempfile::tempdir().unwrap());
+        let checkpoint = Checkpoint::open(source.path()).unwrap();
+        let names: Vec<&str> = checkpoint.names().collect();
+        let mut map = serde_json::Map::new();
+        for (shard, part) in names.chunks(names.len().div_ceil(3)).enumerate() {
+            let file = format!("model-{:05}-of-00003.safetensors", shard + 1);
+            write_file(&checkpoint, part, &target.path().join(&file), unchanged);
+            map.extend(part.iter().map(|name| ((*name).to_owned(), json!(file))));
+        }
+        std::fs::copy(source.path().join("config.json"), target.path().join("config.json")).unwrap();
+        let index = json!({"metadata": {}, "weight_map": map});
+        write_index(target.path(), &index);
+        (target, index)
+    }
+
+    fn write_index(folder: &Path, index: &Value) {
+        std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    }
+
+    fn load(folder: &Path) -> Result<Model<Cpu>> {
+        Model::load(
+            &Cpu::new(Some(1))?,
+            folder,
+            LoadOptions::from(BaseDtype::F32),
+            &mut |_| {},
+        )
+    }
+
+    fn load_failure(folder: &Path) -> Failure {
+        load(folder).err().unwrap()
+    }
+
+    #[test]
+    fn shards_are_read_as_the_single_file_they_were_cut_from() {
+        let (folder, _) = sharded();
+        let (whole, shards) = (single(), Checkpoint::open(folder.path()).unwrap());
+        let whole = Checkpoint::open(whole.path()).unwrap();
+        assert!(whole.names().eq(shards.names()));
+        for name in whole.names() {
+            assert_eq!(whole.read(name).unwrap(), shards.read(name).unwrap());
+        }
+        load(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn all_missing_shards_are_listed_before_anything_is_read() {
+        let (folder, _) = sharded();
+        for shard in ["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"] {
+            std::fs::remove_file(folder.path().join(shard)).unwrap();
+        }
+        let failure = load_failure(folder.path());
+        assert_eq!(failure.code, "MODEL_FILE_MISSING");
+        assert!(
+            failure.message.contains("2 of 3")
+                && failure.message.contains("00001")
+                && failure.message.contains("00003")
+        );
+    }
+
+    #[test]
+    fn an_index_that_lies_or_leads_out_of_its_folder_is_refused() {
+        let (folder, index) = sharded();
+        let mut absent = index.clone();
+        absent["weight_map"]["model.norm.extra"] = json!("model-00001-of-00003.safetensors");
+        write_index(folder.path(), &absent);
+        assert_eq!(load_failure(folder.path()).code, "MODEL_TENSOR_MISSING");
+        let mut outside = index;
+        outside["weight_map"]["model.norm.weight"] = json!("../secret.safetensors");
+        write_index(folder.path(), &outside);
+        assert_eq!(load_failure(folder.path()).code, "MODEL_FILE_DAMAGED");
+        std::fs::write(folder.path().join("model.safetensors.index.json"), b"{").unwrap();
+        assert_eq!(load_failure(folder.path()).code, "MODEL_FILE_DAMAGED");
+    }
+
+    #[test]
+    fn a_truncated_shard_is_named() {
+        let (folder, _) = sharded();
+        let shard = folder.path().join("model-00002-of-00003.safetensors");
+        let bytes = std::fs::read(&shard).unwrap();
+        std::fs::write(&shard, &bytes[..bytes.len() - 2]).unwrap();
+        let failure = load_failure(folder.path());
+        assert_eq!(failure.code, "MODEL_FILE_DAMAGED");
+        assert!(failure.place.contains("00002"), "{failure}");
+    }
+
+    #[test]
+    fn a_configuration_that_does_not_belong_to_the_weights_is_refused_with_tensor_and_shapes() {
+        let folder = single();
+        let config = ModelConfig {
+            intermediate: 96,
+            ..ModelConfig::miniature(Family::Qwen3, 32)
+        };
+        std::fs::write(folder.path().join("config.json"), config.to_json()).unwrap();
+        let failure = load_failure(folder.path());
+        assert_eq!(failure.code, "MODEL_TENSOR_SHAPE");
+        for word in ["gate_proj", "[96, 64]", "[160, 64]"] {
+            assert!(failure.message.contains(word), "{failure}");
+        }
+        let deeper = ModelConfig {
+            layers: 3,
+            ..ModelConfig::miniature(Family::Qwen3, 32)
+        };
+        std::fs::write(folder.path().join("config.json"), deeper.to_json()).unwrap();
+        let failure = load_failure(folder.path());
+        assert_eq!(failure.code, "MODEL_TENSOR_MISSING");
+        assert!(
+            failure.message.contains("11 tensors") && failure.message.contains("and 3 more"),
+            "{failure}"
+        );
+    }
+
+    #[test]
+    fn a_weight_that_is_not_finite_is_named() {
+        let folder = single();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let names: Vec<&str> = checkpoint.names().collect();
+        let target = folder.path().join("poisoned.safetensors");
+        write_file(&checkpoint, &names, &target, |name, mut tensor| {
+            if name == "model.layers.1.mlp.up_proj.weight" {
+                tensor.bytes[10..12].copy_from_slice(&0x7fc0u16.to_le_bytes());
+            }
+            tensor
+        });
+        std::fs::rename(target, folder.path().join("model.safetensors")).unwrap();
+        let failure = load_failure(folder.path());
+        assert_eq!(failure.code, "MODEL_NON_FINITE");
+        assert!(
+            failure.message.contains("Element 5") && failure.message.contains("layers.1.mlp.up_proj"),
+            "{failure}"
+        );
+    }
+
+    /// f32 tensors that hold bf16 values are the same model in every encoding.
+    #[test]
+    fn a_wider_checkpoint_of_the_same_values_gives_the_same_logits() {
+        let (narrow, wide) = (single(), single());
+        let checkpoint = Checkpoint::open(narrow.path()).unwrap();
+        let names: Vec<&str> = checkpoint.names().collect();
+        write_file(
+            &checkpoint,
+            &names,
+            &wide.path().join("model.safetensors"),
+            |_, tensor| tensor.widened().unwrap(),
+        );
+        let logits = |folder: &Path, encoding| {
+            let options = LoadOptions {
+                encoding,
+                precision: brightrun_kernels::ops::Precision::F32,
+                rope_frequencies: RopeFrequencies::F32,
+            };
+            let model = Model::load(&Cpu::new(Some(1)).unwrap(), folder, options, &mut |_| {}).unwrap();
+            model.logits(None, &crate::model::Batch::prompt(&[1, 2, 3])).unwrap()
+        };
+        for encoding in [Encoding::Stored, Encoding::Bf16, Encoding::Nf4] {
+            assert_eq!(
+                logits(narrow.path(), encoding),
+                logits(wide.path(), encoding),
+                "{encoding:?}"
+            );
+        }
+    }
+}

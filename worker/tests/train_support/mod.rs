@@ -1,0 +1,141 @@
+//! A miniature model and made-up examples, for the tests of training.
+#![allow(dead_code)] // Each test binary uses its own part.
+
+use std::path::Path;
+
+use brightrun_kernels::cpu::Cpu;
+use brightrun_kernels::ops::{Device, Precision};
+use brightrun_worker::model::adapter::AdapterDtype;
+use brightrun_worker::model::random::CounterRandom;
+use brightrun_worker::model::synthetic::write_checkpoint;
+use brightrun_worker::model::{
+    Encoding, Family, LoadOptions, LoraConfig, LoraSet, Model, ModelConfig, RopeFrequencies,
+};
+use brightrun_worker::spec::{BaseDtype, TrainSpec};
+use brightrun_worker::train::{Control, EncodedExample, StepReport, TrainEvents, TrainRequest, TrainSummary, run};
+
+pub const VOCABULARY: usize = 96;
+
+pub const REFERENCE: LoadOptions = LoadOptions {
+    encoding: Encoding::Stored,
+    precision: Precision::F32,
+    rope_frequencies: RopeFrequencies::F32,
+};
+
+/// A miniature model on a device of `threads` threads.
+pub fn model(family: Family, threads: usize, options: LoadOptions) -> Model<Cpu> {
+    let folder = tempfile::tempdir().unwrap();
+    write_checkpoint(folder.path(), &ModelConfig::miniature(family, VOCABULARY), 11).unwrap();
+    load(folder.path(), threads, options)
+}
+
+pub fn load(folder: &Path, threads: usize, options: LoadOptions) -> Model<Cpu> {
+    Model::load(&Cpu::new(Some(threads)).unwrap(), folder, options, &mut |_| {}).unwrap()
+}
+
+pub fn lora(model: &Model<Cpu>, spec: &TrainSpec) -> LoraSet<Cpu> {
+    let config = LoraConfig {
+        rank: spec.rank,
+        alpha: spec.lora_alpha(),
+        targets: spec.targets.clone(),
+    };
+    LoraSet::initialise(model.device(), config, model.modules(), spec.seed).unwrap()
+}
+
+/// An adapter whose B is not zero, so that every gradient has something to say.
+pub fn stirred_lora(model: &Model<Cpu>, spec: &TrainSpec) -> LoraSet<Cpu> {
+    let mut set = lora(model, spec);
+    for pair in set.pairs_mut() {
+        let random = CounterRandom::new(spec.seed, &format!("b {}", pair.path));
+        let values: Vec<f32> = (0..pair.b.shape().elements())
+            .map(|place| 0.1 * random.normal(place as u64) as f32)
+            .collect();
+        model
+            .device()
+            .write(&mut pair.b, bytemuck::cast_slice(&values))
+            .unwrap();
+    }
+    set
+}
+
+/// Examples with a rule to learn: each token follows from the one before.
+pub fn examples(count: usize) -> Vec<EncodedExample> {
+    let random = CounterRandom::new(5, "examples");
+    (0..count)
+        .map(|place| {
+            let length = 6 + random.below(place as u64, 20);
+            let start = random.below(1000 + place as u64, VOCABULARY);
+            EncodedExample {
+                ids: (0..length)
+                    .map(|step| ((start + 7 * step) % VOCABULARY) as i32)
+                    .collect(),
+                supervised: (0..length).map(|step| step >= length / 3).collect(),
+                line: place as u64 + 1,
+            }
+        })
+        .collect()
+}
+
+pub fn spec() -> TrainSpec {
+    TrainSpec {
+        base_dtype: BaseDtype::F32,
+        rank: 4,
+        learning_rate: 5e-3,
+        weight_decay: 0.01,
+        batch_size: 3,
+        micro_batch_tokens: 40,
+        epochs: 2,
+        max_length: 64,
+        checkpoint_every: 0,
+        ..TrainSpec::default()
+    }
+}
+
+/// Collects what a run reports, and asks `decide` whether it shall go on after each step.
+pub struct Recorder<F: FnMut(&StepReport) -> Control> {
+    pub steps: Vec<StepReport>,
+    pub decide: F,
+}
+
+impl<F: FnMut(&StepReport) -> Control> Recorder<F> {
+    pub fn new(decide: F) -> Self {
+        Self {
+            steps: Vec::new(),
+            decide,
+        }
+    }
+}
+
+impl<F: FnMut(&StepReport) -> Control> TrainEvents for Recorder<F> {
+    fn on_step(&mut self, report: &StepReport) -> Control {
+        self.steps.push(*report);
+        (self.decide)(report)
+    }
+}
+
+/// Trains a fresh adapter on `examples` and gives its bytes, the reports and the summary.
+pub fn trained(
+    model: &Model<Cpu>,
+    spec: &TrainSpec,
+    examples: &[EncodedExample],
+    checkpoints: Option<(&Path, bool)>,
+    decide: impl FnMut(&StepReport) -> Control,
+) -> (Vec<u8>, Vec<StepReport>, TrainSummary) {
+    let mut adapter = lora(model, spec);
+    let mut events = Recorder::new(decide);
+    let request = TrainRequest {
+        model,
+        lora: &mut adapter,
+        spec,
+        train: examples,
+        validation: &[],
+        checkpoint_dir: checkpoints.map(|(path, _)| path),
+        resume: checkpoints.is_some_and(|(_, resume)| resume),
+    };
+    let summary = run(request, &mut events).unwrap();
+    (
+        adapter.to_safetensors(model.device(), AdapterDtype::F32).unwrap(),
+        events.steps,
+        summary,
+    )
+}
