@@ -11,6 +11,7 @@
 //! | [`artifact`] | the adapter's files: written atomically, reloaded, proven |
 //! | [`storage`] | where files live: a local folder, Supabase Storage, S3 |
 //! | [`job`] | the life of one job, from claim to the final transaction |
+//! | [`runpod`] | RunPod: the serverless worker, a local stand-in of its API, a client for an orchestrator |
 //! | [`cli`] | the commands of `brightrun` |
 //! | [`config`] | settings of the program: flags, environment, file |
 //! | [`recipe`] | from files to a proven adapter: what the command line and a job share |
@@ -33,6 +34,7 @@ pub mod error;
 pub mod job;
 pub mod model;
 pub mod recipe;
+pub mod runpod;
 pub mod secret;
 pub mod spec;
 pub mod storage;

@@ -1,0 +1,51 @@
+# syntax=docker/dockerfile:1
+#
+# The image of a RunPod worker: one binary, the C library it links, root certificates. No Python, no compiler.
+#
+#   docker buildx build --platform linux/amd64 \
+#     --build-arg BUILD_IMAGE=docker.io/library/rust:1.95.0-bookworm@sha256:… \
+#     --build-arg RUNTIME_IMAGE=docker.io/library/debian:bookworm-slim@sha256:… \
+#     --build-arg GIT_REVISION="$(git rev-parse HEAD)" -t REGISTRY/brightrun:VERSION .
+#
+# A release passes both images with their digests, as above; the tags below are for trying things out. Both must have the same C
+# library. The GPU's driver library is put into the container by the host; a base with CUDA's runtime libraries can be given as
+# RUNTIME_IMAGE without any other change.
+
+ARG BUILD_IMAGE=docker.io/library/rust:1.95.0-bookworm
+ARG RUNTIME_IMAGE=docker.io/library/debian:bookworm-slim
+
+FROM ${BUILD_IMAGE} AS build
+ARG GIT_REVISION=unknown
+WORKDIR /build
+COPY . .
+# The binary carries its revision: adapters and manifests name it.
+ENV BRIGHTRUN_GIT_REVISION=${GIT_REVISION}
+# Registry and target folders are caches, so that an edit does not build the dependencies again.
+RUN --mount=type=cache,target=/usr/local/cargo/registry \
+    --mount=type=cache,target=/build/target \
+    cargo build --profile dist --locked -p brightrun-worker --bin brightrun \
+    && install -D -m 0755 target/dist/brightrun /out/brightrun
+
+FROM ${RUNTIME_IMAGE} AS runtime
+ARG GIT_REVISION=unknown
+LABEL org.opencontainers.image.title="brightrun-trainer" \
+      org.opencontainers.image.description="Trains LoRA adapters from rows of a Postgres table" \
+      org.opencontainers.image.revision="${GIT_REVISION}"
+# Debian removes old versions from its archive, so a pinned one would stop building; the base image's digest pins the rest.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 brightrun \
+    && useradd --uid 10001 --gid brightrun --create-home --shell /usr/sbin/nologin brightrun \
+    && printf '%s\n' "${GIT_REVISION}" > /etc/brightrun-revision
+COPY --from=build /out/brightrun /usr/local/bin/brightrun
+# Read by NVIDIA's container runtime: which GPUs and which parts of the driver the container sees.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 10001:10001
+WORKDIR /home/brightrun
+HEALTHCHECK --interval=5m --timeout=60s --start-period=2m --retries=3 CMD ["brightrun", "doctor", "--json"]
+# The exec form: the worker is process 1 and gets SIGTERM itself.
+ENTRYPOINT ["/usr/local/bin/brightrun"]
+CMD ["worker"]
