@@ -89,9 +89,9 @@ pub struct DemoArguments {
     /// Dataset to train on instead of the built-in sample
     #[arg(long, value_name = "FILE")]
     pub dataset: Option<PathBuf>,
-    /// Passes over the dataset
-    #[arg(long, default_value_t = 3)]
-    pub epochs: usize,
+    /// Passes over the dataset [default: 5 for the miniature model, 1 for another]
+    #[arg(long)]
+    pub epochs: Option<usize>,
     /// Output form.
     #[command(flatten)]
     pub output: OutputArguments,

@@ -88,7 +88,7 @@ pub async fn run(config: Config, arguments: &DemoArguments) -> Result<()> {
         .execute(INSERT_USER, &[&USER])
         .await
         .map_err(|error| Failure::system("DEMO_ROWS", format!("The demo's user cannot be inserted: {error}")))?;
-    let job = submission(dataset, report.bytes, arguments.epochs)
+    let job = submission(dataset, report.bytes, hyperparameters(arguments))
         .submit(&queue, &*storage)
         .await?;
 
@@ -198,14 +198,24 @@ fn demo_config(mut config: Config, folder: &Path, model: PathBuf, is_miniature: 
     config
 }
 
-fn submission(file: PathBuf, bytes: u64, epochs: usize) -> Submission {
+/// Settings that make learning visible in seconds on random weights, or are usual for real ones.
+fn hyperparameters(arguments: &DemoArguments) -> serde_json::Value {
+    let is_miniature = arguments.model.is_none();
+    let epochs = arguments.epochs.unwrap_or(if is_miniature { 5 } else { 1 });
+    if is_miniature {
+        return json!({ "learning_rate": 1e-3, "batch_size": 1, "epochs": epochs, "rank": 32, "alpha": 256 });
+    }
+    json!({ "learning_rate": 2e-4, "batch_size": 2, "epochs": epochs, "rank": 16, "alpha": 32 })
+}
+
+fn submission(file: PathBuf, bytes: u64, hyperparameters: serde_json::Value) -> Submission {
     Submission {
         user_id: USER,
         name: "EQ Alignment Sample".to_owned(),
         file_name: "sample.jsonl".to_owned(),
         file,
         bytes,
-        hyperparameters: json!({ "learning_rate": 1e-3, "batch_size": 2, "epochs": epochs, "rank": 16, "alpha": 32 }),
+        hyperparameters,
         gpu_config: json!({ "type": "A100-80GB", "count": 1 }),
     }
 }
