@@ -8,4 +8,11 @@
 mod database;
 mod world;
 
+mod cancel;
+mod cli;
+mod crash_resume;
+mod datasets;
 mod first_adapter;
+mod race;
+mod secrets;
+mod trouble;
