@@ -158,7 +158,8 @@ async fn a_job_is_cancelled_between_two_steps() {
     worker.stop().await;
     let row = world.database.job(job).await;
     assert!(row["current_step"].as_u64() < row["total_steps"].as_u64(), "{row:#}");
-    assert!(!world.delivered(job, "").exists());
+    let folder = format!("{}/{}", world.user, brightrun_worker::artifact::artifact_id(job));
+    assert!(world.storage().list("lora-models", &folder).await.unwrap().is_empty());
     assert_eq!(
         world.database.count("cost_records where job_id = $1", &[&job]).await,
         1,

@@ -43,6 +43,9 @@ async fn two_workers_share_two_hundred_jobs_and_none_is_done_twice() {
         assert_eq!(report.given_up, 0);
         claimed.push(report.claimed);
     }
+    let failures =
+        "select coalesce(jsonb_agg(distinct error_message), '[]') from training_jobs where error_message is not null";
+    assert_eq!(world.database.json(failures, &[]).await, json!([]));
     assert_eq!(claimed.iter().sum::<u64>(), JOBS.unsigned_abs(), "{claimed:?}");
     assert!(
         claimed.iter().all(|claimed| *claimed > 0),

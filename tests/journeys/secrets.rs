@@ -83,6 +83,10 @@ async fn secrets_reach_no_row_no_log_and_no_file() {
         for name in VARIABLES {
             command.env(name, CANARY);
         }
+        // Nobody listens there: the keys are used, and the refusal is told.
+        command
+            .env("SUPABASE_URL", "http://127.0.0.1:1")
+            .env("S3_ENDPOINT_URL", "http://127.0.0.1:1");
         spoken(&command.output().unwrap())
     };
 
@@ -104,6 +108,13 @@ async fn secrets_reach_no_row_no_log_and_no_file() {
     for (output, errors, _) in &said {
         assert!(!output.contains(CANARY), "{output}");
         assert!(!errors.contains(CANARY), "{errors}");
+    }
+    for doctor in &said[2..4] {
+        assert!(
+            doctor.0.contains("127.0.0.1"),
+            "the storage was not tried: {}",
+            doctor.0
+        );
     }
     assert!(said[0].1.contains("stage"), "nothing was logged: {}", said[0].1);
     let mut files = Vec::new();

@@ -12,9 +12,11 @@ pub struct LearningRate {
 }
 
 impl LearningRate {
-    /// The schedule of a run of `total_steps`. A warm-up given as a ratio is rounded up to whole steps.
+    /// The schedule of a run of `total_steps`. A warm-up given as a ratio is rounded up to whole steps, but
+    /// never takes the last one: a run of one step would else learn nothing.
     pub fn new(spec: &TrainSpec, total_steps: usize) -> Self {
         let by_ratio = (f64::from(spec.warmup_ratio) * total_steps as f64).ceil() as usize;
+        let by_ratio = by_ratio.min(total_steps.saturating_sub(1));
         Self {
             peak: f64::from(spec.learning_rate),
             schedule: spec.schedule,
@@ -82,6 +84,16 @@ mod tests {
         };
         let rate = LearningRate::new(&spec, 11);
         assert_eq!([rate.at(0), rate.at(1), rate.at(2)], [0.0, 0.5, 1.0]);
+    }
+
+    #[test]
+    fn a_run_of_one_step_learns() {
+        let spec = TrainSpec {
+            learning_rate: 1.0,
+            ..TrainSpec::default()
+        };
+        assert_eq!(LearningRate::new(&spec, 1).at(0), 1.0);
+        assert_eq!(LearningRate::new(&spec, 2).at(1), 1.0);
     }
 
     #[test]
