@@ -132,6 +132,11 @@ async fn cancelled_while_held(holds_downloads: bool, stage: &str) {
     assert_cancelled(&world, job).await;
     worker.stop().await;
     assert_cancelled(&world, job).await;
+    // The next job's worker takes back whatever the cancelled one had uploaded.
+    let next = world.job(4, 1).await;
+    world.work_until(next, "completed").await;
+    let folder = format!("{}/{}", world.user, brightrun_worker::artifact::artifact_id(job));
+    assert!(world.storage().list("lora-models", &folder).await.unwrap().is_empty());
 }
 
 #[tokio::test(flavor = "multi_thread")]

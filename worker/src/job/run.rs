@@ -117,7 +117,7 @@ impl<B: Backend> Attempt<B> {
         let paths = artifact::upload(&*self.services.storage, &destination, &delivery.files, |_| {}).await?;
         if let Err(interruption) = self.check_stop() {
             if matches!(interruption, Interruption::Stopped(StopReason::Cancel(_))) {
-                self.remove_uploaded(&destination.bucket, paths.values()).await;
+                self.services.remove_uploaded(job.user_id, job.job_id).await;
             }
             return Err(interruption);
         }
@@ -270,15 +270,6 @@ impl<B: Backend> Attempt<B> {
             .storage
             .probe(&self.services.config.storage.models_bucket, &prefix)
             .await
-    }
-
-    /// Takes back what was uploaded for a job that nobody wants any more. Best effort: an object that stays is found by its folder.
-    async fn remove_uploaded(&self, bucket: &str, paths: impl Iterator<Item = &String>) {
-        for path in paths {
-            if let Err(failure) = self.services.storage.delete(bucket, path).await {
-                tracing::warn!(%failure, path, "an uploaded file of a cancelled job could not be removed");
-            }
-        }
     }
 
     /// Training, writing and proving, on a thread of its own.

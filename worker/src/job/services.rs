@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use brightrun_kernels::Backend;
 use brightrun_kernels::cpu::Cpu;
-use brightrun_queue::Queue;
+use brightrun_queue::{JobState, Queue};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
+use crate::artifact;
 use crate::config::Config;
 use crate::error::{Blame, Failure, Result};
 use crate::recipe::{self, Base};
@@ -116,7 +117,8 @@ impl<B: Backend> Services<B> {
         self.config.worker.work_dir.join("jobs").join(job_id.to_string())
     }
 
-    /// Removes the folders of jobs that have ended. Best effort: what cannot be asked or removed stays.
+    /// Removes the folders of jobs that have ended, and what was uploaded for those that were cancelled: their last worker may
+    /// have died, or learnt of the cancel only after its upload. Best effort: what cannot be asked or removed stays.
     pub async fn sweep_job_folders(&self, queue: &Queue) {
         let Ok(entries) = std::fs::read_dir(self.config.worker.work_dir.join("jobs")) else {
             return;
@@ -125,9 +127,31 @@ impl<B: Backend> Services<B> {
             let Some(job_id) = entry.file_name().to_str().and_then(|name| Uuid::try_parse(name).ok()) else {
                 continue;
             };
-            let ended = matches!(queue.status(job_id).await, Ok(Some(status)) if status.state.is_terminal());
-            if ended && let Err(error) = std::fs::remove_dir_all(entry.path()) {
+            let Ok(Some(status)) = queue.status(job_id).await else {
+                continue;
+            };
+            if !status.state.is_terminal() {
+                continue;
+            }
+            if status.state == JobState::Cancelled
+                && let Some(owner) = status.owner
+            {
+                self.remove_uploaded(owner, job_id).await;
+            }
+            if let Err(error) = std::fs::remove_dir_all(entry.path()) {
                 tracing::warn!(%job_id, %error, "the folder of an ended job cannot be removed");
+            }
+        }
+    }
+
+    /// Takes back what was uploaded for a job that nobody wants any more. Best effort.
+    pub async fn remove_uploaded(&self, user_id: Uuid, job_id: Uuid) {
+        let bucket = &self.config.storage.models_bucket;
+        let folder = format!("{user_id}/{}", artifact::artifact_id(job_id));
+        let objects = self.storage.list(bucket, &folder).await.unwrap_or_default();
+        for object in objects {
+            if let Err(failure) = self.storage.delete(bucket, &format!("{folder}/{}", object.name)).await {
+                tracing::warn!(%failure, "an uploaded file of a cancelled job could not be removed");
             }
         }
     }
