@@ -173,15 +173,12 @@ impl<'a> Matrix<'a> {
                 }
             }
             Content::Nf4 { codes, scales } => {
-                let mut bits = [0; NF4_BLOCK];
-                let (mut first, mut out) = (first, &mut out[..count]);
-                while !out.is_empty() {
-                    let in_block = (NF4_BLOCK - first % NF4_BLOCK).min(out.len());
-                    let (part, rest) = out.split_at_mut(in_block);
-                    let table = super::nf4::values_of_block(simd, scales[first / NF4_BLOCK]);
-                    simd::look_up_nf4(simd, codes, first, &table, &mut bits[..in_block]);
-                    E::fill_brain(simd, &bits[..in_block], part);
-                    (first, out) = (first + in_block, rest);
+                const PART: usize = 8 * NF4_BLOCK;
+                let mut bits = [0; PART];
+                for (part, out) in out[..count].chunks_mut(PART).enumerate() {
+                    let bits = &mut bits[..out.len()];
+                    simd::decode_nf4(simd, &super::nf4::CODE, codes, scales, first + part * PART, bits);
+                    E::fill_brain(simd, bits, out);
                 }
             }
         }
