@@ -1,14 +1,11 @@
-//! The sparse block and the delta rule of Qwen3-Next-80B-A3B at their real width, beside a Python run of the peer
-//! (`benches/sparse_block.py`).
+//! The routed experts and the delta rule of Qwen3-Next-80B-A3B at their real width.
 //!
-//! `cargo bench -p brightrun-kernels --bench experts [-- TOKENS]` prints, for each part, milliseconds forward and backward,
-//! the fastest of five; for the grouped layers also the rate at which the experts' matrices are read.
+//! `cargo bench -p brightrun-kernels --bench experts [-- TOKENS]` prints, for each part, busy and wall milliseconds (see the bench
+//! `ops`), the best of five, and for the experts the rate at which their matrices are read. `benches/experts_vs_transformers.py` runs it beside the peer.
 
 #![allow(clippy::unwrap_used)]
 
-use std::time::Instant;
-
-use brightrun_kernels::cpu::Cpu;
+use brightrun_kernels::cpu::{Cpu, timed};
 use brightrun_kernels::ops::{
     DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaOps, Device, GroupedLinearBackward, GroupedLinearForward, MoeOps,
     Precision, QuantizeOps, RoutedSwigluBackward, Routing, RowOrder, Write,
@@ -19,20 +16,14 @@ use brightrun_kernels::{DType, Segments, Tensor, Weight, WeightStack};
 /// Hidden width, experts, best, width of an expert.
 const SIZES: [usize; 4] = [2048, 512, 10, 512];
 
-fn best(mut body: impl FnMut()) -> f64 {
-    let time = |body: &mut dyn FnMut()| {
-        let (start, cpu) = (Instant::now(), cpu_seconds());
-        body();
-        eprint!("[cpu {:.0}] ", (cpu_seconds() - cpu) * 1e3);
-        start.elapsed().as_secs_f64()
-    };
-    (0..5).map(|_| time(&mut body)).fold(f64::INFINITY, f64::min)
-}
+/// Busy and wall seconds.
+type Times = (f64, f64);
 
-fn cpu_seconds() -> f64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-    fields[11].parse::<f64>().unwrap() / 100.0
+fn best(cpu: &Cpu, mut body: impl FnMut()) -> Times {
+    body();
+    let times: Vec<Times> = (0..5).map(|_| timed(cpu, &mut body)).collect();
+    let least = |time: fn(&Times) -> f64| times.iter().map(time).fold(f64::INFINITY, f64::min);
+    (least(|time| time.0), least(|time| time.1))
 }
 
 fn random(cpu: &Cpu, shape: &[usize], seed: u64) -> Tensor<Cpu> {
@@ -58,16 +49,20 @@ fn stack(cpu: &Cpu, outputs: usize, inputs: usize, nf4: bool) -> WeightStack<Cpu
     stack
 }
 
-fn report(what: &str, seconds: f64, bytes: usize) {
+fn report(what: &str, (busy, wall): Times, bytes: usize) {
     let rate = match bytes {
         0 => String::new(),
-        bytes => format!("{:>8.1} GB/s", bytes as f64 / seconds / 1e9),
+        bytes => format!("{:>6.1} GB/s", bytes as f64 / busy / 1e9),
     };
-    println!("{what:<44} {:>9.2} ms {rate}", seconds * 1e3);
+    println!(
+        "{what:<48} {:>9.2} ms busy {:>9.2} ms wall {rate}",
+        busy * 1e3,
+        wall * 1e3
+    );
 }
 
-/// All products of the routed experts, forward and backward, in seconds.
-fn experts(cpu: &Cpu, tokens: usize, nf4: bool, precision: Precision) -> f64 {
+/// All of the routed experts, forward and backward.
+fn experts(cpu: &Cpu, tokens: usize, nf4: bool, precision: Precision) {
     let [width, count, top, inner] = SIZES;
     let (gate_w, up_w, down_w) = (
         stack(cpu, inner, width, nf4),
@@ -95,7 +90,7 @@ fn experts(cpu: &Cpu, tokens: usize, nf4: bool, precision: Precision) -> f64 {
         cpu.grouped_linear_forward(call).unwrap();
     };
     let name = format!("experts T{tokens} {} {precision:?}", gate_w.encoding());
-    let forward = best(|| {
+    let forward = best(cpu, || {
         linear(&x, RowOrder::Token, &gate_w, &mut gate);
         linear(&x, RowOrder::Token, &up_w, &mut up);
         cpu.routed_swiglu_forward(&gate, &up, &routing, &mut activation)
@@ -121,7 +116,7 @@ fn experts(cpu: &Cpu, tokens: usize, nf4: bool, precision: Precision) -> f64 {
         };
         cpu.grouped_linear_backward(call).unwrap();
     };
-    let backward = best(|| {
+    let backward = best(cpu, || {
         linear(&dy, RowOrder::Token, &down_w, &mut dactivation, Write::Overwrite);
         let call = RoutedSwigluBackward {
             gate: &gate,
@@ -138,11 +133,10 @@ fn experts(cpu: &Cpu, tokens: usize, nf4: bool, precision: Precision) -> f64 {
         cpu.combine(&drows, &routing, &mut dx, Write::Overwrite).unwrap();
     });
     report(&format!("{name} backward"), backward, bytes);
-    forward + backward
 }
 
 /// The delta rule of one layer: 16 key heads, 32 value heads of 128.
-fn delta_rule(cpu: &Cpu, tokens: usize) -> f64 {
+fn delta_rule(cpu: &Cpu, tokens: usize) {
     let segments = Segments::from_lengths([tokens]);
     let (mut q, mut k) = (random(cpu, &[tokens, 16, 128], 1), random(cpu, &[tokens, 16, 128], 2));
     for x in [&mut q, &mut k] {
@@ -154,7 +148,7 @@ fn delta_rule(cpu: &Cpu, tokens: usize) -> f64 {
     let beta = cpu.upload_f32([tokens, 32], &vec![0.5; tokens * 32]).unwrap();
     let like = |tensor: &Tensor<Cpu>| cpu.alloc(DType::F32, tensor.shape()).unwrap();
     let (mut out, mut solved) = (like(&v), cpu.alloc(DType::F32, [tokens, 32, DELTA_CHUNK]).unwrap());
-    let forward = best(|| {
+    let forward = best(cpu, || {
         let call = DeltaForward {
             q: &q,
             k: &k,
@@ -171,7 +165,7 @@ fn delta_rule(cpu: &Cpu, tokens: usize) -> f64 {
     });
     report(&format!("delta rule T{tokens} forward"), forward, 0);
     let (mut dq, mut dk, mut dv, mut ddecay, mut dbeta) = (like(&q), like(&k), like(&v), like(&decay), like(&beta));
-    let backward = best(|| {
+    let backward = best(cpu, || {
         let call = DeltaBackward {
             q: &q,
             k: &k,
@@ -191,7 +185,6 @@ fn delta_rule(cpu: &Cpu, tokens: usize) -> f64 {
         cpu.delta_rule_backward(call).unwrap();
     });
     report(&format!("delta rule T{tokens} backward"), backward, 0);
-    forward + backward
 }
 
 fn main() {
@@ -201,14 +194,12 @@ fn main() {
         .unwrap_or(256);
     let cpu = Cpu::new(None).unwrap();
     println!("{} with {} threads", cpu.simd_level(), cpu.threads());
-    let delta = delta_rule(&cpu, tokens);
-    println!("{:<44} {:>9.2} ms", "delta rule, both", delta * 1e3);
+    delta_rule(&cpu, tokens);
     for (nf4, precision) in [
         (true, Precision::Bf16),
         (false, Precision::Bf16),
         (false, Precision::F32),
     ] {
-        let seconds = experts(&cpu, tokens, nf4, precision);
-        println!("{:<44} {:>9.2} ms", "experts, both", seconds * 1e3);
+        experts(&cpu, tokens, nf4, precision);
     }
 }

@@ -4,12 +4,14 @@
 
 use brightrun_kernels::cpu::{Cpu, SimdLevel};
 use brightrun_kernels::ops::{
-    ActivationOps, AdamW, AttentionBackward, AttentionForward, AttentionOps, Device, EmbeddingOps, LinearBackward,
-    LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, LossOps, MatmulOps, NormBackward, NormForward,
-    NormOps, NormWeight, OptimizerOps, Precision, QuantizeOps, RopeDirection, RopeOps, RopeTable, Write,
+    ActivationOps, AdamW, AttentionBackward, AttentionForward, AttentionOps, DELTA_CHUNK, DeltaBackward, DeltaForward,
+    DeltaOps, Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward,
+    GroupedLoraForward, LinearBackward, LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, LossOps,
+    MatmulOps, MoeOps, NormBackward, NormForward, NormOps, NormWeight, OptimizerOps, Precision, QuantizeOps,
+    RopeDirection, RopeOps, RopeTable, Routing, RowOrder, Write,
 };
 use brightrun_kernels::testing::Random;
-use brightrun_kernels::{DType, Nf4Scales, Segments, Shape, Tensor, Weight};
+use brightrun_kernels::{DType, Nf4Scales, Segments, Shape, Tensor, Weight, WeightStack};
 
 const THREADS: [usize; 5] = [1, 2, 3, 5, 2];
 
@@ -258,5 +260,129 @@ fn quantised_weights() {
         cpu.dequantize(&Weight::Nf4(weight), &mut values).unwrap();
         results.extend(read(cpu, [&values]));
         results
+    });
+}
+
+#[test]
+fn grouped_layers() {
+    let (tokens, inputs, outputs, rank) = (150, 192, 70, 5);
+    let (experts, top) = (6, 3);
+    same_bits("grouped_linear", |cpu, precision| {
+        let matrix = |seed| Weight::Nf4(cpu.quantize_nf4(&random(cpu, &[outputs, inputs], seed), true).unwrap());
+        let mut weight = WeightStack::alloc_like(cpu, experts, &matrix(0)).unwrap();
+        for expert in 0..experts {
+            cpu.stack_expert(&matrix(expert as u64), expert, &mut weight).unwrap();
+        }
+        let mut routing = Routing::alloc(cpu, tokens, experts, top).unwrap();
+        cpu.route(&random(cpu, &[tokens, experts], 1), true, &mut routing)
+            .unwrap();
+        let (x, dy) = (random(cpu, &[tokens, inputs], 2), random(cpu, &[tokens, outputs], 3));
+        let (a, b) = (
+            random(cpu, &[experts, rank, inputs], 4),
+            random(cpu, &[experts, outputs, rank], 5),
+        );
+        let mut hidden = cpu.alloc(DType::F32, [tokens * top, rank]).unwrap();
+        let mut y = cpu.alloc(DType::F32, [tokens * top, outputs]).unwrap();
+        let lora = Some(GroupedLoraForward {
+            a: &a,
+            b: &b,
+            scale: 2.0,
+            hidden: &mut hidden,
+        });
+        let call = GroupedLinearForward {
+            x: &x,
+            x_order: RowOrder::Token,
+            routing: &routing,
+            weight: &weight,
+            lora,
+            precision,
+            y: &mut y,
+        };
+        cpu.grouped_linear_forward(call).unwrap();
+        let (mut da, mut db) = (
+            cpu.zeros(DType::F32, a.shape()).unwrap(),
+            cpu.zeros(DType::F32, b.shape()).unwrap(),
+        );
+        let mut dx = cpu.alloc(DType::F32, [tokens * top, inputs]).unwrap();
+        let lora = Some(GroupedLoraBackward {
+            x: &x,
+            x_order: RowOrder::Token,
+            a: &a,
+            b: &b,
+            scale: 2.0,
+            hidden: &hidden,
+            gradient_a: &mut da,
+            gradient_b: &mut db,
+        });
+        let call = GroupedLinearBackward {
+            dy: &dy,
+            dy_order: RowOrder::Token,
+            routing: &routing,
+            weight: &weight,
+            lora,
+            precision,
+            dx: Some((&mut dx, Write::Overwrite)),
+        };
+        cpu.grouped_linear_backward(call).unwrap();
+        let mut sum = cpu.alloc(DType::F32, [tokens, inputs]).unwrap();
+        cpu.combine(&dx, &routing, &mut sum, Write::Overwrite).unwrap();
+        read(cpu, [&y, &hidden, &da, &db, &sum])
+    });
+}
+
+#[test]
+fn the_delta_rule() {
+    let segments = Segments::from_lengths([70, 1, 66]);
+    let (tokens, key_heads, value_heads, dim) = (137, 2, 6, 16);
+    same_bits("delta_rule", |cpu, _| {
+        let (q, k) = (
+            random(cpu, &[tokens, key_heads, dim], 1),
+            random(cpu, &[tokens, key_heads, dim], 2),
+        );
+        let v = random(cpu, &[tokens, value_heads, dim], 3);
+        let decay = cpu
+            .upload_f32([tokens, value_heads], &vec![-0.7; tokens * value_heads])
+            .unwrap();
+        let beta = cpu
+            .upload_f32([tokens, value_heads], &vec![0.04; tokens * value_heads])
+            .unwrap();
+        let like = |tensor: &Tensor<Cpu>| cpu.alloc(DType::F32, tensor.shape()).unwrap();
+        let (mut out, mut solved) = (
+            like(&v),
+            cpu.alloc(DType::F32, [tokens, value_heads, DELTA_CHUNK]).unwrap(),
+        );
+        let call = DeltaForward {
+            q: &q,
+            k: &k,
+            v: &v,
+            decay: &decay,
+            beta: &beta,
+            segments: &segments,
+            scale: 0.25,
+            state: None,
+            out: &mut out,
+            solved: &mut solved,
+        };
+        cpu.delta_rule_forward(call).unwrap();
+        let (mut dq, mut dk, mut dv) = (like(&q), like(&k), like(&v));
+        let (mut ddecay, mut dbeta) = (like(&decay), like(&beta));
+        let call = DeltaBackward {
+            q: &q,
+            k: &k,
+            v: &v,
+            decay: &decay,
+            beta: &beta,
+            solved: &solved,
+            dout: &v,
+            segments: &segments,
+            scale: 0.25,
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+            ddecay: &mut ddecay,
+            dbeta: &mut dbeta,
+        };
+        cpu.delta_rule_backward(call).unwrap();
+        read(cpu, [&out, &solved, &dq, &dk, &dv, &ddecay, &dbeta])
     });
 }

@@ -36,6 +36,8 @@ pub(super) trait Factor: Element {
     fn fill(simd: Simd, values: &[f32], factor: f32, rounded: bool, out: &mut [Self]);
     /// Values of bf16 bits.
     fn fill_brain(simd: Simd, bits: &[u16], out: &mut [Self]);
+    /// Room for bf16 bits in the elements themselves, where that is the same.
+    fn brain_room(out: &mut [Self]) -> Option<&mut [u16]>;
     /// The bits as elements, where that is the same.
     fn borrow_brain(bits: &[u16]) -> Option<&[Self]>;
     /// Replaces a row of f32 values by its elements, which begin where the row does and may take less room; in between
@@ -59,6 +61,10 @@ impl Factor for f32 {
         simd::rows::widen(simd, bits, out);
     }
 
+    fn brain_room(_out: &mut [Self]) -> Option<&mut [u16]> {
+        None
+    }
+
     fn borrow_brain(_bits: &[u16]) -> Option<&[Self]> {
         None
     }
@@ -79,6 +85,10 @@ impl Factor for u16 {
 
     fn fill_brain(_simd: Simd, bits: &[u16], out: &mut [Self]) {
         out.copy_from_slice(bits);
+    }
+
+    fn brain_room(out: &mut [Self]) -> Option<&mut [u16]> {
+        Some(out)
     }
 
     fn borrow_brain(bits: &[u16]) -> Option<&[Self]> {
@@ -173,15 +183,16 @@ impl<'a> Matrix<'a> {
                 }
             }
             Content::Nf4 { codes, scales } => {
-                let mut bits = [0; NF4_BLOCK];
-                let (mut first, mut out) = (first, &mut out[..count]);
-                while !out.is_empty() {
-                    let in_block = (NF4_BLOCK - first % NF4_BLOCK).min(out.len());
-                    let (part, rest) = out.split_at_mut(in_block);
-                    let table = super::nf4::values_of_block(simd, scales[first / NF4_BLOCK]);
-                    simd::look_up_nf4(simd, codes, first, &table, &mut bits[..in_block]);
-                    E::fill_brain(simd, &bits[..in_block], part);
-                    (first, out) = (first + in_block, rest);
+                let out = &mut out[..count];
+                if let Some(bits) = E::brain_room(out) {
+                    return simd::decode_nf4(simd, &super::nf4::CODE, codes, scales, first, bits);
+                }
+                let mut bits = [0; 2 * NF4_BLOCK];
+                for (part, out) in out.chunks_mut(bits.len()).enumerate() {
+                    let bits = &mut bits[..out.len()];
+                    let first = first + part * 2 * NF4_BLOCK;
+                    simd::decode_nf4(simd, &super::nf4::CODE, codes, scales, first, bits);
+                    E::fill_brain(simd, bits, out);
                 }
             }
         }

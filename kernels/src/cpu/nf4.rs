@@ -1,7 +1,6 @@
 //! The arithmetic of 4-bit NormalFloat, in the very order bitsandbytes 0.50 does it on a CPU, so that codes, scales and
 //! decoded values have the same bits.
 
-use super::simd::{Simd, nf4_values};
 use crate::weight::{NF4_BLOCK, NF4_NESTED_BLOCK};
 
 /// The sixteen values of NF4 (Dettmers et al. 2023, appendix E), ascending.
@@ -57,14 +56,6 @@ pub(super) fn quantize_block(values: &[f32], packed: &mut [u8]) -> f32 {
         *byte = code(pair[0]) << 4 | code(low);
     }
     if full { absmax } else { bounded }
-}
-
-/// The sixteen values of a block, as bf16 bits: the f32 products rounded, and subnormal products taken as zero. That is what
-/// the conversion instruction of AVX-512 BF16 does, and so the peer where it uses it.
-pub(super) fn values_of_block(simd: Simd, scale: f32) -> [u16; 16] {
-    let mut values = [0; 16];
-    nf4_values(simd, &CODE, scale, &mut values);
-    values
 }
 
 /// bitsandbytes' signed dynamic 8-bit map, ascending (Dettmers 2015, arXiv 1511.04561).

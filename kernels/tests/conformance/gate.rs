@@ -66,10 +66,7 @@ fn sigmoid_gate<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), scalar:
         let (x, gate, dy) = (narrow::<N>(&x), narrow::<N>(&gate), narrow::<N>(&dy));
         let mut y = sigmoid_gate_forward(&x, &gate);
         if write == Write::Accumulate {
-            y.iter_mut().zip(narrow::<N>(&old)).for_each(|(y, old)| {
-                let sum = *y + old;
-                *y = sum;
-            });
+            y = y.into_iter().zip(narrow::<N>(&old)).map(|(y, old)| y + old).collect();
         }
         let (dx, dgate) = sigmoid_gate_backward(&x, &gate, &dy);
         vec![wide(y), wide(dx), wide(dgate)]

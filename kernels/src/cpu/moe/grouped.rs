@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::super::matrix::{Factor, Matrix};
 use super::super::products::{RowsAre, Term, transposed};
 use super::super::scratch::with_local;
-use super::super::simd::{Left, Simd, Start, rows as simd_rows};
+use super::super::simd::{Left, Simd, Start, gates, rows as simd_rows};
 use super::super::split::take;
 use super::super::view::{floats, floats_mut};
 use super::super::{Cpu, Products};
@@ -93,19 +93,11 @@ fn with_rows<E: Factor>(simd: Simd, values: &[f32], width: usize, rounded: bool,
     with_left(simd, (count, width), rounded, |i| &values[i * width..][..width], work);
 }
 
-/// As [`with_left`] for the columns of a matrix, each times `factor`.
-fn with_columns<E: Factor>(
-    simd: Simd,
-    values: &[f32],
-    width: usize,
-    factor: f32,
-    rounded: bool,
-    work: impl FnOnce(Left<'_, E>),
-) {
+/// As [`with_left`] for the columns of a matrix.
+fn with_columns<E: Factor>(simd: Simd, values: &[f32], width: usize, rounded: bool, work: impl FnOnce(Left<'_, E>)) {
     let rows = values.len() / width.max(1);
     with_local(values.len(), |turned: &mut [f32]| {
         transposed(values, width, turned);
-        simd_rows::scale(simd, turned, factor);
         with_rows(simd, turned, rows, rounded, work);
     });
 }
@@ -313,12 +305,16 @@ fn adapter_gradients<E: Factor>(
         let own = part.rows.start * rank..part.rows.end * rank;
         let x = gathered(x, part.rows.clone());
         let x = Matrix::of_values(&x, inputs, rounded);
-        with_columns::<E>(simd, &v[own.clone()], rank, 1.0, rounded, |v| {
+        with_columns::<E>(simd, &v[own.clone()], rank, rounded, |v| {
             cpu.product_here(&[by_depth(v, &x)], part.first, inputs, Start::Output);
         });
         let u = Matrix::of_values(&hidden[own], rank, rounded);
-        with_columns::<E>(simd, &gathered(dy, part.rows), outputs, lora.scale, rounded, |dy| {
-            cpu.product_here(&[by_depth(dy, &u)], part.second, rank, Start::Output);
+        let dy = gathered(dy, part.rows);
+        with_columns::<E>(simd, &dy, outputs, rounded, |dy| {
+            with_local(outputs * rank, |product| {
+                cpu.product_here(&[by_depth(dy, &u)], product, rank, Start::Zero);
+                gates::add_scaled(simd, part.second, product, lora.scale);
+            });
         });
     });
     Ok(())

@@ -54,6 +54,13 @@ vectorised! {
         }
     }
 
+    /// `y += factor · x`.
+    pub(in crate::cpu) fn add_scaled(y: &mut [f32], x: &[f32], factor: f32) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = F::fused(factor, *x, *y);
+        }
+    }
+
     /// `h ← r (h − pull · x)`.
     pub(in crate::cpu) fn through_norm(h: &mut [f32], x: &[f32], r: f32, pull: f32) {
         for (h, x) in h.iter_mut().zip(x) {

@@ -16,5 +16,5 @@ mod tile_portable;
 
 pub(super) use self::level::Simd;
 pub use self::level::SimdLevel;
-pub(super) use self::pack::{interleave_pair, interleave_rows, look_up_nf4, nf4_values, transpose_rows};
+pub(super) use self::pack::{decode_nf4, interleave_pair, interleave_rows, transpose_rows};
 pub(super) use self::tile::{Block, Blocks, Element, Left, PANEL, Start, multiply};

@@ -5,6 +5,7 @@
 use super::level::{Simd, SimdLevel};
 use super::math::bf16_bits;
 use super::tile::{Element, LANES};
+use crate::weight::NF4_BLOCK;
 
 /// Packs up to 16 matrix rows as columns `at..at + 16` of a panel of `width` columns: `panel[k, at + r] = rows[r][k]`. Missing
 /// rows are zero. Every row has `steps · E::DEPTH` elements.
@@ -65,7 +66,7 @@ pub(in crate::cpu) fn interleave_pair<E: Element>(simd: Simd, first: &[E], secon
 
 super::level::vectorised! {
     /// bf16 bits of `scale · table`, subnormal products taken as zero.
-    pub(in crate::cpu) fn nf4_values(table: &[f32; 16], scale: f32, values: &mut [u16; 16]) {
+    fn nf4_values(table: &[f32; 16], scale: f32, values: &mut [u16; 16]) {
         for (value, entry) in values.iter_mut().zip(table) {
             let product = entry * scale;
             let kept = if product.abs() < f32::MIN_POSITIVE { 0.0 } else { product.abs() };
@@ -80,21 +81,51 @@ super::level::vectorised! {
     }
 }
 
-/// Looks up NF4 codes `first..first + out.len()` of a flattened matrix, all of one block, in the block's table.
-pub(in crate::cpu) fn look_up_nf4(simd: Simd, codes: &[u8], first: usize, values: &[u16; 16], out: &mut [u16]) {
-    #[cfg(target_arch = "x86_64")]
-    if matches!(simd.level(), SimdLevel::Avx512 | SimdLevel::Avx512Bf16)
-        && first.is_multiple_of(2)
-        && out.len().is_multiple_of(32)
-    {
-        let bytes = &codes[first / 2..][..out.len() / 2];
-        for (bytes, out) in bytes.chunks_exact(16).zip(out.chunks_exact_mut(32)) {
-            // SAFETY: the level is proven; sixteen bytes are read and thirty-two values written.
-            unsafe { avx512::look_up(bytes.as_ptr(), values, out.as_mut_ptr()) };
+/// Decodes elements `first..first + out.len()` of a flattened NF4 matrix to bf16 bits. `table` has the sixteen values of
+/// NF4, `scales` one scale a block; a value is the product of the two, rounded, subnormal products taken as zero.
+pub(in crate::cpu) fn decode_nf4(
+    simd: Simd,
+    table: &[f32; 16],
+    codes: &[u8],
+    scales: &[f32],
+    first: usize,
+    out: &mut [u16],
+) {
+    let (mut first, mut out) = (first, out);
+    while !out.is_empty() {
+        let (block, within) = (first / NF4_BLOCK, first % NF4_BLOCK);
+        let whole = if within == 0 { out.len() / NF4_BLOCK } else { 0 };
+        let count = match whole {
+            0 => (NF4_BLOCK - within).min(out.len()),
+            whole => whole * NF4_BLOCK,
+        };
+        let (part, rest) = out.split_at_mut(count);
+        if whole == 0 || !decode_blocks(simd, table, &codes[first / 2..], &scales[block..block + whole], part) {
+            for (i, part) in part.chunks_mut(NF4_BLOCK).enumerate() {
+                let mut values = [0; 16];
+                nf4_values(simd, table, scales[block + i], &mut values);
+                look_up_nf4(codes, first + i * NF4_BLOCK, &values, part);
+            }
         }
-        return;
+        (first, out) = (first + count, rest);
     }
-    let _ = simd;
+}
+
+/// Decodes whole blocks, if there are instructions that do it at once.
+fn decode_blocks(simd: Simd, table: &[f32; 16], codes: &[u8], scales: &[f32], out: &mut [u16]) -> bool {
+    assert!(out.len() == scales.len() * NF4_BLOCK && codes.len() >= out.len() / 2);
+    #[cfg(target_arch = "x86_64")]
+    if matches!(simd.level(), SimdLevel::Avx512 | SimdLevel::Avx512Bf16) {
+        // SAFETY: the level is proven; by the assertion there are half a byte of codes and one output for every element.
+        unsafe { avx512::decode_blocks(table, codes.as_ptr(), scales, out.as_mut_ptr()) };
+        return true;
+    }
+    let _ = (simd, table);
+    false
+}
+
+/// Looks up NF4 codes `first..first + out.len()` of a flattened matrix, all of one block, in the block's table.
+fn look_up_nf4(codes: &[u8], first: usize, values: &[u16; 16], out: &mut [u16]) {
     for (i, out) in out.iter_mut().enumerate() {
         let element = first + i;
         let code = codes[element / 2] >> (4 * (1 - element % 2)) & 15;
@@ -105,10 +136,13 @@ pub(in crate::cpu) fn look_up_nf4(simd: Simd, codes: &[u8], first: usize, values
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        _mm_loadu_si128, _mm256_and_si256, _mm256_cvtepu8_epi16, _mm256_loadu_si256, _mm256_or_si256,
-        _mm256_set1_epi16, _mm256_slli_epi16, _mm256_srli_epi16, _mm512_castsi256_si512, _mm512_cvtepu8_epi16,
-        _mm512_loadu_si512, _mm512_permutexvar_epi16, _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_storeu_si512,
-        _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+        __m512, __m512i, _CMP_LT_OQ, _CMP_UNORD_Q, _mm_loadu_si128, _mm256_and_si256, _mm256_cvtepu8_epi16,
+        _mm256_or_si256, _mm256_set1_epi16, _mm256_slli_epi16, _mm256_srli_epi16, _mm512_abs_ps, _mm512_add_epi32,
+        _mm512_and_si512, _mm512_castps_si512, _mm512_castsi256_si512, _mm512_cmp_ps_mask, _mm512_cvtepi32_epi16,
+        _mm512_cvtepu8_epi16, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_and_epi32, _mm512_mask_or_epi32,
+        _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
+        _mm512_shuffle_i32x4, _mm512_srli_epi32, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64,
+        _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
     };
 
     use super::LANES;
@@ -160,13 +194,47 @@ mod avx512 {
         }
     }
 
+    /// Decodes blocks of 64 elements, each with its scale.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F and BW; 32 bytes of codes can be read and 64 values written for each scale.
+    #[target_feature(enable = "avx512f,avx512bw,avx2")]
+    pub(super) unsafe fn decode_blocks(table: &[f32; 16], codes: *const u8, scales: &[f32], out: *mut u16) {
+        // SAFETY: `table` has sixteen values.
+        let table = unsafe { _mm512_loadu_ps(table.as_ptr()) };
+        for (block, scale) in scales.iter().enumerate() {
+            let values = rounded(_mm512_mul_ps(table, _mm512_set1_ps(*scale)));
+            for half in [2 * block, 2 * block + 1] {
+                // SAFETY: half a block is 16 bytes of codes and 32 values; the caller vouches for both.
+                unsafe { look_up(codes.add(16 * half), values, out.add(32 * half)) };
+            }
+        }
+    }
+
+    /// bf16 bits in the lower half, as [`bf16_bits`](super::bf16_bits) makes them, subnormal values taken as zero.
+    #[target_feature(enable = "avx512f,avx512bw,avx2")]
+    #[inline]
+    fn rounded(values: __m512) -> __m512i {
+        let bits = _mm512_castps_si512(values);
+        let tiny = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(values), _mm512_set1_ps(f32::MIN_POSITIVE));
+        let bits = _mm512_mask_and_epi32(bits, tiny, bits, _mm512_set1_epi32(i32::MIN));
+        let upper = _mm512_srli_epi32::<16>(bits);
+        let even = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+        let half = _mm512_add_epi32(even, _mm512_set1_epi32(0x7FFF));
+        let nearest = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(values, values);
+        let result = _mm512_mask_or_epi32(nearest, nan, upper, _mm512_set1_epi32(0x40));
+        _mm512_castsi256_si512(_mm512_cvtepi32_epi16(result))
+    }
+
     /// Looks up 32 codes, the high nibble of each byte first.
     ///
     /// # Safety
     /// The processor has AVX-512 BW; 16 bytes can be read and 32 values written.
     #[target_feature(enable = "avx512f,avx512bw,avx2")]
-    pub(super) unsafe fn look_up(codes: *const u8, values: &[u16; 16], out: *mut u16) {
-        // SAFETY: the caller vouches for both pointers; `values` is 32 bytes.
+    #[inline]
+    unsafe fn look_up(codes: *const u8, values: __m512i, out: *mut u16) {
+        // SAFETY: the caller vouches for both pointers.
         unsafe {
             let bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(codes.cast()));
             // In each 16-bit lane: the high nibble in the low byte, the low nibble in the high byte.
@@ -175,8 +243,39 @@ mod avx512 {
                 _mm256_slli_epi16::<8>(_mm256_and_si256(bytes, _mm256_set1_epi16(15))),
             );
             let indices = _mm512_cvtepu8_epi16(nibbles);
-            let table = _mm512_castsi256_si512(_mm256_loadu_si256(values.as_ptr().cast()));
-            _mm512_storeu_si512(out.cast(), _mm512_permutexvar_epi16(indices, table));
+            _mm512_storeu_si512(out.cast(), _mm512_permutexvar_epi16(indices, values));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+
+    /// A table like NF4's, and scales among which are a tiny one, zero, infinity and NaN.
+    fn inputs() -> ([f32; 16], Vec<u8>, Vec<f32>) {
+        let mut random = Random::new(5);
+        let codes = (0..32 * 8).map(|_| random.bits() as u8).collect();
+        let table = std::array::from_fn(|i| (i as f32 - 7.0) / 8.3);
+        let scales = vec![1.0, 0.013, 1.2e-38, 0.0, f32::INFINITY, f32::NAN, 3e38, 77.7];
+        (table, codes, scales)
+    }
+
+    #[test]
+    fn every_level_decodes_nf4_to_the_same_bits_from_any_element_on() {
+        let (table, codes, scales) = inputs();
+        let portable = Simd::new(SimdLevel::Portable).into_iter();
+        for (first, count) in [(0, 512), (64, 128), (3, 500), (64, 70), (130, 1)] {
+            let mut expected = vec![0; count];
+            for simd in portable.clone() {
+                decode_nf4(simd, &table, &codes, &scales, first, &mut expected);
+            }
+            for simd in SimdLevel::ALL.into_iter().filter_map(Simd::new) {
+                let mut decoded = vec![0; count];
+                decode_nf4(simd, &table, &codes, &scales, first, &mut decoded);
+                assert_eq!(decoded, expected, "{first}, {count}, {}", simd.level());
+            }
         }
     }
 }
