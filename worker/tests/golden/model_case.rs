@@ -230,10 +230,13 @@ impl<'a> Case<'a> {
         model.forward_backward(lora, &mut gradients, &batch, settings)?;
         let mut checks = Vec::new();
         for (pair, (a, b)) in lora.pairs().iter().zip(gradients.pairs()) {
-            let (key_a, key_b) = pair.keys();
-            for (key, gradient) in [(key_a, a), (key_b, b)] {
+            let gradients = pair
+                .layout()
+                .to_peft(self.device.read_f32(a)?, self.device.read_f32(b)?);
+            for gradient in gradients {
+                let key = gradient.key;
                 let expected = self.expected(&format!("grad.{key}"))?;
-                let error = relative_to_largest(&self.device.read_f32(gradient)?, &expected);
+                let error = relative_to_largest(&gradient.values, &expected);
                 checks.push(Check::new(format!("grad of {key}"), error, self.bounds.backward()));
             }
         }
@@ -310,12 +313,11 @@ impl<'a> Case<'a> {
         let saved = TensorFile::open(saved.path())?;
         let mut checks = Vec::new();
         for pair in first.pairs() {
-            let (key_a, key_b) = pair.keys();
-            for (key, start) in [(key_a, &pair.a), (key_b, &pair.b)] {
-                let start = self.device.read_f32(start)?;
+            for factor in pair.to_peft(&self.device)? {
+                let key = factor.key;
                 let moved = |end: Vec<f32>| {
                     end.iter()
-                        .zip(&start)
+                        .zip(&factor.values)
                         .map(|(end, start)| end - start)
                         .collect::<Vec<f32>>()
                 };
