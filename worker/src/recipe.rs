@@ -338,6 +338,7 @@ pub fn deliver<B: Backend>(
     let proof = prove(base, &learnt.lora, examples, spec)?;
     let metrics = run_metrics(learnt, data, proof.loss);
     let tensors = adapter_tensors(base, &learnt.lora)?;
+    let (target_modules, target_parameters) = learnt.lora.config().peft_targets();
     let issues: Vec<Value> = data
         .report
         .issues
@@ -351,8 +352,8 @@ pub fn deliver<B: Backend>(
         adapter: AdapterLayout {
             rank: spec.rank,
             alpha: spec.lora_alpha(),
-            target_modules: spec.targets.clone(),
-            target_parameters: Vec::new(),
+            target_modules,
+            target_parameters,
             dtype: labels.adapter_dtype,
         },
         tensors,
@@ -408,14 +409,11 @@ fn adapter_tensors<'a, B: Backend>(base: &Base<B>, lora: &LoraSet<B>) -> Result<
     let device = base.model.device();
     let mut tensors = Vec::new();
     for pair in lora.pairs() {
-        let (key_a, key_b) = pair.keys();
-        for (key, tensor) in [(key_a, &pair.a), (key_b, &pair.b)] {
-            tensors.push(AdapterTensor {
-                name: key,
-                shape: tensor.shape().extents().to_vec(),
-                data: device.read_f32(tensor)?.into(),
-            });
-        }
+        tensors.extend(pair.to_peft(device)?.map(|factor| AdapterTensor {
+            name: factor.key,
+            shape: factor.shape.to_vec(),
+            data: factor.values.into(),
+        }));
     }
     Ok(tensors)
 }

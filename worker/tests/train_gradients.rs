@@ -8,7 +8,15 @@ use brightrun_kernels::ops::Device;
 use brightrun_worker::model::{BackwardSettings, Batch, Family, LoraGradients, LoraSet, Model};
 use brightrun_worker::spec::TrainSpec;
 use brightrun_worker::train::step::packed;
-use train_support::{REFERENCE, examples, model, spec, stirred_lora};
+use train_support::{ALL_FAMILIES, REFERENCE, all_targets, examples, groups_of_targets, model, spec, stirred_lora};
+
+/// Every module of a family adapted.
+fn everything(family: Family) -> TrainSpec {
+    TrainSpec {
+        targets: all_targets(family),
+        ..spec()
+    }
+}
 
 fn batch() -> Batch {
     packed(&examples(3))
@@ -55,14 +63,9 @@ fn loss_along(model: &Model<Cpu>, spec: &TrainSpec, batch: &Batch, directions: &
 /// loss's rounding over h; with h = 1e-2 both are far below 1e-3 here.
 #[test]
 fn the_gradient_is_the_slope_of_the_loss() {
-    for family in [Family::Qwen2, Family::Qwen3] {
+    for family in ALL_FAMILIES {
         let (model, batch) = (model(family, 2, REFERENCE), batch());
-        for targets in [
-            &["q_proj", "k_proj"][..],
-            &["v_proj", "o_proj"],
-            &["gate_proj"],
-            &["up_proj", "down_proj"],
-        ] {
+        for targets in groups_of_targets(family) {
             let spec = TrainSpec {
                 targets: targets.iter().map(ToString::to_string).collect(),
                 ..spec()
@@ -80,7 +83,7 @@ fn the_gradient_is_the_slope_of_the_loss() {
             assert!(length > 1e-3, "{targets:?}: a gradient of {length} proves nothing");
             assert!(
                 (slope / length - 1.0).abs() < 1e-3,
-                "{targets:?}: slope {slope}, gradient {length}"
+                "{family:?} {targets:?}: slope {slope}, gradient {length}"
             );
         }
     }
@@ -88,9 +91,9 @@ fn the_gradient_is_the_slope_of_the_loss() {
 
 #[test]
 fn recomputed_activations_give_the_same_bits_as_kept_ones() {
-    for family in [Family::Qwen2, Family::Qwen3] {
+    for family in ALL_FAMILIES {
         let (model, batch) = (model(family, 2, REFERENCE), batch());
-        let lora = stirred_lora(&model, &spec());
+        let lora = stirred_lora(&model, &everything(family));
         let kept = gradients(&model, &lora, &batch, u64::MAX);
         let kept_peak = peak(&model, || gradients(&model, &lora, &batch, u64::MAX));
         let one_layer = kept_peak.1 - peak(&model, || gradients(&model, &lora, &batch, 0)).1;
@@ -111,21 +114,29 @@ fn peak<T>(model: &Model<Cpu>, work: impl FnOnce() -> T) -> (T, u64) {
 #[test]
 fn gradients_do_not_depend_on_the_number_of_threads() {
     let batch = batch();
-    let with = |threads| {
-        let model = model(Family::Qwen3, threads, REFERENCE);
-        let lora = stirred_lora(&model, &spec());
-        gradients(&model, &lora, &batch, 0)
-    };
-    let one = with(1);
-    for threads in [2, 3, 7] {
-        assert_eq!(with(threads), one, "{threads} threads");
+    for family in [Family::Qwen3, Family::Qwen3Moe, Family::Qwen3Next] {
+        let with = |threads| {
+            let model = model(family, threads, REFERENCE);
+            let lora = stirred_lora(&model, &everything(family));
+            gradients(&model, &lora, &batch, 0)
+        };
+        let one = with(1);
+        for threads in [2, 3, 7] {
+            assert_eq!(with(threads), one, "{family:?} {threads} threads");
+        }
     }
 }
 
 #[test]
 fn gradients_of_packed_documents_are_the_sum_of_each_alone() {
-    let model = model(Family::Qwen3, 2, REFERENCE);
-    let lora = stirred_lora(&model, &spec());
+    for family in [Family::Qwen3, Family::Qwen3Moe, Family::Qwen3Next] {
+        packed_is_the_sum_of_each_alone(family);
+    }
+}
+
+fn packed_is_the_sum_of_each_alone(family: Family) {
+    let model = model(family, 2, REFERENCE);
+    let lora = stirred_lora(&model, &everything(family));
     let documents = examples(3);
     let whole = batch();
     let together = gradients(&model, &lora, &whole, 0);
@@ -139,8 +150,10 @@ fn gradients_of_packed_documents_are_the_sum_of_each_alone() {
                 .for_each(|(sum, part)| *sum += share * f64::from(part));
         }
     }
-    // Sums over at most 256 terms through two layers, in another order: 2·λ·depth·√n·u with λ = 4 (Higham & Mary 2019).
-    let bound = 2.0 * 4.0 * 31.0 * 16.0 * f64::from(f32::EPSILON) / 2.0;
+    // Sums over at most 256 terms in another order, seven to a layer and the head, forward and back, and one over tokens:
+    // 2·λ·depth·√n·u with λ = 4 (Higham & Mary 2019).
+    let depth = 2.0 * (7.0 * model.config().layers as f64 + 1.0) + 1.0;
+    let bound = 2.0 * 4.0 * depth * 16.0 * f64::from(f32::EPSILON) / 2.0;
     for (together, sum) in together.iter().zip(&sum) {
         let largest = sum.iter().fold(0.0f64, |largest, value| largest.max(value.abs()));
         let worst = together

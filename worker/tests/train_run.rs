@@ -13,7 +13,9 @@ use brightrun_worker::train::{
     Control, EncodedExample, EvaluationReport, GenerateSettings, StepReport, TrainEvents, TrainRequest, evaluate,
     generate, run,
 };
-use train_support::{REFERENCE, Recorder, VOCABULARY, examples, lora, model, spec, stirred_lora, trained};
+use train_support::{
+    ALL_FAMILIES, REFERENCE, Recorder, VOCABULARY, all_targets, examples, lora, model, spec, stirred_lora, trained,
+};
 
 fn failure_of(model: &Model<Cpu>, spec: &TrainSpec, train: &[EncodedExample]) -> Failure {
     let mut adapter = lora(model, spec);
@@ -198,9 +200,13 @@ fn a_fresh_adapter_changes_nothing_and_a_saved_one_is_loaded_as_it_was() {
 
 #[test]
 fn a_decoder_gives_the_logits_of_the_whole_document_however_it_is_cut() {
-    for family in [Family::Qwen2, Family::Qwen3] {
+    for family in ALL_FAMILIES {
+        let spec = TrainSpec {
+            targets: all_targets(family),
+            ..spec()
+        };
         let model = model(family, 2, REFERENCE);
-        let lora = stirred_lora(&model, &spec());
+        let lora = stirred_lora(&model, &spec);
         let ids: Vec<i32> = (0..12).map(|step| (step * 5 % VOCABULARY as i32) + 1).collect();
         let whole = model.logits(Some(&lora), &Batch::prompt(&ids)).unwrap();
         for cut in [1, 5, 11] {

@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use brightrun_kernels::{Backend, DType, Tensor};
+use brightrun_kernels::Backend;
 use half::bf16;
 use safetensors::tensor::{Dtype as StoredDtype, TensorView};
 use serde::Deserialize;
 use serde_json::json;
 
 use crate::error::{Failure, Result};
-use crate::model::lora::{LoraConfig, LoraSet, Module, peft_keys};
+use crate::model::lora::{LoraConfig, LoraPair, LoraSet, Module};
 use crate::model::tensor_file::TensorFile;
 
 /// File of the factors.
@@ -79,10 +79,6 @@ impl PeftConfig {
                 "rank_pattern or alpha_pattern",
             ),
             (
-                self.target_parameters.is_some_and(|list| !list.is_empty()),
-                "target_parameters",
-            ),
-            (
                 self.modules_to_save.is_some_and(|list| !list.is_empty()),
                 "modules_to_save",
             ),
@@ -102,21 +98,30 @@ impl PeftConfig {
                 used.join(", ")
             )));
         }
-        let targets = match self.target_modules {
+        let modules = match self.target_modules {
             Some(Targets::Names(names)) => names,
             Some(Targets::Pattern(name)) => vec![name],
             None => Vec::new(),
         };
-        if self.r == 0 || targets.is_empty() {
-            return Err(invalid(
-                "The adapter's config has rank 0 or names no target_modules".to_owned(),
-            ));
-        }
-        Ok(LoraConfig {
+        let parameters = self.target_parameters.unwrap_or_default();
+        let config = LoraConfig {
             rank: self.r,
             alpha: self.lora_alpha,
-            targets,
-        })
+            targets: [modules.clone(), parameters.clone()].concat(),
+        };
+        if config.rank == 0 || config.targets.is_empty() {
+            return Err(invalid(
+                "The adapter's config has rank 0 or names no targets".to_owned(),
+            ));
+        }
+        let (as_modules, as_parameters) = config.peft_targets();
+        let is_same = |given: &[String], own: &[String]| given.iter().all(|name| own.contains(name));
+        if !is_same(&modules, &as_modules) || !is_same(&parameters, &as_parameters) {
+            return Err(invalid(format!(
+                "The adapter adapts parameters that are not supported: {parameters:?}"
+            )));
+        }
+        Ok(config)
     }
 }
 
@@ -137,9 +142,7 @@ impl LoraConfig {
 
     /// The text of `adapter_config.json`, as PEFT and vLLM read it.
     pub fn to_peft_json(&self, base_model: &str) -> String {
-        let mut targets = self.targets.clone();
-        targets.sort();
-        targets.dedup();
+        let (targets, parameters) = self.peft_targets();
         // PEFT writes an integer where it can, and vLLM parses one.
         let alpha = match self.alpha.fract() == 0.0 {
             true => json!(self.alpha as i64),
@@ -154,6 +157,7 @@ impl LoraConfig {
             "lora_dropout": 0.0,
             "bias": "none",
             "target_modules": targets,
+            "target_parameters": (!parameters.is_empty()).then_some(parameters),
             "rank_pattern": {},
             "alpha_pattern": {},
             "use_rslora": false,
@@ -180,11 +184,15 @@ impl<B: Backend> LoraSet<B> {
         let config = LoraConfig::load(directory)?;
         let file = TensorFile::open(&directory.join(ADAPTER_WEIGHTS))?;
         let at = |failure: Failure| failure.at(file.path().display().to_string());
-        let set = Self::build(config, modules, |module, rank| {
-            let (key_a, key_b) = peft_keys(&module.path);
-            let a = read_factor(device, &file, &key_a, [rank, module.inputs]).map_err(at)?;
-            let b = read_factor(device, &file, &key_b, [module.outputs, rank]).map_err(at)?;
-            Ok((a, b))
+        let set = Self::build(config, modules, |_, layout| {
+            let ((key_a, key_b), (stored_a, stored_b)) = (&layout.keys, layout.stored_shapes());
+            let (shape_a, shape_b) = layout.shapes();
+            let a = read_factor(&file, key_a, stored_a).map_err(at)?;
+            let b = read_factor(&file, key_b, stored_b).map_err(at)?;
+            Ok((
+                device.upload_f32(shape_a, &a)?,
+                device.upload_f32(shape_b, &layout.b_from_peft(b))?,
+            ))
         })?;
         if file.tensors().len() != 2 * set.pairs().len() {
             return Err(at(invalid(format!(
@@ -203,9 +211,8 @@ impl<B: Backend> LoraSet<B> {
     pub fn to_safetensors(&self, device: &B, dtype: AdapterDtype) -> Result<Vec<u8>> {
         let mut tensors = Vec::new();
         for pair in self.pairs() {
-            let (key_a, key_b) = pair.keys();
-            for (key, tensor) in [(key_a, &pair.a), (key_b, &pair.b)] {
-                tensors.push((key, tensor.shape(), encoded(&device.read(tensor)?, dtype)));
+            for factor in pair.to_peft(device)? {
+                tensors.push((factor.key, factor.shape, encoded(&factor.values, dtype)));
             }
         }
         let stored = match dtype {
@@ -214,7 +221,7 @@ impl<B: Backend> LoraSet<B> {
         };
         let views = tensors
             .iter()
-            .map(|(key, shape, bytes)| Ok((key, TensorView::new(stored, shape.extents().to_vec(), bytes)?)))
+            .map(|(key, shape, bytes)| Ok((key, TensorView::new(stored, shape.to_vec(), bytes)?)))
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
         let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
         views
@@ -223,7 +230,30 @@ impl<B: Backend> LoraSet<B> {
     }
 }
 
-fn read_factor<B: Backend>(device: &B, file: &TensorFile, key: &str, shape: [usize; 2]) -> Result<Tensor<B>> {
+/// One factor as PEFT has it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PeftFactor {
+    /// Its name.
+    pub key: String,
+    /// Its extents.
+    pub shape: [usize; 2],
+    /// Its values, row-major.
+    pub values: Vec<f32>,
+}
+
+impl<B: Backend> LoraPair<B> {
+    /// Both factors, A first, in PEFT's order.
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn to_peft(&self, device: &B) -> Result<[PeftFactor; 2]> {
+        Ok(self
+            .layout()
+            .to_peft(device.read_f32(&self.a)?, device.read_f32(&self.b)?))
+    }
+}
+
+fn read_factor(file: &TensorFile, key: &str, shape: [usize; 2]) -> Result<Vec<f32>> {
     let stored = file
         .tensors()
         .get(key)
@@ -240,18 +270,16 @@ fn read_factor<B: Backend>(device: &B, file: &TensorFile, key: &str, shape: [usi
             "Element {element} of the adapter's tensor `{key}` is infinite or not a number"
         )));
     }
-    Ok(device.upload(DType::F32, shape, &host.widened()?.bytes)?)
+    host.to_f32()
 }
 
-/// f32 bytes in the wanted dtype.
-fn encoded(bytes: &[u8], dtype: AdapterDtype) -> Vec<u8> {
+/// Values in the wanted dtype, little-endian.
+fn encoded(values: &[f32], dtype: AdapterDtype) -> Vec<u8> {
     match dtype {
-        AdapterDtype::F32 => bytes.to_vec(),
-        AdapterDtype::Bf16 => bytes
-            .as_chunks::<4>()
-            .0
+        AdapterDtype::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        AdapterDtype::Bf16 => values
             .iter()
-            .flat_map(|word| bf16::from_f32(f32::from_le_bytes(*word)).to_le_bytes())
+            .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
             .collect(),
     }
 }

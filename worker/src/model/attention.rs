@@ -5,13 +5,16 @@
 //! q, k    = rope(norm(q)), rope(norm(k))   (the norm per head, where the family has one)
 //! y       = attention(q, k, v) · Woᵀ
 //! ```
+//!
+//! Where the family gates its attention, the query projection also holds, head by head, a gate `g` behind each query, and
+//! `y = (attention(q, k, v) ⊙ σ(g)) · Woᵀ`.
 
-use brightrun_kernels::ops::{AttentionBackward, AttentionForward, RopeDirection, Write};
+use brightrun_kernels::ops::{AttentionBackward, AttentionForward, Columns, RopeDirection, SigmoidGateBackward, Write};
 use brightrun_kernels::{Backend, DType, Segments, Tensor};
 
 use crate::error::Result;
 use crate::model::cache::KeyValueCache;
-use crate::model::linear::Linear;
+use crate::model::linear::{Linear, Projected};
 use crate::model::lora::LoraGradients;
 use crate::model::norm::{Norm, Normed};
 use crate::model::pass::Pass;
@@ -26,6 +29,8 @@ pub struct Attention<B: Backend> {
     pub(crate) q_norm: Option<Norm<B>>,
     pub(crate) k_norm: Option<Norm<B>>,
     pub(crate) head_dim: usize,
+    /// Whether `q` also holds the output's gate.
+    pub(crate) is_gated: bool,
 }
 
 /// What the backward pass needs of the forward pass.
@@ -33,11 +38,21 @@ pub struct AttentionTrace<B: Backend> {
     q: Heads<B>,
     k: Heads<B>,
     v: Heads<B>,
-    /// Activation `[T, H·D]`.
+    /// Activation `[T, H·D]`, before it is gated.
     out: Tensor<B>,
+    /// Activation `[T, H·D]`.
+    gate: Option<Tensor<B>>,
     /// f32 `[T, H]`.
     lse: Tensor<B>,
     o_hidden: Option<Tensor<B>>,
+}
+
+/// Everything the scores need, and the gate of what they give.
+struct Projections<B: Backend> {
+    q: Heads<B>,
+    k: Heads<B>,
+    v: Heads<B>,
+    gate: Option<Tensor<B>>,
 }
 
 /// Projected heads, ready for the scores.
@@ -52,7 +67,7 @@ struct Heads<B: Backend> {
 
 impl<B: Backend> Attention<B> {
     fn query_heads(&self) -> usize {
-        self.q.outputs() / self.head_dim
+        self.o.inputs() / self.head_dim
     }
 
     /// Width of one position in a key or value cache: `K·D`.
@@ -71,11 +86,14 @@ impl<B: Backend> Attention<B> {
 
     /// Bytes a trace of this pass occupies.
     pub fn trace_bytes(&self, pass: &Pass<'_, B>) -> u64 {
-        let raw = |linear: &Linear<B>, norm: &Option<Norm<B>>| match norm {
-            Some(_) => linear.outputs() * (1 + 1),
-            None => linear.outputs(),
+        let raw = |width: usize, norm: &Option<Norm<B>>| match norm {
+            Some(_) => 2 * width,
+            None => width,
         };
-        let values = raw(&self.q, &self.q_norm) + raw(&self.k, &self.k_norm) + self.v.outputs() + self.q.outputs();
+        let queries = self.o.inputs();
+        let gate = if self.is_gated { queries } else { 0 };
+        let values =
+            raw(queries, &self.q_norm) + raw(self.k.outputs(), &self.k_norm) + self.v.outputs() + queries + gate;
         let hidden = pass.hidden_bytes(&self.linears());
         (pass.tokens() * (values * pass.dtype.size_bytes() + 3 * 4 * self.query_heads())) as u64 + hidden
     }
@@ -85,14 +103,18 @@ impl<B: Backend> Attention<B> {
     /// # Errors
     /// The backend's own.
     pub fn forward(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<(Tensor<B>, AttentionTrace<B>)> {
-        let (q, k, v) = self.heads(pass, x)?;
+        let Projections { q, k, v, gate } = self.projections(pass, x)?;
         let (out, lse) = self.scores(pass, &q.ready, (&k.ready, &v.ready), pass.segments)?;
-        let projected = self.o.forward(pass, &out)?;
+        let projected = match &gate {
+            None => self.o.forward(pass, &out)?,
+            Some(gate) => self.o.forward(pass, &gated(pass, &out, gate)?)?,
+        };
         let trace = AttentionTrace {
             q,
             k,
             v,
             out,
+            gate,
             lse,
             o_hidden: projected.hidden,
         };
@@ -104,33 +126,65 @@ impl<B: Backend> Attention<B> {
     /// # Errors
     /// The backend's own.
     pub fn forward_cached(&self, pass: &Pass<'_, B>, x: &Tensor<B>, cache: &mut KeyValueCache<B>) -> Result<Tensor<B>> {
-        let (q, k, v) = self.heads(pass, x)?;
+        let Projections { q, k, v, gate } = self.projections(pass, x)?;
         cache.append(pass.device, k.ready, v.ready)?;
         let keys = Segments::from_lengths([cache.length()]);
-        let (out, _) = cache.with_heads(self.head_dim, |k, v| self.scores(pass, &q.ready, (k, v), &keys))?;
+        let (mut out, _) = cache.with_heads(self.head_dim, |k, v| self.scores(pass, &q.ready, (k, v), &keys))?;
+        if let Some(gate) = &gate {
+            out = gated(pass, &out, gate)?;
+        }
         Ok(self.o.forward(pass, &out)?.y)
     }
 
-    fn heads(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<(Heads<B>, Heads<B>, Heads<B>)> {
-        let q = self.rotated(pass, &self.q, self.q_norm.as_ref(), x)?;
-        let k = self.rotated(pass, &self.k, self.k_norm.as_ref(), x)?;
+    fn projections(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<Projections<B>> {
+        let mut q = self.q.forward(pass, x)?;
+        let mut gate = None;
+        if self.is_gated {
+            let (queries, gates) = self.without_gate(pass, &q.y)?;
+            q.y = queries;
+            gate = Some(gates);
+        }
+        let q = self.rotated(pass, q, self.q_norm.as_ref())?;
+        let k = self.rotated(pass, self.k.forward(pass, x)?, self.k_norm.as_ref())?;
         let v = self.v.forward(pass, x)?;
         let v = Heads {
             ready: self.split(v.y)?,
             raw: None,
             hidden: v.hidden,
         };
-        Ok((q, k, v))
+        Ok(Projections { q, k, v, gate })
     }
 
-    fn rotated(
-        &self,
-        pass: &Pass<'_, B>,
-        linear: &Linear<B>,
-        norm: Option<&Norm<B>>,
-        x: &Tensor<B>,
-    ) -> Result<Heads<B>> {
-        let projected = linear.forward(pass, x)?;
+    /// Cuts `[T, H·2·D]`, a query and a gate per head, into queries and gates, `[T, H·D]` each.
+    fn without_gate(&self, pass: &Pass<'_, B>, both: &Tensor<B>) -> Result<(Tensor<B>, Tensor<B>)> {
+        let extents = [both.shape().rows(), self.o.inputs()];
+        let (mut queries, mut gates) = (pass.activation(extents)?, pass.activation(extents)?);
+        let [query, gate] = self.query_and_gate();
+        pass.device.copy_columns(both, &mut queries, query)?;
+        pass.device.copy_columns(both, &mut gates, gate)?;
+        Ok((queries, gates))
+    }
+
+    /// The way back of [`Attention::without_gate`].
+    fn with_gate(&self, pass: &Pass<'_, B>, queries: &Tensor<B>, gates: &Tensor<B>) -> Result<Tensor<B>> {
+        let mut both = pass.activation([queries.shape().rows(), self.q.outputs()])?;
+        let [query, gate] = self.query_and_gate().map(reversed);
+        pass.device.copy_columns(queries, &mut both, query)?;
+        pass.device.copy_columns(gates, &mut both, gate)?;
+        Ok(both)
+    }
+
+    fn query_and_gate(&self) -> [Columns; 2] {
+        let part = |source| Columns {
+            groups: self.query_heads(),
+            source,
+            target: 0,
+            width: self.head_dim,
+        };
+        [part(0), part(self.head_dim)]
+    }
+
+    fn rotated(&self, pass: &Pass<'_, B>, projected: Projected<B>, norm: Option<&Norm<B>>) -> Result<Heads<B>> {
         let raw = self.split(projected.y)?;
         let (mut ready, raw) = match norm {
             None => (raw, None),
@@ -194,15 +248,26 @@ impl<B: Backend> Attention<B> {
         mut dx: Option<&mut Tensor<B>>,
     ) -> Result<()> {
         let inputs_matter = dx.is_some() || [&self.q, &self.k, &self.v].iter().any(|linear| linear.is_adapted(pass));
-        if !inputs_matter {
-            return self
-                .o
-                .backward(pass, gradients, (&trace.out, trace.o_hidden.as_ref()), dy, None);
+        let mut dout = match inputs_matter {
+            true => Some(pass.activation([pass.tokens(), self.o.inputs()])?),
+            false => None,
+        };
+        {
+            let again = match &trace.gate {
+                Some(gate) => Some(gated(pass, &trace.out, gate)?),
+                None => None,
+            };
+            let saved = (again.as_ref().unwrap_or(&trace.out), trace.o_hidden.as_ref());
+            let wanted = dout.as_mut().map(|dout| (dout, Write::Overwrite));
+            self.o.backward(pass, gradients, saved, dy, wanted)?;
         }
-        let mut dout = pass.activation([pass.tokens(), self.o.inputs()])?;
-        let saved = (&trace.out, trace.o_hidden.as_ref());
-        self.o
-            .backward(pass, gradients, saved, dy, Some((&mut dout, Write::Overwrite)))?;
+        let Some(mut dout) = dout else { return Ok(()) };
+        let mut dgate = None;
+        if let Some(gate) = &trace.gate {
+            let (ungated, gradient) = gated_backward(pass, &trace.out, gate, &dout)?;
+            dout = ungated;
+            dgate = Some(gradient);
+        }
         let [dq, dk, dv] = self.scores_backward(
             pass,
             &trace.q.ready,
@@ -212,7 +277,10 @@ impl<B: Backend> Attention<B> {
             trace.lse,
             dout,
         )?;
-        let dq = rotated_backward(pass, self.q_norm.as_ref(), trace.q.raw, dq)?;
+        let mut dq = rotated_backward(pass, self.q_norm.as_ref(), trace.q.raw, dq)?;
+        if let Some(dgate) = dgate {
+            dq = self.with_gate(pass, &dq, &dgate)?;
+        }
         let dk = rotated_backward(pass, self.k_norm.as_ref(), trace.k.raw, dk)?;
         let dv = joined(dv)?;
         let parts = [
@@ -277,8 +345,42 @@ fn rotated_backward<B: Backend>(
     joined(before)
 }
 
+/// `out ⊙ σ(gate)`, all `[T, H·D]`.
+fn gated<B: Backend>(pass: &Pass<'_, B>, out: &Tensor<B>, gate: &Tensor<B>) -> Result<Tensor<B>> {
+    let mut y = pass.activation(out.shape())?;
+    pass.device.sigmoid_gate_forward(out, gate, &mut y, Write::Overwrite)?;
+    Ok(y)
+}
+
+/// Gradients of `out` and of `gate`.
+fn gated_backward<B: Backend>(
+    pass: &Pass<'_, B>,
+    out: &Tensor<B>,
+    gate: &Tensor<B>,
+    dy: &Tensor<B>,
+) -> Result<(Tensor<B>, Tensor<B>)> {
+    let (mut dx, mut dgate) = (pass.activation(out.shape())?, pass.activation(gate.shape())?);
+    pass.device.sigmoid_gate_backward(SigmoidGateBackward {
+        x: out,
+        gate,
+        dy,
+        dx: &mut dx,
+        dgate: &mut dgate,
+    })?;
+    Ok((dx, dgate))
+}
+
+/// The same columns, the other way.
+pub(crate) fn reversed(columns: Columns) -> Columns {
+    Columns {
+        source: columns.target,
+        target: columns.source,
+        ..columns
+    }
+}
+
 /// `[T, H, D]` → `[T, H·D]`.
-fn joined<B: Backend>(tensor: Tensor<B>) -> Result<Tensor<B>> {
+pub(crate) fn joined<B: Backend>(tensor: Tensor<B>) -> Result<Tensor<B>> {
     let extents = tensor.shape();
     let rows = extents.extents().first().copied().unwrap_or(0);
     let width = extents.extents().iter().skip(1).product::<usize>();

@@ -6,11 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
+use brightrun_kernels::DType;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Failure, Result};
-use crate::model::config::ExpectedTensor;
+use crate::model::config::{ExpectedTensor, ExpertStorage};
+use crate::model::fp8;
 use crate::model::tensor_file::{HostTensor, StoredTensor, TensorFile};
 
 /// How many names a message lists before it only counts.
@@ -23,7 +25,12 @@ pub struct Checkpoint {
     files: Vec<TensorFile>,
     /// Which file holds a tensor.
     home: BTreeMap<String, usize>,
+    /// Rows and columns that share one scale, where the weights are FP8.
+    fp8_block: Option<[usize; 2]>,
 }
+
+/// What the name of an FP8 matrix's scales has behind the matrix's own.
+const SCALES: &str = "_scale_inv";
 
 #[derive(Deserialize)]
 struct Index {
@@ -56,6 +63,7 @@ impl Checkpoint {
             directory: directory.to_owned(),
             files: vec![file],
             home,
+            fp8_block: None,
         })
     }
 
@@ -101,7 +109,64 @@ impl Checkpoint {
             directory: directory.to_owned(),
             files,
             home,
+            fp8_block: None,
         })
+    }
+
+    /// Says in which blocks FP8 weights are scaled, and checks that exactly the FP8 matrices have scales: a wrong guess about
+    /// one matrix would be a silently wrong model.
+    ///
+    /// # Errors
+    /// `MODEL_FP8_SCALES` naming the tensor: FP8 without scales of the right extents and a float type, scales of what is not
+    /// FP8 or not there, FP8 without a `quantization_config`.
+    pub fn with_fp8_blocks(mut self, block: Option<[usize; 2]>) -> Result<Self> {
+        for name in self.home.keys() {
+            if let Some(problem) = self.scale_problem(name, block) {
+                return Err(
+                    Failure::user("MODEL_FP8_SCALES", format!("The tensor `{name}` {problem}"))
+                        .at(self.directory.display().to_string())
+                        .hint("Check that config.json belongs to these weights and that all shards are there"),
+                );
+            }
+        }
+        self.fp8_block = block;
+        Ok(self)
+    }
+
+    fn scale_problem(&self, name: &str, block: Option<[usize; 2]>) -> Option<String> {
+        let is_fp8 = |name: &str| self.tensor(name).is_some_and(|stored| stored.dtype == DType::F8E4M3);
+        if let Some(matrix) = name.strip_suffix(SCALES) {
+            return (!is_fp8(matrix)).then(|| format!("holds scales, but `{matrix}` is not FP8 or not there"));
+        }
+        if !is_fp8(name) {
+            return None;
+        }
+        let shape = &self.tensor(name)?.shape;
+        let (Some(block), [rows, columns]) = (block, shape.as_slice()) else {
+            return Some(format!(
+                "is FP8 of the shape {shape:?}, but only matrices under a quantization_config with weight_block_size are read"
+            ));
+        };
+        let expected = fp8::scale_extents([*rows, *columns], block);
+        match self.tensor(&format!("{name}{SCALES}")) {
+            None => Some(format!("is FP8, but its scales `{name}{SCALES}` are missing")),
+            Some(scales) if scales.shape != expected => Some(format!(
+                "has scales of the shape {:?}, but {expected:?} were expected",
+                scales.shape
+            )),
+            Some(scales) if !matches!(scales.dtype, DType::F32 | DType::BF16 | DType::F16) => {
+                Some(format!("has scales of the type {}", scales.dtype))
+            }
+            Some(_) => None,
+        }
+    }
+
+    /// How routed experts are stored.
+    pub fn expert_storage(&self) -> ExpertStorage {
+        match self.home.keys().any(|name| name.ends_with(".mlp.experts.gate_up_proj")) {
+            true => ExpertStorage::Stacked,
+            false => ExpertStorage::Each,
+        }
     }
 
     /// The folder.
@@ -160,25 +225,51 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Reads one tensor and checks that every element is finite.
+    /// Reads one tensor and checks that every element is finite. FP8 becomes f32, scaled.
     ///
     /// # Errors
     /// `MODEL_TENSOR_MISSING`, `MODEL_FILE_DAMAGED`, `MODEL_NON_FINITE` naming tensor and element.
     pub fn read(&self, name: &str) -> Result<HostTensor> {
-        let file = self.home.get(name).map(|place| &self.files[*place]).ok_or_else(|| {
+        let file = self.file(name)?;
+        let mut tensor = file.read(name)?;
+        if tensor.dtype == DType::F8E4M3 {
+            tensor = self.dequantised(name, &tensor)?;
+        }
+        finite(file, name, tensor)
+    }
+
+    /// Reads consecutive elements of a larger tensor, from `first_element` on, as a tensor of extents `shape`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`]; `MODEL_TENSOR_SHAPE` when the part reaches beyond the tensor's end.
+    pub fn read_part(&self, name: &str, first_element: usize, shape: &[usize]) -> Result<HostTensor> {
+        let file = self.file(name)?;
+        finite(file, name, file.read_part(name, first_element, shape)?)
+    }
+
+    fn file(&self, name: &str) -> Result<&TensorFile> {
+        self.home.get(name).map(|place| &self.files[*place]).ok_or_else(|| {
             Failure::user("MODEL_TENSOR_MISSING", format!("The checkpoint has no tensor `{name}`"))
                 .at(self.directory.display().to_string())
-        })?;
-        let tensor = file.read(name)?;
-        match tensor.first_non_finite() {
-            None => Ok(tensor),
-            Some(element) => Err(Failure::user(
-                "MODEL_NON_FINITE",
-                format!("Element {element} of the tensor `{name}` is infinite or not a number"),
-            )
-            .at(file.path().display().to_string())
-            .hint("Download the checkpoint again; its weights are damaged")),
-        }
+        })
+    }
+
+    fn dequantised(&self, name: &str, codes: &HostTensor) -> Result<HostTensor> {
+        let (Some(block), [_, columns]) = (self.fp8_block, codes.shape.as_slice()) else {
+            return Err(Failure::user(
+                "MODEL_FP8_SCALES",
+                format!("The tensor `{name}` is FP8, but nothing says how it is scaled"),
+            ));
+        };
+        let scales_name = format!("{name}{SCALES}");
+        let file = self.file(&scales_name)?;
+        let scales = finite(file, &scales_name, file.read(&scales_name)?)?.to_f32()?;
+        let values = fp8::dequantised(&codes.bytes, *columns, &scales, block);
+        Ok(HostTensor {
+            dtype: DType::F32,
+            shape: codes.shape.clone(),
+            bytes: bytemuck::allocation::pod_collect_to_vec(&values),
+        })
     }
 
     /// SHA-256 over all headers: names, dtypes, extents and places of every tensor.
@@ -188,6 +279,18 @@ impl Checkpoint {
             hash.update(file.header_hash());
         }
         hash.finalize().into()
+    }
+}
+
+fn finite(file: &TensorFile, name: &str, tensor: HostTensor) -> Result<HostTensor> {
+    match tensor.first_non_finite() {
+        None => Ok(tensor),
+        Some(element) => Err(Failure::user(
+            "MODEL_NON_FINITE",
+            format!("Element {element} of the tensor `{name}` is infinite or not a number"),
+        )
+        .at(file.path().display().to_string())
+        .hint("Download the checkpoint again; its weights are damaged")),
     }
 }
 
@@ -230,7 +333,6 @@ fn shortened(names: &[&str]) -> String {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use brightrun_kernels::DType;
     use brightrun_kernels::cpu::Cpu;
     use safetensors::tensor::{Dtype, TensorView};
     use serde_json::{Value, json};
@@ -432,5 +534,121 @@ mod tests {
                 "{encoding:?}"
             );
         }
+    }
+
+    /// Writes a folder's checkpoint again with one tensor stored as FP8 codes of `code`, and its scales where given.
+    fn store_as_fp8(folder: &Path, name: &str, code: u8, scales: Option<&[usize]>) {
+        let checkpoint = Checkpoint::open(folder).unwrap();
+        let mut tensors: Vec<(String, Dtype, HostTensor)> = checkpoint
+            .names()
+            .map(|name| (name.to_owned(), Dtype::BF16, checkpoint.read(name).unwrap()))
+            .collect();
+        let matrix = tensors.iter_mut().find(|(other, _, _)| other == name).unwrap();
+        matrix.1 = Dtype::F8_E4M3;
+        matrix.2.bytes = vec![code; matrix.2.shape.iter().product()];
+        if let Some(shape) = scales {
+            let values: Vec<f32> = (0..shape.iter().product::<usize>())
+                .map(|place| place as f32 + 1.0)
+                .collect();
+            let scales = HostTensor {
+                dtype: DType::F32,
+                shape: shape.to_vec(),
+                bytes: bytemuck::allocation::pod_collect_to_vec(&values),
+            };
+            tensors.push((format!("{name}_scale_inv"), Dtype::F32, scales));
+        }
+        let views = tensors.iter().map(|(name, dtype, tensor)| {
+            (
+                name,
+                TensorView::new(*dtype, tensor.shape.clone(), &tensor.bytes).unwrap(),
+            )
+        });
+        let file = safetensors::serialize(views, None).unwrap();
+        std::fs::write(folder.join("model.safetensors"), file).unwrap();
+    }
+
+    const UP: &str = "model.layers.1.mlp.up_proj.weight";
+
+    #[test]
+    fn an_fp8_matrix_is_its_codes_times_the_scales_of_their_blocks() {
+        let folder = single();
+        // [160, 64] in blocks of 128 × 48: two by two, ragged both ways. Code 0x40 is 2.
+        store_as_fp8(folder.path(), UP, 0x40, Some(&[2, 2]));
+        let checkpoint = Checkpoint::open(folder.path())
+            .unwrap()
+            .with_fp8_blocks(Some([128, 48]));
+        let values = checkpoint.unwrap().read(UP).unwrap().to_f32().unwrap();
+        let at = |row: usize, column: usize| values[row * 64 + column];
+        assert_eq!(
+            [at(0, 0), at(127, 47), at(0, 48), at(128, 47), at(159, 63)],
+            [2.0, 2.0, 4.0, 6.0, 8.0]
+        );
+    }
+
+    #[test]
+    fn fp8_and_scales_come_only_together_and_only_in_the_right_shape() {
+        for (scales, block, word) in [
+            (None, Some([128, 128]), "missing"),
+            (Some(&[2, 2][..]), Some([128, 128]), "shape"),
+            (Some(&[2, 1][..]), None, "quantization_config"),
+        ] {
+            let folder = single();
+            store_as_fp8(folder.path(), UP, 0x40, scales);
+            let failure = Checkpoint::open(folder.path())
+                .unwrap()
+                .with_fp8_blocks(block)
+                .unwrap_err();
+            assert_eq!(failure.code, "MODEL_FP8_SCALES");
+            assert!(
+                failure.message.contains(UP) && failure.message.contains(word),
+                "{failure}"
+            );
+        }
+        let folder = single();
+        store_as_fp8(folder.path(), UP, 0x7f, Some(&[2, 1]));
+        let checkpoint = Checkpoint::open(folder.path())
+            .unwrap()
+            .with_fp8_blocks(Some([128, 128]));
+        assert_eq!(checkpoint.unwrap().read(UP).unwrap_err().code, "MODEL_NON_FINITE");
+    }
+
+    /// One checkpoint, its experts as one tensor each and as two stacks a layer.
+    #[test]
+    fn stacked_experts_are_the_same_model_as_separate_ones() {
+        let (separate, stacked) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let config = ModelConfig::miniature(Family::Qwen3Moe, 32);
+        write_checkpoint(separate.path(), &config, 3).unwrap();
+        let checkpoint = Checkpoint::open(separate.path()).unwrap();
+        let part = |name: &str| checkpoint.read(name).unwrap().bytes;
+        let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = config
+            .tensors_with(ExpertStorage::Stacked)
+            .into_iter()
+            .map(|tensor| {
+                let bytes = match tensor.name.split_once(".experts.") {
+                    None => part(&tensor.name),
+                    Some((holder, projection)) => (0..8)
+                        .flat_map(|expert| match projection {
+                            "down_proj" => vec![format!("{holder}.experts.{expert}.down_proj.weight")],
+                            _ => ["gate", "up"]
+                                .map(|half| format!("{holder}.experts.{expert}.{half}_proj.weight"))
+                                .to_vec(),
+                        })
+                        .flat_map(|name| part(&name))
+                        .collect(),
+                };
+                (tensor.name, tensor.shape, bytes)
+            })
+            .collect();
+        let views = tensors
+            .iter()
+            .map(|(name, shape, bytes)| (name, TensorView::new(Dtype::BF16, shape.clone(), bytes).unwrap()));
+        let file = safetensors::serialize(views, None).unwrap();
+        std::fs::write(stacked.path().join("model.safetensors"), file).unwrap();
+        std::fs::write(stacked.path().join("config.json"), config.to_json()).unwrap();
+        let logits = |folder: &Path| {
+            let batch = crate::model::Batch::prompt(&[1, 2, 3]);
+            load(folder).unwrap().logits(None, &batch).unwrap()
+        };
+        assert_eq!(logits(separate.path()), logits(stacked.path()));
     }
 }

@@ -4,9 +4,8 @@ use brightrun_kernels::{Backend, Weight};
 
 use crate::error::Result;
 use crate::model::batch::Batch;
-use crate::model::cache::KeyValueCache;
-use crate::model::layer::{Mixer, MixerState};
 use crate::model::lora::LoraSet;
+use crate::model::mixer::MixerState;
 use crate::model::transformer::Model;
 
 /// Decodes one document with a cache of what it has read.
@@ -24,18 +23,13 @@ impl<'a, B: Backend> Decoder<'a, B> {
     /// The backend's own.
     pub fn new(model: &'a Model<B>, lora: Option<&'a LoraSet<B>>, capacity: usize) -> Result<Self> {
         let dtype = model.device.activation_dtype(model.precision);
-        let state = |mixer: &Mixer<B>| -> Result<MixerState<B>> {
-            let Mixer::Attention(attention) = mixer;
-            let cache = KeyValueCache::new(&model.device, dtype, capacity, attention.key_width())?;
-            Ok(MixerState::Attention(cache))
-        };
         Ok(Self {
             model,
             lora,
             states: model
                 .layers
                 .iter()
-                .map(|layer| state(&layer.mixer))
+                .map(|layer| layer.mixer.state(&model.device, dtype, capacity))
                 .collect::<Result<_>>()?,
             length: 0,
         })

@@ -13,27 +13,12 @@ use brightrun_kernels::ops::Write;
 use brightrun_kernels::{Backend, Tensor};
 
 use crate::error::Result;
-use crate::model::attention::{Attention, AttentionTrace};
-use crate::model::cache::KeyValueCache;
-use crate::model::linear::Linear;
+use crate::model::feed_forward::{FeedForward, FeedForwardTrace};
+use crate::model::linear::Projected;
 use crate::model::lora::LoraGradients;
-use crate::model::mlp::{Mlp, MlpTrace};
+use crate::model::mixer::{Mixer, MixerState, MixerTrace};
 use crate::model::norm::Norm;
 use crate::model::pass::Pass;
-
-/// What lets positions see each other.
-#[derive(Debug)]
-pub enum Mixer<B: Backend> {
-    /// Causal softmax attention.
-    Attention(Attention<B>),
-}
-
-/// What works on each position by itself.
-#[derive(Debug)]
-pub enum FeedForward<B: Backend> {
-    /// A dense SwiGLU MLP.
-    Mlp(Mlp<B>),
-}
 
 /// One decoder layer.
 #[derive(Debug)]
@@ -61,43 +46,17 @@ struct InnerTrace<B: Backend> {
     feed_forward: FeedForwardTrace<B>,
 }
 
-/// A mixer's trace.
-pub enum MixerTrace<B: Backend> {
-    /// Of [`Mixer::Attention`].
-    Attention(AttentionTrace<B>),
-}
-
-/// A feed-forward part's trace.
-pub enum FeedForwardTrace<B: Backend> {
-    /// Of [`FeedForward::Mlp`].
-    Mlp(MlpTrace<B>),
-}
-
-/// What a mixer remembers of the positions decoded so far.
-pub enum MixerState<B: Backend> {
-    /// Of [`Mixer::Attention`].
-    Attention(KeyValueCache<B>),
-}
-
 impl<B: Backend> Layer<B> {
-    /// All projections that may carry an adapter.
-    pub fn linears(&self) -> Vec<&Linear<B>> {
-        let Mixer::Attention(attention) = &self.mixer;
-        let FeedForward::Mlp(mlp) = &self.feed_forward;
-        attention.linears().into_iter().chain(mlp.linears()).collect()
-    }
-
-    /// Whether the pass adapts any projection of this layer.
+    /// Whether the pass adapts anything in this layer.
     pub fn is_adapted(&self, pass: &Pass<'_, B>) -> bool {
-        self.linears().iter().any(|linear| linear.is_adapted(pass))
+        pass.adapts_any(&self.mixer.modules()) || pass.adapts_any(&self.feed_forward.modules())
     }
 
     /// Bytes that keeping everything costs beyond the checkpoint.
     pub fn inner_trace_bytes(&self, pass: &Pass<'_, B>) -> u64 {
-        let Mixer::Attention(attention) = &self.mixer;
-        let FeedForward::Mlp(mlp) = &self.feed_forward;
-        let middle = pass.tokens() * attention.o.outputs() * pass.dtype.size_bytes();
-        attention.trace_bytes(pass) + mlp.trace_bytes(pass) + middle as u64
+        let width = self.input_norm.weight.shape().elements();
+        let middle = pass.tokens() * width * pass.dtype.size_bytes();
+        self.mixer.trace_bytes(pass) + self.feed_forward.trace_bytes(pass) + middle as u64
     }
 
     /// Updates the residual stream `x`, activation `[T, C]`, and keeps nothing.
@@ -107,8 +66,8 @@ impl<B: Backend> Layer<B> {
     pub fn forward(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>) -> Result<()> {
         let (mixed, _) = self.mix(pass, x)?;
         self.add(pass, x, mixed)?;
-        let (y, _) = self.feed(pass, x)?;
-        self.add(pass, x, y)
+        let closed = self.feed(pass, x)?;
+        self.add(pass, x, closed.y)
     }
 
     /// As [`Layer::forward`], keeping the checkpoint and, where `keep` says so, everything else.
@@ -122,14 +81,13 @@ impl<B: Backend> Layer<B> {
         self.add(pass, x, mixed)?;
         let middle = if keep { Some(pass.duplicate(x)?) } else { None };
         let normed = self.middle_norm.forward(pass, x)?.y;
-        let FeedForward::Mlp(mlp) = &self.feed_forward;
-        let trace = mlp.open(pass, &normed)?;
+        let trace = self.feed_forward.open(pass, &normed)?;
         drop(normed);
-        let closed = mlp.close(pass, &trace)?;
+        let closed = self.feed_forward.close(pass, &trace)?;
         let inner = mixer.zip(middle).map(|(mixer, middle)| InnerTrace {
             mixer,
             middle,
-            feed_forward: FeedForwardTrace::Mlp(trace),
+            feed_forward: trace,
         });
         self.add(pass, x, closed.y)?;
         Ok(LayerTrace {
@@ -145,11 +103,10 @@ impl<B: Backend> Layer<B> {
     /// The backend's own.
     pub fn forward_cached(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>, state: &mut MixerState<B>) -> Result<()> {
         let normed = self.input_norm.forward(pass, x)?.y;
-        let (Mixer::Attention(attention), MixerState::Attention(cache)) = (&self.mixer, state);
-        let mixed = attention.forward_cached(pass, &normed, cache)?;
+        let mixed = self.mixer.forward_cached(pass, &normed, state)?;
         self.add(pass, x, mixed)?;
-        let (y, _) = self.feed(pass, x)?;
-        self.add(pass, x, y)
+        let closed = self.feed(pass, x)?;
+        self.add(pass, x, closed.y)
     }
 
     /// Turns `dy`, the gradient of the layer's output, into the gradient of its input, and adds the adapters' gradients.
@@ -174,8 +131,7 @@ impl<B: Backend> Layer<B> {
             Some(inner) => inner,
             None => self.recompute(pass, &input)?,
         };
-        let Mixer::Attention(attention) = &self.mixer;
-        let mixer_matters = below || attention.linears().iter().any(|linear| linear.is_adapted(pass));
+        let mixer_matters = below || pass.adapts_any(&self.mixer.modules());
         self.feed_backward(
             pass,
             gradients,
@@ -189,12 +145,12 @@ impl<B: Backend> Layer<B> {
             return Ok(());
         }
         let normed = self.input_norm.forward(pass, &input)?;
-        let MixerTrace::Attention(mixer) = inner.mixer;
         if !below {
-            return attention.backward(pass, gradients, mixer, &normed.y, dy, None);
+            return self.mixer.backward(pass, gradients, inner.mixer, &normed.y, dy, None);
         }
         let mut dnormed = pass.activation(input.shape())?;
-        attention.backward(pass, gradients, mixer, &normed.y, dy, Some(&mut dnormed))?;
+        self.mixer
+            .backward(pass, gradients, inner.mixer, &normed.y, dy, Some(&mut dnormed))?;
         let saved = (&input, &normed.rstd);
         self.input_norm.backward(pass, saved, &dnormed, (dy, Write::Accumulate))
     }
@@ -208,14 +164,14 @@ impl<B: Backend> Layer<B> {
         dy: &mut Tensor<B>,
         mixer_matters: bool,
     ) -> Result<()> {
-        let (FeedForward::Mlp(mlp), FeedForwardTrace::Mlp(trace)) = (&self.feed_forward, trace);
         let normed = self.middle_norm.forward(pass, middle)?;
         let saved = (trace, down_hidden.as_ref());
         if !mixer_matters {
-            return mlp.backward(pass, gradients, saved, &normed.y, dy, None);
+            return self.feed_forward.backward(pass, gradients, saved, &normed.y, dy, None);
         }
         let mut dnormed = pass.activation(middle.shape())?;
-        mlp.backward(pass, gradients, saved, &normed.y, dy, Some(&mut dnormed))?;
+        self.feed_forward
+            .backward(pass, gradients, saved, &normed.y, dy, Some(&mut dnormed))?;
         self.middle_norm
             .backward(pass, (middle, &normed.rstd), &dnormed, (dy, Write::Accumulate))
     }
@@ -226,8 +182,7 @@ impl<B: Backend> Layer<B> {
         let mut middle = pass.duplicate(input)?;
         self.add(pass, &mut middle, mixed)?;
         let normed = self.middle_norm.forward(pass, &middle)?.y;
-        let FeedForward::Mlp(mlp) = &self.feed_forward;
-        let feed_forward = FeedForwardTrace::Mlp(mlp.open(pass, &normed)?);
+        let feed_forward = self.feed_forward.open(pass, &normed)?;
         Ok(InnerTrace {
             mixer,
             middle,
@@ -237,17 +192,14 @@ impl<B: Backend> Layer<B> {
 
     fn mix(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<(Tensor<B>, MixerTrace<B>)> {
         let normed = self.input_norm.forward(pass, x)?.y;
-        let Mixer::Attention(attention) = &self.mixer;
-        let (y, trace) = attention.forward(pass, &normed)?;
-        Ok((y, MixerTrace::Attention(trace)))
+        self.mixer.forward(pass, &normed)
     }
 
-    fn feed(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<(Tensor<B>, Option<Tensor<B>>)> {
+    fn feed(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<Projected<B>> {
         let normed = self.middle_norm.forward(pass, x)?.y;
-        let FeedForward::Mlp(mlp) = &self.feed_forward;
-        let trace = mlp.open(pass, &normed)?;
-        let closed = mlp.close(pass, &trace)?;
-        Ok((closed.y, closed.hidden))
+        let trace = self.feed_forward.open(pass, &normed)?;
+        drop(normed);
+        self.feed_forward.close(pass, &trace)
     }
 
     fn add(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>, y: Tensor<B>) -> Result<()> {

@@ -125,7 +125,7 @@ impl<B: Backend> Linear<B> {
 }
 
 /// The trace or the gradients were made with another adapter than the pass has.
-fn foreign_trace(path: &str) -> Failure {
+pub(crate) fn foreign_trace(path: &str) -> Failure {
     Failure::system(
         "INTERNAL_TRACE",
         format!("The backward pass of `{path}` got another adapter's trace or gradients"),

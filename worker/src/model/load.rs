@@ -7,17 +7,22 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use brightrun_kernels::ops::{NormWeight, Precision};
-use brightrun_kernels::{Backend, DType, Tensor, Weight};
+use brightrun_kernels::{Backend, DType, Tensor, Weight, WeightStack};
 use sha2::{Digest, Sha256};
 
 use crate::error::Result;
 use crate::model::attention::Attention;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::config::ModelConfig;
-use crate::model::layer::{FeedForward, Layer, Mixer};
+use crate::model::config::{DeltaConfig, ExpertStorage, Mixing, ModelConfig, MoeConfig};
+use crate::model::delta::DeltaNet;
+use crate::model::experts::Experts;
+use crate::model::feed_forward::FeedForward;
+use crate::model::layer::Layer;
 use crate::model::linear::Linear;
 use crate::model::lora::{Module, ModuleId};
+use crate::model::mixer::Mixer;
 use crate::model::mlp::Mlp;
+use crate::model::moe::{Moe, SharedExpert};
 use crate::model::norm::Norm;
 use crate::model::rope::{RopeCache, RopeFrequencies};
 use crate::model::tensor_file::HostTensor;
@@ -88,8 +93,9 @@ impl<B: Backend> Model<B> {
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self> {
         let config = ModelConfig::load(directory)?;
-        let checkpoint = Checkpoint::open(directory)?;
-        let expected = config.tensors();
+        let checkpoint = Checkpoint::open(directory)?.with_fp8_blocks(config.fp8_block)?;
+        let storage = checkpoint.expert_storage();
+        let expected = config.tensors_with(storage);
         checkpoint.check(&expected)?;
         report_unused(
             &checkpoint,
@@ -99,6 +105,7 @@ impl<B: Backend> Model<B> {
             device,
             checkpoint: &checkpoint,
             options,
+            storage,
             modules: Vec::new(),
             weight_bytes: BTreeMap::new(),
             fingerprint: Sha256::new()
@@ -117,7 +124,17 @@ impl<B: Backend> Model<B> {
 
 /// Tensors this program has no use for are said, not passed over in silence.
 fn report_unused(checkpoint: &Checkpoint, expected: &std::collections::BTreeSet<&str>) {
-    let unused: Vec<&str> = checkpoint.names().filter(|name| !expected.contains(name)).collect();
+    let is_unused = |name: &&str| !expected.contains(name) && !expected.contains(name.trim_end_matches("_scale_inv"));
+    let (predicting, unused): (Vec<&str>, Vec<&str>) = checkpoint
+        .names()
+        .filter(is_unused)
+        .partition(|name| name.starts_with("mtp."));
+    if !predicting.is_empty() {
+        tracing::info!(
+            count = predicting.len(),
+            "the checkpoint's multi-token prediction layers (mtp.*) are not used: training predicts the next token"
+        );
+    }
     if let Some(first) = unused.first() {
         tracing::warn!(
             count = unused.len(),
@@ -131,6 +148,7 @@ struct Loader<'a, B: Backend> {
     device: &'a B,
     checkpoint: &'a Checkpoint,
     options: LoadOptions,
+    storage: ExpertStorage,
     modules: Vec<Module>,
     weight_bytes: BTreeMap<&'static str, u64>,
     fingerprint: Sha256,
@@ -142,7 +160,7 @@ impl<B: Backend> Loader<'_, B> {
     fn model(&mut self, config: ModelConfig) -> Result<Model<B>> {
         let embedding = self.table("model.embed_tokens.weight")?;
         let layers = (0..config.layers)
-            .map(|layer| self.layer(&config, &format!("model.layers.{layer}")))
+            .map(|layer| self.layer(&config, layer))
             .collect::<Result<_>>()?;
         let final_norm = self.norm(&config, "model.norm.weight")?;
         let head = match config.tied_embeddings {
@@ -157,68 +175,192 @@ impl<B: Backend> Loader<'_, B> {
             layers,
             final_norm,
             head,
-            rope: RopeCache::new(config.rope_theta, config.head_dim, self.options.rope_frequencies),
+            rope: RopeCache::new(config.rope_theta, config.rotary, self.options.rope_frequencies),
             weight_bytes: std::mem::take(&mut self.weight_bytes),
             fingerprint: hex::encode(self.fingerprint.clone().finalize()),
             config,
         })
     }
 
-    fn layer(&mut self, config: &ModelConfig, prefix: &str) -> Result<Layer<B>> {
-        let head_norm = |loader: &mut Self, name: &str| match config.qk_norm {
-            true => loader
-                .norm(config, &format!("{prefix}.self_attn.{name}.weight"))
-                .map(Some),
-            false => Ok(None),
-        };
+    fn layer(&mut self, config: &ModelConfig, layer: usize) -> Result<Layer<B>> {
+        let prefix = format!("model.layers.{layer}");
         Ok(Layer {
             input_norm: self.norm(config, &format!("{prefix}.input_layernorm.weight"))?,
-            mixer: Mixer::Attention(Attention {
-                q: self.linear(&format!("{prefix}.self_attn.q_proj"), config.qkv_bias)?,
-                k: self.linear(&format!("{prefix}.self_attn.k_proj"), config.qkv_bias)?,
-                v: self.linear(&format!("{prefix}.self_attn.v_proj"), config.qkv_bias)?,
-                o: self.linear(&format!("{prefix}.self_attn.o_proj"), config.output_bias)?,
-                q_norm: head_norm(self, "q_norm")?,
-                k_norm: head_norm(self, "k_norm")?,
-                head_dim: config.head_dim,
-            }),
+            mixer: match config.mixing(layer) {
+                Mixing::Attention => Mixer::Attention(self.attention(config, &format!("{prefix}.self_attn"))?),
+                Mixing::Delta(delta) => Mixer::Delta(self.delta(config, delta, &format!("{prefix}.linear_attn"))?),
+            },
             middle_norm: self.norm(config, &format!("{prefix}.post_attention_layernorm.weight"))?,
-            feed_forward: FeedForward::Mlp(Mlp {
-                gate: self.linear(&format!("{prefix}.mlp.gate_proj"), false)?,
-                up: self.linear(&format!("{prefix}.mlp.up_proj"), false)?,
-                down: self.linear(&format!("{prefix}.mlp.down_proj"), false)?,
-            }),
+            feed_forward: match config.routing(layer) {
+                None => FeedForward::Mlp(Box::new(self.mlp(&format!("{prefix}.mlp"))?)),
+                Some(moe) => FeedForward::Moe(Box::new(self.moe(config, moe, &format!("{prefix}.mlp"))?)),
+            },
         })
+    }
+
+    fn attention(&mut self, config: &ModelConfig, prefix: &str) -> Result<Attention<B>> {
+        let head_norm = |loader: &mut Self, name: &str| match config.qk_norm {
+            true => loader.norm(config, &format!("{prefix}.{name}.weight")).map(Some),
+            false => Ok(None),
+        };
+        Ok(Attention {
+            q: self.linear(&format!("{prefix}.q_proj"), config.qkv_bias)?,
+            k: self.linear(&format!("{prefix}.k_proj"), config.qkv_bias)?,
+            v: self.linear(&format!("{prefix}.v_proj"), config.qkv_bias)?,
+            o: self.linear(&format!("{prefix}.o_proj"), config.output_bias)?,
+            q_norm: head_norm(self, "q_norm")?,
+            k_norm: head_norm(self, "k_norm")?,
+            head_dim: config.head_dim,
+            is_gated: config.attention_gate,
+        })
+    }
+
+    fn delta(&mut self, config: &ModelConfig, delta: &DeltaConfig, prefix: &str) -> Result<DeltaNet<B>> {
+        Ok(DeltaNet {
+            qkvz: self.linear(&format!("{prefix}.in_proj_qkvz"), false)?,
+            ba: self.kept_linear(&format!("{prefix}.in_proj_ba"))?,
+            out: self.linear(&format!("{prefix}.out_proj"), false)?,
+            taps: self.taps(delta, &format!("{prefix}.conv1d.weight"))?,
+            a_log: self.vector(&format!("{prefix}.A_log"))?,
+            dt_bias: self.vector(&format!("{prefix}.dt_bias"))?,
+            norm: self.vector(&format!("{prefix}.norm.weight"))?,
+            norm_eps: config.rms_norm_eps,
+            key_heads: delta.key_heads,
+            value_heads: delta.value_heads,
+            key_dim: delta.key_dim,
+            value_dim: delta.value_dim,
+        })
+    }
+
+    /// The convolution `[channels, 1, taps]`, cut into its parts for q, k and v.
+    fn taps(&mut self, delta: &DeltaConfig, name: &str) -> Result<[Tensor<B>; 3]> {
+        let host = self.float(name)?;
+        let mut rest = host.bytes.as_slice();
+        let mut part = |channels: usize| {
+            let (bytes, behind) = rest.split_at(channels * delta.taps * host.dtype.size_bytes());
+            rest = behind;
+            self.device.upload(host.dtype, [channels, delta.taps], bytes)
+        };
+        let (keys, values) = (delta.key_width(), delta.value_width());
+        let parts = [part(keys)?, part(keys)?, part(values)?];
+        self.count(encoding_of(host.dtype), host.bytes.len());
+        Ok(parts)
+    }
+
+    fn mlp(&mut self, prefix: &str) -> Result<Mlp<B>> {
+        Ok(Mlp {
+            gate: self.linear(&format!("{prefix}.gate_proj"), false)?,
+            up: self.linear(&format!("{prefix}.up_proj"), false)?,
+            down: self.linear(&format!("{prefix}.down_proj"), false)?,
+        })
+    }
+
+    fn moe(&mut self, config: &ModelConfig, moe: &MoeConfig, prefix: &str) -> Result<Moe<B>> {
+        let shared = match moe.shared_intermediate {
+            None => None,
+            Some(_) => Some(SharedExpert {
+                mlp: self.mlp(&format!("{prefix}.shared_expert"))?,
+                gate: self.kept_linear(&format!("{prefix}.shared_expert_gate"))?,
+            }),
+        };
+        Ok(Moe {
+            router: self.table(&format!("{prefix}.gate.weight"))?,
+            experts: self.experts(config, moe, &format!("{prefix}.experts"))?,
+            top: moe.top,
+            renormalise: moe.renormalise,
+            shared,
+        })
+    }
+
+    fn experts(&mut self, config: &ModelConfig, moe: &MoeConfig, prefix: &str) -> Result<Experts<B>> {
+        let (wide, narrow) = ([moe.intermediate, config.hidden], [config.hidden, moe.intermediate]);
+        let gate = self.stack(moe.experts, |loader, expert| match loader.storage {
+            ExpertStorage::Each => loader.read(&format!("{prefix}.{expert}.gate_proj.weight")),
+            ExpertStorage::Stacked => loader.read_part(&format!("{prefix}.gate_up_proj"), 2 * expert, wide),
+        })?;
+        let up = self.stack(moe.experts, |loader, expert| match loader.storage {
+            ExpertStorage::Each => loader.read(&format!("{prefix}.{expert}.up_proj.weight")),
+            ExpertStorage::Stacked => loader.read_part(&format!("{prefix}.gate_up_proj"), 2 * expert + 1, wide),
+        })?;
+        let down = self.stack(moe.experts, |loader, expert| match loader.storage {
+            ExpertStorage::Each => loader.read(&format!("{prefix}.{expert}.down_proj.weight")),
+            ExpertStorage::Stacked => loader.read_part(&format!("{prefix}.down_proj"), expert, narrow),
+        })?;
+        let gate_up = format!("{prefix}.gate_up_proj");
+        let down_path = format!("{prefix}.down_proj");
+        Ok(Experts {
+            gate,
+            up,
+            down,
+            gate_up_module: self.module(&gate_up, (2 * moe.intermediate, config.hidden), Some(moe.experts)),
+            down_module: self.module(&down_path, (config.hidden, moe.intermediate), Some(moe.experts)),
+        })
+    }
+
+    /// All experts' matrices of one projection, each encoded by itself.
+    fn stack(
+        &mut self,
+        experts: usize,
+        mut read: impl FnMut(&mut Self, usize) -> Result<HostTensor>,
+    ) -> Result<WeightStack<B>> {
+        let host = read(self, 0)?;
+        let first = self.encoded(host)?;
+        let mut stack = WeightStack::alloc_like(self.device, experts, &first)?;
+        self.device.stack_expert(&first, 0, &mut stack)?;
+        drop(first);
+        for expert in 1..experts {
+            let host = read(self, expert)?;
+            let weight = self.encoded(host)?;
+            self.device.stack_expert(&weight, expert, &mut stack)?;
+        }
+        self.count(stack.encoding(), stack.size_bytes());
+        Ok(stack)
     }
 
     /// A projection, which becomes an adaptable module.
     fn linear(&mut self, path: &str, has_bias: bool) -> Result<Linear<B>> {
-        let weight = self.projection(&format!("{path}.weight"))?;
+        let host = self.read(&format!("{path}.weight"))?;
+        let weight = self.encoded(host)?;
+        let weight = self.counted(weight);
         let bias = match has_bias {
             true => Some(self.vector(&format!("{path}.bias"))?),
             false => None,
         };
-        let (outputs, inputs) = weight.extents();
-        let module = ModuleId(self.modules.len());
+        let module = self.module(path, weight.extents(), None);
+        Ok(Linear { module, weight, bias })
+    }
+
+    /// A projection with a handful of outputs, which steer everything else and are never quantised.
+    fn kept_linear(&mut self, path: &str) -> Result<Linear<B>> {
+        let weight = self.table(&format!("{path}.weight"))?;
+        let module = self.module(path, weight.extents(), None);
+        Ok(Linear {
+            module,
+            weight,
+            bias: None,
+        })
+    }
+
+    fn module(&mut self, path: &str, (outputs, inputs): (usize, usize), experts: Option<usize>) -> ModuleId {
         self.modules.push(Module {
             path: path.to_owned(),
             outputs,
             inputs,
+            experts,
         });
-        Ok(Linear { module, weight, bias })
+        ModuleId(self.modules.len() - 1)
     }
 
-    fn projection(&mut self, name: &str) -> Result<Weight<B>> {
-        let host = self.read(name)?;
-        let weight = match self.options.encoding {
+    /// A projection's matrix as it shall be kept.
+    fn encoded(&self, host: HostTensor) -> Result<Weight<B>> {
+        Ok(match self.options.encoding {
             Encoding::Stored => Weight::Dense(self.upload(&host)?),
             Encoding::Bf16 => Weight::Dense(self.upload(&host.rounded_to_bf16()?)?),
             Encoding::Nf4 => Weight::Nf4(self.device.quantize_nf4(&self.upload(&host)?, true)?),
-        };
-        Ok(self.counted(weight))
+        })
     }
 
-    /// The embedding or the head.
+    /// The embedding, the head, a router: what is never quantised.
     fn table(&mut self, name: &str) -> Result<Weight<B>> {
         let host = self.read(name)?;
         let host = match self.options.encoding {
@@ -232,35 +374,54 @@ impl<B: Backend> Loader<'_, B> {
     fn norm(&mut self, config: &ModelConfig, name: &str) -> Result<Norm<B>> {
         Ok(Norm {
             weight: self.vector(name)?,
-            style: NormWeight::Plain,
+            style: match config.zero_centred_norms {
+                true => NormWeight::ZeroCentred,
+                false => NormWeight::Plain,
+            },
             eps: config.rms_norm_eps,
         })
     }
 
-    /// A norm's weight or a bias: f32 or bf16, an f16 one widened.
+    /// A norm's weight, a bias or the like.
     fn vector(&mut self, name: &str) -> Result<Tensor<B>> {
-        let host = self.read(name)?;
-        let host = if host.dtype == DType::F16 {
-            host.widened()?
-        } else {
-            host
-        };
+        let host = self.float(name)?;
         let tensor = self.upload(&host)?;
-        self.count(
-            if host.dtype == DType::BF16 { "bf16" } else { "f32" },
-            tensor.size_bytes(),
-        );
+        self.count(encoding_of(host.dtype), tensor.size_bytes());
         Ok(tensor)
+    }
+
+    /// A small tensor in f32 or bf16, an f16 one widened.
+    fn float(&mut self, name: &str) -> Result<HostTensor> {
+        let host = self.read(name)?;
+        match host.dtype {
+            DType::F16 => host.widened(),
+            _ => Ok(host),
+        }
     }
 
     fn read(&mut self, name: &str) -> Result<HostTensor> {
         let host = self.checkpoint.read(name)?;
+        let stored_bytes = self
+            .checkpoint
+            .tensor(name)
+            .map_or(host.bytes.len(), |stored| stored.size_bytes());
+        self.seen(&host, stored_bytes, 1);
+        Ok(host)
+    }
+
+    /// Matrix number `place` of a stacked tensor. The tensor counts as loaded with its first matrix.
+    fn read_part(&mut self, name: &str, place: usize, shape: [usize; 2]) -> Result<HostTensor> {
+        let host = self.checkpoint.read_part(name, place * shape[0] * shape[1], &shape)?;
+        self.seen(&host, host.bytes.len(), usize::from(place == 0));
+        Ok(host)
+    }
+
+    fn seen(&mut self, host: &HostTensor, stored_bytes: usize, tensors: usize) {
         let sample = &host.bytes[..host.bytes.len().min(FINGERPRINT_SAMPLE_BYTES)];
         self.fingerprint.update(sample);
-        self.state.tensors += 1;
-        self.state.bytes += host.bytes.len() as u64;
+        self.state.tensors += tensors;
+        self.state.bytes += stored_bytes as u64;
         (self.progress)(self.state);
-        Ok(host)
     }
 
     fn upload(&self, host: &HostTensor) -> Result<Tensor<B>> {
@@ -276,5 +437,13 @@ impl<B: Backend> Loader<'_, B> {
 
     fn count(&mut self, encoding: &'static str, bytes: usize) {
         *self.weight_bytes.entry(encoding).or_default() += bytes as u64;
+    }
+}
+
+/// The name of a small tensor's encoding, for reports.
+fn encoding_of(dtype: DType) -> &'static str {
+    match dtype {
+        DType::BF16 => "bf16",
+        _ => "f32",
     }
 }

@@ -3,9 +3,12 @@
 //! A base model is frozen and shared; an adapter is a value beside it. [`LoraSet`] is indexed by [`ModuleId`], so the
 //! same loaded model runs without an adapter, with this one, or with another.
 
+use std::collections::HashSet;
+
 use brightrun_kernels::{Backend, DType, Tensor};
 
 use crate::error::{Failure, Result};
+use crate::model::peft::PeftLayout;
 use crate::model::random::CounterRandom;
 
 /// Names within this Jaro–Winkler similarity are offered as near misses.
@@ -15,15 +18,17 @@ const NEAR_MISS: f64 = 0.75;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ModuleId(pub(crate) usize);
 
-/// A linear layer that may carry an adapter.
+/// A linear layer that may carry an adapter, or one projection of all routed experts of a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Module {
-    /// Its path in the checkpoint, such as `model.layers.0.self_attn.q_proj`.
+    /// Its path, such as `model.layers.0.self_attn.q_proj`, or `model.layers.0.mlp.experts.down_proj` for routed experts.
     pub path: String,
     /// `O`.
     pub outputs: usize,
     /// `I`.
     pub inputs: usize,
+    /// `E` for the projections of routed experts: each has its own factors.
+    pub experts: Option<usize>,
 }
 
 /// What an adapter is made of.
@@ -33,7 +38,8 @@ pub struct LoraConfig {
     pub rank: usize,
     /// The adapter's contribution is scaled by `alpha / rank`.
     pub alpha: f32,
-    /// Names of adapted modules: the last part or parts of their paths.
+    /// Names of adapted modules: the last part or parts of their paths. Routed experts are meant only by names that say
+    /// so: `experts.gate_up_proj`, `mlp.experts.down_proj`. `down_proj` alone is every module of that name and no expert.
     pub targets: Vec<String>,
 }
 
@@ -42,10 +48,11 @@ pub struct LoraConfig {
 pub struct LoraPair<B: Backend> {
     /// The adapted module's path.
     pub path: String,
-    /// f32 `[R, I]`.
+    /// f32 `[R, I]`, or `[E, R, I]`.
     pub a: Tensor<B>,
-    /// f32 `[O, R]`.
+    /// f32 `[O, R]`, or `[E, O, R]`.
     pub b: Tensor<B>,
+    layout: PeftLayout,
 }
 
 /// An adapter in a backend's memory.
@@ -69,6 +76,17 @@ impl LoraConfig {
         self.alpha / self.rank as f32
     }
 
+    /// The targets as PEFT's `target_modules` and `target_parameters`.
+    pub fn peft_targets(&self) -> (Vec<String>, Vec<String>) {
+        let (mut parameters, mut modules): (Vec<String>, Vec<String>) =
+            self.targets.iter().cloned().partition(|target| names_experts(target));
+        for list in [&mut modules, &mut parameters] {
+            list.sort();
+            list.dedup();
+        }
+        (modules, parameters)
+    }
+
     /// The modules that the targets name, in the model's order.
     ///
     /// # Errors
@@ -88,12 +106,19 @@ impl LoraConfig {
 }
 
 impl Module {
-    /// Whether the path ends with `target`, on a boundary between parts.
+    /// Whether the path ends with `target`, on a boundary between parts. PEFT 0.21 takes `down_proj` of a mixture of experts
+    /// for the routed experts and doubles rank and alpha there; here a name means the module it names.
     fn is_named(&self, target: &str) -> bool {
-        match self.path.strip_suffix(target) {
+        let ends_so = match self.path.strip_suffix(target) {
             Some(rest) => rest.is_empty() || rest.ends_with('.'),
             None => false,
-        }
+        };
+        ends_so && (self.experts.is_none() || names_experts(target))
+    }
+
+    /// Values of an adapter of this module.
+    pub fn parameters(&self, rank: usize) -> usize {
+        self.experts.unwrap_or(1) * rank * (self.inputs + self.outputs)
     }
 
     fn name(&self) -> &str {
@@ -101,17 +126,21 @@ impl Module {
     }
 }
 
+/// Whether a target means a projection of routed experts: the part before its last is `experts`.
+fn names_experts(target: &str) -> bool {
+    target.rsplit('.').nth(1) == Some("experts")
+}
+
 impl<B: Backend> LoraPair<B> {
     /// PEFT's names of `a` and `b`.
     pub fn keys(&self) -> (String, String) {
-        peft_keys(&self.path)
+        self.layout.keys.clone()
     }
-}
 
-/// PEFT's names of the two factors of a module's adapter.
-pub(crate) fn peft_keys(path: &str) -> (String, String) {
-    let prefix = format!("base_model.model.{path}");
-    (format!("{prefix}.lora_A.weight"), format!("{prefix}.lora_B.weight"))
+    /// How PEFT names and orders these factors.
+    pub fn layout(&self) -> &PeftLayout {
+        &self.layout
+    }
 }
 
 impl<B: Backend> LoraSet<B> {
@@ -121,14 +150,15 @@ impl<B: Backend> LoraSet<B> {
     /// # Errors
     /// `LORA_TARGET_UNKNOWN`; the backend's own.
     pub fn initialise(device: &B, config: LoraConfig, modules: &[Module], seed: u64) -> Result<Self> {
-        Self::build(config, modules, |module, rank| {
+        Self::build(config, modules, |module, layout| {
+            let (shape_a, shape_b) = layout.shapes();
             let random = CounterRandom::new(seed, &format!("lora-init {}", module.path));
             let bound = 1.0 / (module.inputs as f32).sqrt();
-            let values: Vec<f32> = (0..rank * module.inputs)
+            let values: Vec<f32> = (0..shape_a.elements())
                 .map(|counter| (2.0 * random.unit(counter as u64) - 1.0) * bound)
                 .collect();
-            let a = device.upload_f32([rank, module.inputs], &values)?;
-            Ok((a, device.zeros(DType::F32, [module.outputs, rank])?))
+            let a = device.upload_f32(shape_a, &values)?;
+            Ok((a, device.zeros(DType::F32, shape_b)?))
         })
     }
 
@@ -136,18 +166,22 @@ impl<B: Backend> LoraSet<B> {
     pub(crate) fn build(
         config: LoraConfig,
         modules: &[Module],
-        mut factors: impl FnMut(&Module, usize) -> Result<(Tensor<B>, Tensor<B>)>,
+        mut factors: impl FnMut(&Module, &PeftLayout) -> Result<(Tensor<B>, Tensor<B>)>,
     ) -> Result<Self> {
         let mut by_module = vec![None; modules.len()];
         let mut pairs = Vec::new();
-        for id in config.resolve(modules)? {
+        let chosen = config.resolve(modules)?;
+        let paths: HashSet<&str> = chosen.iter().map(|id| modules[id.0].path.as_str()).collect();
+        for id in &chosen {
             let module = &modules[id.0];
-            let (a, b) = factors(module, config.rank)?;
+            let layout = PeftLayout::new(module, config.rank, |path| paths.contains(path));
+            let (a, b) = factors(module, &layout)?;
             by_module[id.0] = Some(pairs.len());
             pairs.push(LoraPair {
                 path: module.path.clone(),
                 a,
                 b,
+                layout,
             });
         }
         Ok(Self {
@@ -255,6 +289,21 @@ impl<B: Backend> LoraGradients<B> {
 }
 
 fn unknown_target(target: &str, modules: &[Module]) -> Failure {
+    let tensor = match target {
+        "gate_proj" | "up_proj" => "gate_up_proj",
+        other => other,
+    };
+    let is_meant = |module: &&Module| module.experts.is_some() && module.name() == tensor;
+    if let Some(module) = modules.iter().find(is_meant) {
+        let name = module.name();
+        return Failure::user(
+            "LORA_TARGET_UNKNOWN",
+            format!("The LoRA target `{target}` matches no module of this model but its routed experts"),
+        )
+        .hint(format!(
+            "Name `mlp.experts.{name}` if you mean every routed expert, else leave `{target}` out"
+        ));
+    }
     let mut names: Vec<&str> = modules.iter().map(Module::name).collect();
     names.sort_unstable();
     names.dedup();
@@ -291,6 +340,7 @@ mod tests {
                 path: format!("model.layers.0.{name}"),
                 outputs: 4,
                 inputs: 4,
+                experts: None,
             })
             .collect()
     }
@@ -323,5 +373,43 @@ mod tests {
             "{failure}"
         );
         assert!(resolve(&["xyz"]).unwrap_err().hint.contains("k_proj, q_proj, up_proj"));
+    }
+
+    fn mixture() -> Vec<Module> {
+        let module = |name: &str, experts| Module {
+            path: format!("model.layers.0.{name}"),
+            outputs: 4,
+            inputs: 4,
+            experts,
+        };
+        vec![
+            module("self_attn.q_proj", None),
+            module("mlp.shared_expert.down_proj", None),
+            module("mlp.experts.gate_up_proj", Some(8)),
+            module("mlp.experts.down_proj", Some(8)),
+        ]
+    }
+
+    fn resolve_in_mixture(targets: &[&str]) -> Result<Vec<ModuleId>> {
+        let config = LoraConfig {
+            rank: 2,
+            alpha: 4.0,
+            targets: targets.iter().map(ToString::to_string).collect(),
+        };
+        config.resolve(&mixture())
+    }
+
+    #[test]
+    fn routed_experts_are_adapted_only_by_names_that_say_so() {
+        assert_eq!(resolve_in_mixture(&["down_proj"]).unwrap(), [ModuleId(1)]);
+        assert_eq!(resolve_in_mixture(&["experts.down_proj"]).unwrap(), [ModuleId(3)]);
+        assert_eq!(
+            resolve_in_mixture(&["mlp.experts.gate_up_proj", "q_proj"]).unwrap(),
+            [ModuleId(0), ModuleId(2)]
+        );
+        for target in ["gate_proj", "up_proj"] {
+            let failure = resolve_in_mixture(&[target]).unwrap_err();
+            assert!(failure.hint.contains("mlp.experts.gate_up_proj"), "{failure}");
+        }
     }
 }

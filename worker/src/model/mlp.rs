@@ -55,7 +55,7 @@ impl<B: Backend> Mlp<B> {
         self.down.forward(pass, &activated)
     }
 
-    /// Adds the adapters' gradients and writes the gradient of `x` where `dx` asks for it. `down_hidden` is the `u` that
+    /// Adds the adapters' gradients and overwrites `dx`, where given, with the gradient of `x`. `down_hidden` is the `u` that
     /// [`Mlp::close`] gave.
     ///
     /// # Errors

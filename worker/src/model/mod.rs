@@ -5,12 +5,13 @@
 //! | module | what |
 //! |---|---|
 //! | [`config`] | `config.json` → numbers; refuses what would be computed differently |
-//! | [`tensor_file`], [`checkpoint`] | safetensors by positioned reads; shards; everything headers can tell is checked first |
+//! | [`tensor_file`], [`fp8`], [`checkpoint`] | safetensors by positioned reads; shards; everything headers can tell is checked first |
 //! | [`load`] | checkpoint → [`Model`], tensor by tensor, quantised on the way |
 //! | [`transformer`] | embedding, layers, head: forward, and forward with backward |
 //! | [`layer`] | one decoder layer: a mixer, a feed-forward part; what is kept and what is computed again |
-//! | [`attention`], [`mlp`], [`norm`], [`linear`] | the parts, each with `forward` and `backward` |
-//! | [`lora`], [`adapter`] | adapters beside the frozen model; PEFT's files |
+//! | [`mixer`], [`feed_forward`] | which mixer, which feed-forward part |
+//! | [`attention`], [`delta`], [`mlp`], [`moe`], [`experts`], [`norm`], [`linear`] | the parts, each with `forward` and `backward` |
+//! | [`lora`], [`peft`], [`adapter`] | adapters beside the frozen model; PEFT's names, order and files |
 //! | [`decode`], [`cache`] | one document, continued token by token |
 //! | [`synthetic`] | checkpoints of seeded random numbers |
 //! | [`batch`], [`pass`], [`rope`], [`random`] | packed documents; what layers share; rotations; seeded numbers |
@@ -28,13 +29,20 @@ pub mod cache;
 pub mod checkpoint;
 pub mod config;
 pub mod decode;
+pub mod delta;
+pub mod experts;
+pub mod feed_forward;
+pub mod fp8;
 pub mod layer;
 pub mod linear;
 pub mod load;
 pub mod lora;
+pub mod mixer;
 pub mod mlp;
+pub mod moe;
 pub mod norm;
 pub mod pass;
+pub mod peft;
 pub mod random;
 pub mod rope;
 pub mod synthetic;

@@ -7,7 +7,7 @@ use brightrun_kernels::{Backend, DType, Segments, Shape, Tensor};
 
 use crate::error::Result;
 use crate::model::linear::Linear;
-use crate::model::lora::LoraSet;
+use crate::model::lora::{LoraSet, ModuleId};
 
 /// The surroundings of one forward or forward-and-backward pass.
 pub struct Pass<'a, B: Backend> {
@@ -44,6 +44,25 @@ impl<B: Backend> Pass<'_, B> {
         let mut copy = self.device.alloc(source.dtype(), source.shape())?;
         self.device.copy(source, &mut copy)?;
         Ok(copy)
+    }
+
+    /// The same values in another dtype, f32 or bf16.
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn converted(&self, tensor: Tensor<B>, dtype: DType) -> Result<Tensor<B>> {
+        if tensor.dtype() == dtype {
+            return Ok(tensor);
+        }
+        let mut converted = self.device.alloc(dtype, tensor.shape())?;
+        self.device.copy(&tensor, &mut converted)?;
+        Ok(converted)
+    }
+
+    /// Whether the pass has an adapter for any of these modules.
+    pub fn adapts_any(&self, modules: &[ModuleId]) -> bool {
+        self.lora
+            .is_some_and(|lora| modules.iter().any(|module| lora.adapts(*module)))
     }
 
     /// Bytes of the adapters' `u` of some projections: f32 `[T, R]` each.

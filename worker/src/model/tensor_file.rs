@@ -50,6 +50,13 @@ pub struct HostTensor {
     pub bytes: Vec<u8>,
 }
 
+impl StoredTensor {
+    /// Length in bytes.
+    pub fn size_bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
 impl TensorFile {
     /// Opens a file, reads its header and checks it: offsets without gaps or overlaps, extents that multiply to the
     /// lengths, and a file exactly as long as the header says.
@@ -106,17 +113,46 @@ impl TensorFile {
     /// # Errors
     /// `MODEL_TENSOR_MISSING` when it is not in the file, `MODEL_FILE_DAMAGED` when it cannot be read.
     pub fn read(&self, name: &str) -> Result<HostTensor> {
-        let stored = self.tensors.get(name).ok_or_else(|| {
+        let stored = self.stored(name)?;
+        self.read_range(stored, 0, stored.shape.clone())
+    }
+
+    /// Reads a tensor of extents `shape` out of a larger one: consecutive elements from `first_element` on.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read`]; `MODEL_TENSOR_SHAPE` when the part reaches beyond the tensor's end.
+    pub fn read_part(&self, name: &str, first_element: usize, shape: &[usize]) -> Result<HostTensor> {
+        let stored = self.stored(name)?;
+        let elements = shape.iter().product::<usize>() + first_element;
+        if elements * stored.dtype.size_bytes() > stored.bytes {
+            return Err(Failure::user(
+                "MODEL_TENSOR_SHAPE",
+                format!(
+                    "The tensor `{name}` {:?} has fewer than {elements} elements",
+                    stored.shape
+                ),
+            )
+            .at(self.path.display().to_string()));
+        }
+        self.read_range(stored, first_element, shape.to_vec())
+    }
+
+    fn stored(&self, name: &str) -> Result<&StoredTensor> {
+        self.tensors.get(name).ok_or_else(|| {
             Failure::user("MODEL_TENSOR_MISSING", format!("The file has no tensor `{name}`"))
                 .at(self.path.display().to_string())
-        })?;
-        let mut bytes = vec![0; stored.bytes];
+        })
+    }
+
+    fn read_range(&self, stored: &StoredTensor, first_element: usize, shape: Vec<usize>) -> Result<HostTensor> {
+        let width = stored.dtype.size_bytes();
+        let mut bytes = vec![0; width * shape.iter().product::<usize>()];
         self.file
-            .read_exact_at(&mut bytes, stored.offset)
+            .read_exact_at(&mut bytes, stored.offset + (first_element * width) as u64)
             .map_err(|error| read_failure(&self.path, &error))?;
         Ok(HostTensor {
             dtype: stored.dtype,
-            shape: stored.shape.clone(),
+            shape,
             bytes,
         })
     }
@@ -264,6 +300,7 @@ fn supported_dtype(path: &Path, name: &str, stored: StoredDtype) -> Result<DType
         StoredDtype::F32 => Ok(DType::F32),
         StoredDtype::BF16 => Ok(DType::BF16),
         StoredDtype::F16 => Ok(DType::F16),
+        StoredDtype::F8_E4M3 => Ok(DType::F8E4M3),
         StoredDtype::U8 => Ok(DType::U8),
         StoredDtype::I32 => Ok(DType::I32),
         other => Err(Failure::user(
@@ -271,7 +308,7 @@ fn supported_dtype(path: &Path, name: &str, stored: StoredDtype) -> Result<DType
             format!("The tensor `{name}` has the dtype {other:?}, which is not supported"),
         )
         .at(path.display().to_string())
-        .hint("Use a bf16, f16 or f32 checkpoint")),
+        .hint("Use a bf16, f16, f32 or block-wise FP8 checkpoint")),
     }
 }
 

@@ -39,6 +39,11 @@ impl Bounds {
         }
     }
 
+    /// By how much, relatively, a weight may be changed to account for one sum's rounding errors.
+    pub fn one_sum(self) -> f64 {
+        LAMBDA * self.longest_sum.sqrt() * UNIT_ROUNDOFF
+    }
+
     fn chain(self, depth: f64) -> f64 {
         2.0 * LAMBDA * depth * self.longest_sum.sqrt() * UNIT_ROUNDOFF
     }

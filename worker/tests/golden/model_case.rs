@@ -18,6 +18,7 @@ use serde::Deserialize;
 
 use crate::bounds::{Bounds, relative, relative_median, relative_norm, relative_to_largest};
 use crate::round_trip::{self, Decoding};
+use crate::twin;
 use crate::{CaseResult, Check};
 
 /// The loss and the schedule are computed in float64 on one side and float32 on the other.
@@ -64,46 +65,82 @@ pub fn run(folder: &Path) -> CaseResult {
     checks(folder).map_err(|failure| failure.to_string())
 }
 
+/// What a quantity was computed to be, and how it is compared.
+struct Measured {
+    quantity: String,
+    got: Vec<f32>,
+    expected: Vec<f32>,
+    distance: fn(&[f32], &[f32]) -> f64,
+    bound: f64,
+}
+
+impl Measured {
+    fn logits(quantity: &str, got: Vec<f32>, expected: Vec<f32>, bound: f64) -> Self {
+        Self {
+            quantity: quantity.to_owned(),
+            got,
+            expected,
+            distance: relative_to_largest,
+            bound,
+        }
+    }
+
+    fn error(&self) -> f64 {
+        (self.distance)(&self.got, &self.expected)
+    }
+
+    /// With a twin, two right computations may lie apart as far as the twins do, each on its own side.
+    fn check(self, twin: Option<&Self>) -> Check {
+        let apart = twin.map_or(0.0, |twin| 2.0 * (self.distance)(&twin.got, &self.got));
+        Check::new(&self.quantity, self.error(), self.bound.max(apart))
+    }
+}
+
 fn checks(folder: &Path) -> Result<Vec<Check>, Failure> {
     let device = Cpu::new(None)?;
     let (case, model) = case_and_model(folder, device)?;
-    let mut checks = vec![case.logits("base.logits", &model, None)?];
+    let mut measured = case.measured(&model)?;
+    let mut checks = Vec::new();
+    let mut twins = Vec::new();
+    if model.config().delta.is_some() {
+        let twin = twin::write(&folder.join("model"), case.bounds.one_sum())?;
+        let twin = Model::load(&case.device, twin.path(), case.options, &mut |_| {})?;
+        twins = case.measured(&twin)?;
+    }
     if case.tensors.tensors().contains_key("base.nf4_logits") {
-        checks.extend(case.quantised()?);
+        measured.extend(case.quantised()?);
+    }
+    for (place, quantity) in measured.into_iter().enumerate() {
+        checks.push(quantity.check(twins.get(place)));
     }
     if case.settings.rank.is_some() {
-        checks.extend(case.adapted(&model)?);
+        checks.extend(case.exact(&model)?);
     }
     Ok(checks)
 }
 
 /// Loads the model as the peer held it. The peers' cases come in two kinds: made by a model loaded in float32, or by one that
 /// was cast to bfloat16 as a whole and back, which leaves its rotary frequencies rounded to bfloat16 (checked with transformers
-/// itself: so rounded, it gives the recorded logits bit for bit). Nothing in a case says which; its base logits do. Everything
-/// else must then agree under the same choice.
+/// itself: so rounded, it gives the recorded logits bit for bit). Nothing in a case says which; its base logits do: the nearer
+/// ones are right. Everything else must then agree under the same choice.
 fn case_and_model(folder: &Path, device: Cpu) -> Result<(Case<'_>, Model<Cpu>), Failure> {
     let options = |rope_frequencies| LoadOptions {
         encoding: Encoding::Stored,
         precision: Precision::F32,
         rope_frequencies,
     };
-    let exact = Model::load(
-        &device,
-        &folder.join("model"),
-        options(RopeFrequencies::F32),
-        &mut |_| {},
-    )?;
+    let load =
+        |device: &Cpu, frequencies| Model::load(device, &folder.join("model"), options(frequencies), &mut |_| {});
+    let exact = load(&device, RopeFrequencies::F32)?;
     let mut case = Case::read(folder, device, &exact)?;
-    if case.logits("base.logits", &exact, None)?.holds() {
-        return Ok((case, exact));
-    }
-    crate::say(&format!(
-        "golden {}: taken as made with rotary frequencies rounded to bf16",
-        folder.display()
-    ));
-    case.options = options(RopeFrequencies::Bf16);
-    let model = Model::load(&case.device, &folder.join("model"), case.options, &mut |_| {})?;
-    Ok((case, model))
+    let rounded = load(&case.device, RopeFrequencies::Bf16)?;
+    let error = |model: &Model<Cpu>| Ok::<_, Failure>(case.logits("base.logits", model, None)?.error());
+    let rounded_is_nearer = error(&rounded)? < error(&exact)?;
+    case.options = options(match rounded_is_nearer {
+        true => RopeFrequencies::Bf16,
+        false => RopeFrequencies::F32,
+    });
+    Ok((case, if rounded_is_nearer { rounded } else { exact }))
 }
 
 impl<'a> Case<'a> {
@@ -153,18 +190,23 @@ impl<'a> Case<'a> {
         Ok(logits)
     }
 
-    fn logits(&self, name: &str, model: &Model<Cpu>, lora: Option<&LoraSet<Cpu>>) -> Result<Check, Failure> {
-        let got = self.all_logits(model, lora)?;
-        Ok(Check::new(
-            name,
-            relative_to_largest(&got, &self.expected(name)?),
-            self.bounds.forward(),
-        ))
+    fn logits(&self, name: &str, model: &Model<Cpu>, lora: Option<&LoraSet<Cpu>>) -> Result<Measured, Failure> {
+        let (got, expected) = (self.all_logits(model, lora)?, self.expected(name)?);
+        Ok(Measured::logits(name, got, expected, self.bounds.forward()))
+    }
+
+    /// Everything that a model of this case computes, in an order that does not depend on the model.
+    fn measured(&self, model: &Model<Cpu>) -> Result<Vec<Measured>, Failure> {
+        let mut list = vec![self.logits("base.logits", model, None)?];
+        if self.settings.rank.is_some() {
+            list.extend(self.adapted(model)?);
+        }
+        Ok(list)
     }
 
     /// Our codes and scales, decoded as the peer decoded them, give the peer's logits; and a model that holds NF4 gives the logits
     /// of its own decoded values.
-    fn quantised(&self) -> Result<Vec<Check>, Failure> {
+    fn quantised(&self) -> Result<Vec<Measured>, Failure> {
         let source = self.folder.join("model");
         let as_peer = round_trip::write(&self.device, &source, &self.settings.nf4_suffixes, Decoding::Peer)?;
         let as_ours = round_trip::write(&self.device, &source, &self.settings.nf4_suffixes, Decoding::Ours)?;
@@ -178,36 +220,64 @@ impl<'a> Case<'a> {
         let peer = self.logits("base.nf4_logits", &load(as_peer.path(), Encoding::Stored)?, None)?;
         let direct = self.all_logits(&load(&source, Encoding::Nf4)?, None)?;
         let decoded = self.all_logits(&load(as_ours.path(), Encoding::Stored)?, None)?;
-        let error = relative_to_largest(&direct, &decoded);
         Ok(vec![
             peer,
-            Check::new("nf4-used-directly", error, self.bounds.forward()),
+            Measured::logits("nf4-used-directly", direct, decoded, self.bounds.forward()),
         ])
     }
 
-    fn adapted(&self, model: &Model<Cpu>) -> Result<Vec<Check>, Failure> {
+    fn adapted(&self, model: &Model<Cpu>) -> Result<Vec<Measured>, Failure> {
         let lora = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
-        let mut checks = vec![
+        let mut list = vec![
             self.logits("lora.logits", model, Some(&lora))?,
             self.token_losses(model, &lora)?,
-            self.packed_is_separate(model, &lora)?,
         ];
-        checks.extend(self.gradients(model, &lora)?);
-        checks.extend(self.training(model, lora)?);
+        list.extend(self.gradients(model, &lora)?);
+        list.extend(self.training(model, lora)?);
+        Ok(list)
+    }
+
+    /// What is held to its bound whatever the model does with errors: packing, coverage, the schedule.
+    fn exact(&self, model: &Model<Cpu>) -> Result<Vec<Check>, Failure> {
+        let lora = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
+        let named = self.tensors.tensors().keys().filter(|name| name.starts_with("grad."));
+        let uncovered = named.count() as f64 - 2.0 * lora.pairs().len() as f64;
+        let mut checks = vec![
+            self.packed_is_separate(model, &lora)?,
+            Check::new("gradients-not-compared", uncovered.abs(), 0.0),
+        ];
+        let hyper = self.hyper()?;
+        let rate = LearningRate::new(&spec(hyper)?, hyper.steps);
+        for (step, expected) in self.settings.learning_rates.iter().enumerate() {
+            let error = relative(rate.at(step), *expected);
+            checks.push(Check::new(
+                format!("learning_rate of step {step}"),
+                error,
+                FLOAT32_EPSILON,
+            ));
+        }
         Ok(checks)
     }
 
+    fn hyper(&self) -> Result<&Hyper, Failure> {
+        self.settings
+            .hyper
+            .as_ref()
+            .ok_or_else(|| broken("no `hyper`".to_owned()))
+    }
+
     /// The last position of a sequence predicts nothing and has no loss in the peer's `[N, T − 1]`.
-    fn token_losses(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Check, Failure> {
+    fn token_losses(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Measured, Failure> {
         let mut got = Vec::new();
         for batch in self.separate() {
             let losses = model.forward_losses(Some(lora), &batch)?;
             got.extend_from_slice(&losses[..losses.len() - 1]);
         }
         let expected = self.expected("lora.token_loss")?;
-        Ok(Check::new(
+        Ok(Measured::logits(
             "lora.token_loss",
-            relative_to_largest(&got, &expected),
+            got,
+            expected,
             self.bounds.forward(),
         ))
     }
@@ -224,7 +294,7 @@ impl<'a> Case<'a> {
     }
 
     /// The gradient of the mean loss over both sequences, packed into one row.
-    fn gradients(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Vec<Check>, Failure> {
+    fn gradients(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Vec<Measured>, Failure> {
         let batch = self.packed();
         let settings = BackwardSettings {
             gradient_scale: 1.0 / batch.supervised_tokens() as f32,
@@ -232,33 +302,28 @@ impl<'a> Case<'a> {
         };
         let mut gradients = LoraGradients::zeros(&self.device, lora)?;
         model.forward_backward(lora, &mut gradients, &batch, settings)?;
-        let mut checks = Vec::new();
+        let mut list = Vec::new();
         for (pair, (a, b)) in lora.pairs().iter().zip(gradients.pairs()) {
-            let (key_a, key_b) = pair.keys();
-            for (key, gradient) in [(key_a, a), (key_b, b)] {
-                let expected = self.expected(&format!("grad.{key}"))?;
-                let error = relative_to_largest(&self.device.read_f32(gradient)?, &expected);
-                checks.push(Check::new(format!("grad of {key}"), error, self.bounds.backward()));
+            let gradients = pair
+                .layout()
+                .to_peft(self.device.read_f32(a)?, self.device.read_f32(b)?);
+            for gradient in gradients {
+                let expected = self.expected(&format!("grad.{}", gradient.key))?;
+                let quantity = format!("grad of {}", gradient.key);
+                list.push(Measured::logits(
+                    &quantity,
+                    gradient.values,
+                    expected,
+                    self.bounds.backward(),
+                ));
             }
         }
-        let named = self
-            .tensors
-            .tensors()
-            .keys()
-            .filter(|name| name.starts_with("grad."))
-            .count();
-        let uncovered = named as f64 - checks.len() as f64;
-        checks.push(Check::new("gradients-not-compared", uncovered.abs(), 0.0));
-        Ok(checks)
+        Ok(list)
     }
 
     /// The optimizer steps, through the very code that trains.
-    fn training(&self, model: &Model<Cpu>, mut lora: LoraSet<Cpu>) -> Result<Vec<Check>, Failure> {
-        let hyper = self
-            .settings
-            .hyper
-            .as_ref()
-            .ok_or_else(|| broken("no `hyper`".to_owned()))?;
+    fn training(&self, model: &Model<Cpu>, mut lora: LoraSet<Cpu>) -> Result<Vec<Measured>, Failure> {
+        let hyper = self.hyper()?;
         let spec = spec(hyper)?;
         let rate = LearningRate::new(&spec, hyper.steps);
         let examples: Vec<&EncodedExample> = self.examples.iter().collect();
@@ -273,67 +338,74 @@ impl<'a> Case<'a> {
                 hyper.steps
             )));
         }
-        let mut checks = Vec::new();
+        let number = |quantity: String, got: f64, expected: f64, bound: f64| Measured {
+            quantity,
+            got: vec![got as f32],
+            expected: vec![expected as f32],
+            distance: relative_norm,
+            bound,
+        };
+        let mut list = Vec::new();
         let mut trainer = Trainer::new(model, &mut lora, &spec)?;
         for step in 0..hyper.steps {
-            let learning_rate = rate.at(step);
             let outcome = trainer
-                .step(&examples, step, learning_rate, &mut || true)?
+                .step(&examples, step, rate.at(step), &mut || true)?
                 .ok_or_else(|| broken("the step stopped by itself".to_owned()))?;
             let bound = self.bounds.after_steps(step);
-            let loss = relative(outcome.loss, self.settings.losses[step]);
-            let norm = relative(outcome.gradient_norm, self.settings.grad_norms[step]);
-            let rate = relative(learning_rate, self.settings.learning_rates[step]);
-            checks.push(Check::new(format!("loss of step {step}"), loss, bound));
-            checks.push(Check::new(format!("grad_norm of step {step}"), norm, bound));
-            checks.push(Check::new(
-                format!("learning_rate of step {step}"),
-                rate,
-                FLOAT32_EPSILON,
+            let (loss, norm) = (self.settings.losses[step], self.settings.grad_norms[step]);
+            list.push(number(format!("loss of step {step}"), outcome.loss, loss, bound));
+            list.push(number(
+                format!("grad_norm of step {step}"),
+                outcome.gradient_norm,
+                norm,
+                bound,
             ));
         }
         let losses = model.forward_losses(Some(&lora), &self.packed())?;
         let mean = losses.iter().map(|loss| f64::from(*loss)).sum::<f64>() / self.packed().supervised_tokens() as f64;
         let bound = self.bounds.after_steps(hyper.steps);
-        checks.push(Check::new(
-            "loss after the last step",
-            relative(mean, self.settings.losses[hyper.steps]),
-            bound,
-        ));
-        checks.extend(self.final_adapter(model, &lora)?);
-        Ok(checks)
+        let last = self.settings.losses[hyper.steps];
+        list.push(number("loss after the last step".to_owned(), mean, last, bound));
+        list.extend(self.final_adapter(model, &lora)?);
+        Ok(list)
     }
 
     /// The trained factors, as they would be saved, by how far they moved.
-    fn final_adapter(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Vec<Check>, Failure> {
+    fn final_adapter(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Vec<Measured>, Failure> {
         let first = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let last = TensorFile::open(&self.folder.join("adapter_final/adapter_model.safetensors"))?;
         let saved = tempfile::NamedTempFile::new().map_err(|error| broken(error.to_string()))?;
         std::fs::write(saved.path(), lora.to_safetensors(&self.device, AdapterDtype::F32)?)
             .map_err(|error| broken(error.to_string()))?;
         let saved = TensorFile::open(saved.path())?;
-        let mut checks = Vec::new();
+        let mut list = Vec::new();
         for pair in first.pairs() {
-            let (key_a, key_b) = pair.keys();
-            for (key, start) in [(key_a, &pair.a), (key_b, &pair.b)] {
-                let start = self.device.read_f32(start)?;
+            for factor in pair.to_peft(&self.device)? {
+                let key = factor.key;
                 let moved = |end: Vec<f32>| {
                     end.iter()
-                        .zip(&start)
+                        .zip(&factor.values)
                         .map(|(end, start)| end - start)
                         .collect::<Vec<f32>>()
                 };
                 let (got, expected) = (moved(saved.read(&key)?.to_f32()?), moved(last.read(&key)?.to_f32()?));
-                let (norm, median) = (relative_norm(&got, &expected), relative_median(&got, &expected));
-                checks.push(Check::new(format!("adapter_final {key}"), norm, self.bounds.movement()));
-                checks.push(Check::new(
-                    format!("adapter_final-median {key}"),
-                    median,
-                    self.bounds.median_movement(),
-                ));
+                list.push(Measured {
+                    quantity: format!("adapter_final {key}"),
+                    got: got.clone(),
+                    expected: expected.clone(),
+                    distance: relative_norm,
+                    bound: self.bounds.movement(),
+                });
+                list.push(Measured {
+                    quantity: format!("adapter_final-median {key}"),
+                    got,
+                    expected,
+                    distance: relative_median,
+                    bound: self.bounds.median_movement(),
+                });
             }
         }
-        Ok(checks)
+        Ok(list)
     }
 }
 

@@ -7,6 +7,7 @@ use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::ops::{Device, QuantizeOps};
 use brightrun_kernels::{DType, Nf4Scales, Nf4Weight, Shape, Weight};
 use brightrun_worker::error::Failure;
+use brightrun_worker::model::ModelConfig;
 use brightrun_worker::model::checkpoint::Checkpoint;
 use brightrun_worker::model::tensor_file::HostTensor;
 use safetensors::tensor::{Dtype, TensorView};
@@ -50,9 +51,9 @@ pub enum Decoding {
 /// Writes the checkpoint in `source` to a temporary folder, each projection whose name ends in one of `suffixes` quantised and
 /// decoded, in f32.
 pub fn write(device: &Cpu, source: &Path, suffixes: &[String], decoding: Decoding) -> Result<TempDir, Failure> {
-    let checkpoint = Checkpoint::open(source)?;
+    let checkpoint = Checkpoint::open(source)?.with_fp8_blocks(ModelConfig::load(source)?.fp8_block)?;
     let mut tensors = BTreeMap::new();
-    for name in checkpoint.names() {
+    for name in checkpoint.names().filter(|name| !name.ends_with("_scale_inv")) {
         let host = checkpoint.read(name)?;
         let module = name.strip_suffix(".weight").unwrap_or(name);
         let is_quantised = host.shape.len() == 2 && suffixes.iter().any(|suffix| module.ends_with(suffix.as_str()));

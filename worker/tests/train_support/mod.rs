@@ -22,6 +22,36 @@ pub const REFERENCE: LoadOptions = LoadOptions {
     rope_frequencies: RopeFrequencies::F32,
 };
 
+pub const ALL_FAMILIES: [Family; 4] = [Family::Qwen2, Family::Qwen3, Family::Qwen3Moe, Family::Qwen3Next];
+
+/// Everything of a family's miniature that can carry an adapter.
+pub fn all_targets(family: Family) -> Vec<String> {
+    groups_of_targets(family)
+        .concat()
+        .iter()
+        .map(ToString::to_string)
+        .collect()
+}
+
+/// The same in groups, each of which must have a gradient of its own.
+pub fn groups_of_targets(family: Family) -> Vec<Vec<&'static str>> {
+    let mut groups = vec![vec!["q_proj", "k_proj"], vec!["v_proj", "o_proj"]];
+    groups.extend(match family {
+        Family::Qwen2 | Family::Qwen3 => vec![vec!["gate_proj"], vec!["up_proj", "down_proj"]],
+        Family::Qwen3Moe => vec![vec!["mlp.experts.gate_up_proj"], vec!["experts.down_proj"]],
+        Family::Qwen3Next => vec![
+            vec!["in_proj_qkvz"],
+            vec!["in_proj_ba"],
+            vec!["out_proj"],
+            vec!["shared_expert.gate_proj", "up_proj", "down_proj"],
+            vec!["shared_expert_gate"],
+            vec!["mlp.experts.gate_up_proj"],
+            vec!["mlp.experts.down_proj"],
+        ],
+    });
+    groups
+}
+
 /// A miniature model on a device of `threads` threads.
 pub fn model(family: Family, threads: usize, options: LoadOptions) -> Model<Cpu> {
     let folder = tempfile::tempdir().unwrap();
