@@ -59,6 +59,17 @@ pub fn model(family: Family, threads: usize, options: LoadOptions) -> Model<Cpu>
     load(folder.path(), threads, options)
 }
 
+/// A miniature model in which no token has to choose between experts.
+pub fn smooth_model(family: Family) -> Model<Cpu> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = ModelConfig::miniature(family, VOCABULARY);
+    if let Some(moe) = &mut config.moe {
+        moe.top = moe.experts;
+    }
+    write_checkpoint(folder.path(), &config, 11).unwrap();
+    load(folder.path(), 2, REFERENCE)
+}
+
 pub fn load(folder: &Path, threads: usize, options: LoadOptions) -> Model<Cpu> {
     Model::load(&Cpu::new(Some(threads)).unwrap(), folder, options, &mut |_| {}).unwrap()
 }
