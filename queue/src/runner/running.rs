@@ -14,7 +14,10 @@ use crate::job::Lease;
 pub(super) struct Running {
     pub(super) lease: Lease,
     pub(super) stop: StopSignal,
+    /// Not sent yet.
     progress: Arc<Mutex<Option<Value>>>,
+    /// Sent or not: an ending repeats it, for a beat that carries it may still be under way.
+    latest: Arc<Mutex<Option<Value>>>,
 }
 
 impl Running {
@@ -23,12 +26,18 @@ impl Running {
             lease,
             stop: StopSignal::default(),
             progress: Arc::default(),
+            latest: Arc::default(),
         }
     }
 
     /// The newest progress replaces one that was not sent yet: only the latest matters.
     pub(super) fn set_progress(&self, progress: Value) {
+        *lock(&self.latest) = Some(progress.clone());
         *lock(&self.progress) = Some(progress);
+    }
+
+    pub(super) fn latest_progress(&self) -> Option<Value> {
+        lock(&self.latest).clone()
     }
 
     pub(super) fn take_progress(&self) -> Option<Value> {

@@ -50,13 +50,12 @@ pub(super) async fn run(
 async fn deliver(queue: &Queue, entry: &Running, mut ending: Ending) -> Option<JobState> {
     let mut trouble = Backoff::default();
     loop {
-        // An ending that goes back to waiting leaves the latest progress for the next run.
-        if let (Some(progress), false) = (entry.take_progress(), matches!(ending, Ending::Complete(_))) {
-            let beat = [(entry.lease, Some(progress))];
-            if queue.heartbeat(&beat).await.is_err() {
-                let [(_, progress)] = beat;
-                entry.put_back_progress(progress);
-            }
+        // An ending that goes back to waiting leaves the latest progress for the next run, also where a beat has just taken
+        // it along: that beat may arrive too late. When this one fails, the ending is repeated, and so is this.
+        if let (Some(progress), false) = (entry.latest_progress(), matches!(ending, Ending::Complete(_)))
+            && let Err(error) = queue.heartbeat(&[(entry.lease, Some(progress))]).await
+        {
+            tracing::debug!(job_id = %entry.lease.job_id, %error, "the latest progress is not delivered yet");
         }
         match send(queue, &entry.lease, &ending).await {
             Ok(state) => return Some(state),
