@@ -152,7 +152,7 @@ async fn a_job_is_cancelled_while_its_adapter_is_uploaded() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_is_cancelled_between_two_steps() {
     let world = World::new().await;
-    let job = world.job(40, 20).await;
+    let job = world.job(1500, 20).await;
     let worker = world.worker().await;
     eventually("a step in the row", || async {
         world.database.job(job).await["current_step"].as_u64() > Some(0)
