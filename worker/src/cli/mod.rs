@@ -39,7 +39,7 @@ pub enum Command {
     Demo(DemoArguments),
     /// Create or update the database schema (`DATABASE_URL`)
     Migrate,
-    /// Validate datasets, rescue abandoned jobs, send webhooks
+    /// Validate datasets and rescue abandoned jobs
     Orchestrate(OrchestrateArguments),
     /// Pull jobs from the queue and train them
     Worker(WorkerArguments),
