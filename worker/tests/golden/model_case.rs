@@ -5,8 +5,8 @@ use std::path::Path;
 
 use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::ops::{Device, Precision};
+use brightrun_worker::artifact::{AdapterDtype, encode_tensors, tensors_of};
 use brightrun_worker::error::Failure;
-use brightrun_worker::model::adapter::AdapterDtype;
 use brightrun_worker::model::tensor_file::TensorFile;
 use brightrun_worker::model::{
     BackwardSettings, Batch, Encoding, LoadOptions, LoraGradients, LoraSet, Model, RopeFrequencies,
@@ -395,7 +395,7 @@ impl<'a> Case<'a> {
         let first = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let last = TensorFile::open(&self.folder.join("adapter_final/adapter_model.safetensors"))?;
         let saved = tempfile::NamedTempFile::new().map_err(|error| broken(error.to_string()))?;
-        std::fs::write(saved.path(), lora.to_safetensors(&self.device, AdapterDtype::F32)?)
+        std::fs::write(saved.path(), encode_tensors(&tensors_of(&self.device, lora)?, AdapterDtype::F32)?)
             .map_err(|error| broken(error.to_string()))?;
         let saved = TensorFile::open(saved.path())?;
         let mut list = Vec::new();
