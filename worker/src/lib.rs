@@ -8,6 +8,7 @@
 //! | [`template`] | examples → text → token ids and the loss mask |
 //! | [`model`] | Qwen families, written once over the op interface of `brightrun-kernels` |
 //! | [`train`] | the step, the schedule, exact checkpoints, evaluation, generation |
+//! | [`plan`] | parameters, memory, speed and cost of a run, from a configuration alone |
 //! | [`artifact`] | the adapter's files: written atomically, reloaded, proven |
 //! | [`storage`] | where files live: a local folder, Supabase Storage, S3 |
 //! | [`job`] | the life of one job, from claim to the final transaction |
@@ -33,6 +34,7 @@ pub mod demo;
 pub mod error;
 pub mod job;
 pub mod model;
+pub mod plan;
 pub mod recipe;
 pub mod runpod;
 pub mod secret;

@@ -205,7 +205,7 @@ pub struct Checkpoints<'a> {
 /// Trains a fresh adapter, or continues an interrupted one.
 ///
 /// # Errors
-/// `LORA_TARGET_UNKNOWN`, `TRAIN_…`, `CHECKPOINT_…`; the backend's own.
+/// `LORA_TARGET_UNKNOWN`, `LORA_TOO_LARGE`, `TRAIN_…`, `CHECKPOINT_…`; the backend's own.
 pub fn learn<B: Backend>(
     base: &Base<B>,
     data: &Prepared,
@@ -218,6 +218,7 @@ pub fn learn<B: Backend>(
         alpha: spec.lora_alpha(),
         targets: spec.targets.clone(),
     };
+    config.check_budget(base.model.modules(), spec.optimizer, spec.adapter_budget_bytes)?;
     let mut lora = LoraSet::initialise(base.model.device(), config, base.model.modules(), spec.seed)?;
     let base_loss = match data.validation.as_slice() {
         [] => None,

@@ -47,6 +47,18 @@ pub enum Schedule {
     Constant,
 }
 
+/// How the optimizer keeps its moments.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OptimizerKind {
+    /// AdamW with float32 moments: 8 bytes for each trained value.
+    #[default]
+    #[serde(rename = "adamw")]
+    Adamw,
+    /// AdamW with 8-bit moments in blocks of 256, as bitsandbytes has them: 2.03 bytes. Small tensors keep float32.
+    #[serde(rename = "adamw-8bit")]
+    Adamw8bit,
+}
+
 /// Which tokens are learnt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -81,6 +93,8 @@ pub struct TrainSpec {
     pub warmup_ratio: f32,
     /// Number of warm-up steps.
     pub warmup_steps: Option<usize>,
+    /// How AdamW keeps its moments.
+    pub optimizer: OptimizerKind,
     /// AdamW β₁.
     pub beta1: f32,
     /// AdamW β₂.
@@ -117,6 +131,9 @@ pub struct TrainSpec {
     pub evaluate_every: usize,
     /// Bytes of activations that may be kept instead of being recomputed in the backward pass.
     pub activation_budget_bytes: u64,
+    /// The most bytes that the adapter, its gradients and its moments may take together; a larger adapter is refused before
+    /// anything is allocated. Rank 16 on all routed experts of an 80-billion-parameter model would take 36 GB.
+    pub adapter_budget_bytes: u64,
 }
 
 impl Default for TrainSpec {
@@ -131,6 +148,7 @@ impl Default for TrainSpec {
             schedule: Schedule::Cosine,
             warmup_ratio: 0.1,
             warmup_steps: None,
+            optimizer: OptimizerKind::Adamw,
             beta1: 0.9,
             beta2: 0.999,
             epsilon: 1e-8,
@@ -148,6 +166,7 @@ impl Default for TrainSpec {
             checkpoint_every: 50,
             evaluate_every: 0,
             activation_budget_bytes: 512 << 20,
+            adapter_budget_bytes: 8 << 30,
         }
     }
 }

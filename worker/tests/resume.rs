@@ -9,7 +9,7 @@ use brightrun_kernels::cpu::Cpu;
 use brightrun_worker::error::Failure;
 use brightrun_worker::model::random::CounterRandom;
 use brightrun_worker::model::{Family, Model};
-use brightrun_worker::spec::TrainSpec;
+use brightrun_worker::spec::{OptimizerKind, TrainSpec};
 use brightrun_worker::train::{Control, Outcome, StepReport, StopReason, TrainEvents, TrainRequest, run};
 use train_support::{REFERENCE, Recorder, examples, lora, model, spec, trained};
 
@@ -49,6 +49,50 @@ fn resume_failure(model: &Model<Cpu>, spec: &TrainSpec, lines: usize, folder: &P
         resume: true,
     };
     run(request, &mut Recorder::new(|_| Control::Continue)).unwrap_err()
+}
+
+#[test]
+fn a_run_with_8_bit_moments_continues_to_the_same_bytes() {
+    let model = model(Family::Qwen3Moe, 2, REFERENCE);
+    let data = examples(10);
+    let spec = TrainSpec {
+        // Wide enough that factors have 4096 values and more, from where on moments are kept in 8 bits.
+        rank: 64,
+        targets: vec!["attention+experts".to_owned()],
+        optimizer: OptimizerKind::Adamw8bit,
+        ..checkpointing(2)
+    };
+    let exact = TrainSpec {
+        optimizer: OptimizerKind::Adamw,
+        ..spec.clone()
+    };
+    let (whole, reports, summary) = trained(&model, &spec, &data, None, |_| Control::Continue);
+    let (_, exact_reports, exact_summary) = trained(&model, &exact, &data, None, |_| Control::Continue);
+    assert!(3 * summary.optimizer_bytes < exact_summary.optimizer_bytes);
+    let (last, exact_last) = (summary.last_loss.unwrap(), exact_summary.last_loss.unwrap());
+    let fallen = exact_reports[0].loss - exact_last;
+    assert!(
+        fallen > 0.0 && (last - exact_last).abs() < 0.1 * fallen,
+        "{last} and {exact_last} after {fallen}"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    trained(
+        &model,
+        &spec,
+        &data,
+        Some((folder.path(), false)),
+        |report| match report.step {
+            5 => Control::Stop(StopReason::Shutdown),
+            _ => Control::Continue,
+        },
+    );
+    let (resumed, later, _) = trained(&model, &spec, &data, Some((folder.path(), true)), |_| Control::Continue);
+    assert_eq!(later.len(), reports.len() - 5);
+    assert!(resumed == whole, "the bytes differ");
+    assert_eq!(
+        resume_failure(&model, &exact, 10, folder.path()).code,
+        "CHECKPOINT_MISMATCH"
+    );
 }
 
 /// A kill leaves the folder as it was at that moment: the test copies it after some step, and continues from the copy.

@@ -7,6 +7,7 @@
 mod doctor;
 mod model;
 pub mod output;
+pub mod plan;
 pub mod service;
 mod validate;
 
@@ -18,7 +19,7 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::error::{Failure, Result};
-use crate::spec::{BaseDtype, Order, Schedule, Supervise, TrainSpec};
+use crate::spec::{BaseDtype, OptimizerKind, Order, Schedule, Supervise, TrainSpec};
 
 /// Trains LoRA adapters from rows of a Postgres table.
 #[derive(Debug, Parser)]
@@ -57,6 +58,8 @@ pub enum Command {
     Inspect(InspectArguments),
     /// Tokens, steps, memory, time and cost of a training run
     Estimate(EstimateArguments),
+    /// Parameters, memory, speed and cost of a training run, from a model's configuration alone
+    Plan(plan::PlanArguments),
     /// Train an adapter from files, without a database
     Train(TrainArguments),
     /// Mean loss per supervised token of a dataset, with or without an adapter
@@ -317,7 +320,7 @@ pub struct TrainFlags {
     /// LoRA alpha [default: twice the rank]
     #[arg(long, value_name = "A")]
     pub alpha: Option<f32>,
-    /// Adapted projections, separated by commas
+    /// Adapted projections and presets (default, attention, all-linear, shared-expert, experts), separated by commas
     #[arg(long, value_name = "a,b,…", value_delimiter = ',')]
     pub targets: Option<Vec<String>>,
     /// Examples per optimizer step
@@ -344,6 +347,12 @@ pub struct TrainFlags {
     /// Warm-up steps
     #[arg(long, value_name = "N")]
     pub warmup_steps: Option<usize>,
+    /// How AdamW keeps its moments
+    #[arg(long, value_enum)]
+    pub optimizer: Option<OptimizerChoice>,
+    /// The most bytes the adapter, its gradients and its moments may take
+    #[arg(long, value_name = "BYTES")]
+    pub adapter_budget_bytes: Option<u64>,
     /// Decoupled weight decay
     #[arg(long, value_name = "X")]
     pub weight_decay: Option<f32>,
@@ -382,6 +391,8 @@ impl TrainFlags {
         put(&mut spec.checkpoint_every, self.checkpoint_every.as_ref());
         put(&mut spec.seed, self.seed.as_ref());
         put(&mut spec.base_dtype, self.base_dtype.map(Into::into).as_ref());
+        put(&mut spec.optimizer, self.optimizer.map(Into::into).as_ref());
+        put(&mut spec.adapter_budget_bytes, self.adapter_budget_bytes.as_ref());
         put(&mut spec.order, self.order.map(Into::into).as_ref());
         put(&mut spec.supervise, self.supervise.map(Into::into).as_ref());
         put(&mut spec.schedule, self.schedule.map(Into::into).as_ref());
@@ -414,6 +425,16 @@ choice!(
         Bf16,
         /// The checkpoint's values, float32 arithmetic
         F32,
+    }
+);
+choice!(
+    /// `--optimizer`.
+    OptimizerChoice => OptimizerKind {
+        /// float32 moments
+        Adamw,
+        /// 8-bit moments in blocks of 256, as bitsandbytes has them
+        #[value(name = "adamw-8bit")]
+        Adamw8bit,
     }
 );
 choice!(
@@ -469,6 +490,15 @@ pub fn run(cli: Cli) -> ExitCode {
 }
 
 async fn dispatch(cli: Cli) -> Result<()> {
+    if let Command::Plan(arguments) = &cli.command {
+        // `plan --config` may also name a model's config.json.
+        let (model, settings) = match &cli.config {
+            Some(path) if plan::is_model_config(path) => (Some(path.as_path()), None),
+            other => (None, other.as_deref()),
+        };
+        let config = Config::load(settings, std::env::vars())?;
+        return plan::run(&config, model, arguments);
+    }
     let config = Config::load(cli.config.as_deref(), std::env::vars())?;
     // Computing commands hold their thread: block_in_place keeps signals and timers alive meanwhile.
     match &cli.command {
@@ -483,6 +513,8 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Validate(arguments) => validate::validate(arguments),
         Command::Inspect(arguments) => model::inspect(&config, arguments),
         Command::Estimate(arguments) => tokio::task::block_in_place(|| model::estimate(&config, arguments)),
+        // Handled above, before the settings are read.
+        Command::Plan(arguments) => plan::run(&config, None, arguments),
         Command::Train(arguments) => tokio::task::block_in_place(|| model::train(&config, arguments)),
         Command::Eval(arguments) => tokio::task::block_in_place(|| model::eval(&config, arguments)),
         Command::Generate(arguments) => tokio::task::block_in_place(|| model::generate(&config, arguments)),
@@ -507,6 +539,7 @@ fn wants_json(command: &Command) -> bool {
         | Command::Validate(ValidateArguments { output, .. })
         | Command::Inspect(InspectArguments { output, .. })
         | Command::Estimate(EstimateArguments { output, .. })
+        | Command::Plan(plan::PlanArguments { output, .. })
         | Command::Train(TrainArguments { output, .. })
         | Command::Eval(EvalArguments { output, .. })
         | Command::Generate(GenerateArguments { output, .. })

@@ -6,11 +6,14 @@
 use std::collections::HashSet;
 
 use brightrun_kernels::{Backend, DType, Tensor};
+use serde::Serialize;
 
-use crate::error::Result;
+use crate::error::{Failure, Result};
 use crate::model::peft::{self, PeftLayout};
 use crate::model::random::CounterRandom;
 use crate::model::targets;
+use crate::spec::OptimizerKind;
+use crate::train::optimizer::moment_bytes;
 
 /// Which adaptable module of a model: an index into [`Model::modules`](crate::model::Model::modules).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -89,6 +92,88 @@ impl LoraConfig {
     }
 }
 
+/// What an adapter of some model takes in memory while it is trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct AdapterSize {
+    /// Trained values.
+    pub parameters: u64,
+    /// Bytes of the factors, f32.
+    pub weight_bytes: u64,
+    /// Bytes of their gradients, f32.
+    pub gradient_bytes: u64,
+    /// Bytes of the optimizer's moments.
+    pub optimizer_bytes: u64,
+}
+
+impl AdapterSize {
+    /// All of it.
+    pub fn total_bytes(&self) -> u64 {
+        self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
+    }
+}
+
+impl LoraConfig {
+    /// What the adapter of these targets would take on a model of these modules.
+    ///
+    /// # Errors
+    /// `LORA_TARGET_UNKNOWN`.
+    pub fn size(&self, modules: &[Module], optimizer: OptimizerKind) -> Result<AdapterSize> {
+        let mut size = AdapterSize::default();
+        for id in self.resolve(modules)? {
+            let module = &modules[id.0];
+            let experts = module.experts.unwrap_or(1);
+            for elements in [module.inputs, module.outputs].map(|side| experts * self.rank * side) {
+                let bytes = elements as u64 * DType::F32.size_bytes() as u64;
+                size.parameters += elements as u64;
+                size.weight_bytes += bytes;
+                size.gradient_bytes += bytes;
+                size.optimizer_bytes += moment_bytes(optimizer, elements);
+            }
+        }
+        Ok(size)
+    }
+
+    /// Refuses an adapter that would not fit in a budget, before anything is allocated. Gives its size otherwise.
+    ///
+    /// # Errors
+    /// `LORA_TOO_LARGE` with the numbers and what to lower; `LORA_TARGET_UNKNOWN`.
+    pub fn check_budget(&self, modules: &[Module], optimizer: OptimizerKind, budget_bytes: u64) -> Result<AdapterSize> {
+        let size = self.size(modules, optimizer)?;
+        if size.total_bytes() <= budget_bytes {
+            return Ok(size);
+        }
+        let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+        let routed = self.resolve(modules)?.iter().any(|id| modules[id.0].experts.is_some());
+        let largest_rank = self.rank as u64 * budget_bytes / size.total_bytes();
+        let mut advice = vec![match largest_rank {
+            0 => "adapt fewer modules".to_owned(),
+            rank => format!("lower rank to {rank}"),
+        }];
+        if optimizer == OptimizerKind::Adamw {
+            advice.push("set optimizer to adamw-8bit".to_owned());
+        }
+        if routed {
+            advice.push("leave `experts` out of targets".to_owned());
+        }
+        advice.push("raise adapter_budget_bytes if the memory is there".to_owned());
+        Err(Failure::user(
+            "LORA_TOO_LARGE",
+            format!(
+                "An adapter of rank {} on these targets has {} million parameters and takes {:.1} GB (factors {:.1}, gradients \
+                 {:.1}, optimizer {:.1}), but the budget is {:.1} GB",
+                self.rank,
+                size.parameters / 1_000_000,
+                gigabytes(size.total_bytes()),
+                gigabytes(size.weight_bytes),
+                gigabytes(size.gradient_bytes),
+                gigabytes(size.optimizer_bytes),
+                gigabytes(budget_bytes),
+            ),
+        )
+        .hint(format!("To fit: {}", advice.join("; or "))))
+    }
+}
+
 impl Module {
     /// Values of an adapter of this module.
     pub fn parameters(&self, rank: usize) -> usize {
@@ -124,6 +209,17 @@ impl<B: Backend> LoraSet<B> {
                 .collect();
             let a = device.upload_f32(shape_a, &values)?;
             Ok((a, device.zeros(DType::F32, shape_b)?))
+        })
+    }
+
+    /// An adapter whose factors have no contents, for backends that only count.
+    ///
+    /// # Errors
+    /// `LORA_TARGET_UNKNOWN`; the backend's own.
+    pub fn unwritten(device: &B, config: LoraConfig, modules: &[Module]) -> Result<Self> {
+        Self::build(config, modules, |_, layout| {
+            let (shape_a, shape_b) = layout.shapes();
+            Ok((device.alloc(DType::F32, shape_a)?, device.alloc(DType::F32, shape_b)?))
         })
     }
 

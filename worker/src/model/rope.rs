@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use brightrun_kernels::Backend;
 use brightrun_kernels::ops::RopeTable;
+use brightrun_kernels::{Backend, DType};
 use half::bf16;
 
 use crate::error::Result;
@@ -41,6 +41,25 @@ impl<B: Backend> RopeCache<B> {
         }
     }
 
+    /// A table of exactly so many positions (rounded up as [`RopeCache::table`] does) without contents, for backends that only
+    /// count: a table for a long context takes longer to compute than everything else there.
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn uncomputed(rotary: usize, device: &B, positions: usize) -> Result<Self> {
+        let length = rounded(positions);
+        let table = RopeTable {
+            cos: device.alloc(DType::F32, [length, rotary / 2])?,
+            sin: device.alloc(DType::F32, [length, rotary / 2])?,
+        };
+        Ok(Self {
+            theta: 1.0,
+            rotary,
+            frequencies: RopeFrequencies::F32,
+            table: Mutex::new(Some((length, Arc::new(table)))),
+        })
+    }
+
     /// A table of at least `positions` positions.
     ///
     /// # Errors
@@ -50,7 +69,7 @@ impl<B: Backend> RopeCache<B> {
         if let Some((_, table)) = held.as_ref().filter(|(length, _)| *length >= positions) {
             return Ok(Arc::clone(table));
         }
-        let length = positions.next_multiple_of(GROWTH).max(GROWTH);
+        let length = rounded(positions);
         let table = Arc::new(self.build(device, length)?);
         *held = Some((length, Arc::clone(&table)));
         Ok(table)
@@ -75,4 +94,8 @@ impl<B: Backend> RopeCache<B> {
             sin: device.upload_f32([length, pairs], &sin)?,
         })
     }
+}
+
+fn rounded(positions: usize) -> usize {
+    positions.next_multiple_of(GROWTH).max(GROWTH)
 }

@@ -45,6 +45,11 @@ impl<B: Backend> Model<B> {
         &self.config
     }
 
+    /// In which precision products are computed.
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
     /// Where it lies.
     pub fn device(&self) -> &B {
         &self.device

@@ -1,6 +1,6 @@
 //! Everything that exact continuation needs, in one file that is whole or absent.
 //!
-//! `step-00000120.ckpt` is a safetensors file: for each adapter pair `<path>.{a,b}` the factor and its two moments, and in
+//! `step-00000120.ckpt` is a safetensors file: for each adapter pair `<path>.{a,b}` the factor and its two moments as the optimizer keeps them, and in
 //! the header's metadata the [`TrainState`] and a SHA-256 over state and tensors. It is written under another name,
 //! flushed to the disk, and renamed; a file torn by a crash or damaged later fails its hash and is passed over.
 //!
@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use brightrun_kernels::{Backend, Tensor};
+use brightrun_kernels::{Backend, DType, Tensor};
 use safetensors::tensor::{Dtype as StoredDtype, TensorView};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -33,7 +33,12 @@ const KEPT: usize = 2;
 const METADATA_KEY: &str = "brightrun-checkpoint";
 
 /// Settings that may differ between a run and its continuation, since they change no bit of the result.
-const FREE_SETTINGS: [&str; 3] = ["checkpoint_every", "evaluate_every", "activation_budget_bytes"];
+const FREE_SETTINGS: [&str; 4] = [
+    "checkpoint_every",
+    "evaluate_every",
+    "activation_budget_bytes",
+    "adapter_budget_bytes",
+];
 
 /// What a run computes: its settings, its model, its data. A checkpoint continues only the run it was made by.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -159,25 +164,23 @@ impl CheckpointFolder {
     ) -> Result<PathBuf> {
         let mut tensors = Vec::new();
         for_each(lora, optimizer, |name, tensor| {
-            tensors.push((name, tensor.shape(), device.read(tensor)?));
+            tensors.push((name, tensor.dtype(), tensor.shape(), device.read(tensor)?));
             Ok(())
         })?;
         let state_text = encoded(state)?;
         let sealed = Sealed {
             sha256: seal(
                 &state_text,
-                tensors.iter().map(|(name, _, bytes)| (name.as_str(), bytes.as_slice())),
+                tensors.iter().map(|(name, _, _, bytes)| (name.as_str(), bytes.as_slice())),
             ),
             state: state_text,
         };
         let metadata = HashMap::from([(METADATA_KEY.to_owned(), encoded(&sealed)?)]);
         let views = tensors
             .iter()
-            .map(|(name, shape, bytes)| {
-                Ok((
-                    name,
-                    TensorView::new(StoredDtype::F32, shape.extents().to_vec(), bytes)?,
-                ))
+            .map(|(name, dtype, shape, bytes)| {
+                let view = TensorView::new(stored(*dtype), shape.extents().to_vec(), bytes)?;
+                Ok((name, view))
             })
             .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
         let file = views
@@ -352,8 +355,9 @@ fn for_each<B: Backend>(
     for (pair, [a, b]) in lora.pairs().iter().zip(optimizer.moments()) {
         for (part, factor, moments) in [("a", &pair.a, a), ("b", &pair.b, b)] {
             visit(format!("{}.{part}", pair.path), factor)?;
-            visit(format!("{}.{part}.m", pair.path), &moments.m)?;
-            visit(format!("{}.{part}.v", pair.path), &moments.v)?;
+            for (name, tensor) in moments.tensors() {
+                visit(format!("{}.{part}.{name}", pair.path), tensor)?;
+            }
         }
     }
     Ok(())
@@ -368,11 +372,20 @@ fn for_each_mut<B: Backend>(
     for (pair, [a, b]) in lora.pairs_mut().iter_mut().zip(optimizer.moments_mut()) {
         for (part, factor, moments) in [("a", &mut pair.a, a), ("b", &mut pair.b, b)] {
             visit(format!("{}.{part}", pair.path), factor)?;
-            visit(format!("{}.{part}.m", pair.path), &mut moments.m)?;
-            visit(format!("{}.{part}.v", pair.path), &mut moments.v)?;
+            for (name, tensor) in moments.tensors_mut() {
+                visit(format!("{}.{part}.{name}", pair.path), tensor)?;
+            }
         }
     }
     Ok(())
+}
+
+/// Factors, moments and scales are f32, codes of 8-bit moments bytes.
+fn stored(dtype: DType) -> StoredDtype {
+    match dtype {
+        DType::U8 => StoredDtype::U8,
+        _ => StoredDtype::F32,
+    }
 }
 
 fn write_failure(path: &Path, error: &std::io::Error) -> Failure {

@@ -1,19 +1,32 @@
 //! AdamW's state beside an adapter.
 
-use brightrun_kernels::ops::AdamW;
+use brightrun_kernels::ops::{AdamW, BlockMoment, MOMENT_BLOCK};
 use brightrun_kernels::{Backend, DType, Shape, Tensor};
 
 use crate::error::Result;
 use crate::model::{LoraGradients, LoraSet};
-use crate::spec::TrainSpec;
+use crate::spec::{OptimizerKind, TrainSpec};
 
-/// First and second moment of one tensor, f32.
+/// Tensors smaller than this keep f32 moments, as in bitsandbytes: 8 bits would save nothing there.
+const MIN_8BIT_ELEMENTS: usize = 4096;
+
+/// First and second moment of one tensor.
 #[derive(Debug)]
-pub struct Moments<B: Backend> {
-    /// Mean of gradients.
-    pub m: Tensor<B>,
-    /// Mean of squared gradients.
-    pub v: Tensor<B>,
+pub enum Moments<B: Backend> {
+    /// f32, shaped as the tensor.
+    F32 {
+        /// Mean of gradients.
+        m: Tensor<B>,
+        /// Mean of squared gradients.
+        v: Tensor<B>,
+    },
+    /// 8 bits, block by block.
+    Blocks {
+        /// Mean of gradients.
+        m: BlockMoment<B>,
+        /// Mean of squared gradients.
+        v: BlockMoment<B>,
+    },
 }
 
 /// AdamW over all factors of an adapter.
@@ -27,12 +40,65 @@ pub struct Optimizer<B: Backend> {
     moments: Vec<[Moments<B>; 2]>,
 }
 
+/// Bytes of both moments of a tensor of so many elements.
+pub fn moment_bytes(kind: OptimizerKind, elements: usize) -> u64 {
+    let bytes = match is_8bit(kind, elements) {
+        false => 2 * elements * DType::F32.size_bytes(),
+        true => 2 * (elements + elements.div_ceil(MOMENT_BLOCK) * DType::F32.size_bytes()),
+    };
+    bytes as u64
+}
+
+fn is_8bit(kind: OptimizerKind, elements: usize) -> bool {
+    kind == OptimizerKind::Adamw8bit && elements >= MIN_8BIT_ELEMENTS
+}
+
 impl<B: Backend> Moments<B> {
-    fn zeros(device: &B, shape: Shape) -> Result<Self> {
-        Ok(Self {
-            m: device.zeros(DType::F32, shape)?,
-            v: device.zeros(DType::F32, shape)?,
+    fn zeros(device: &B, kind: OptimizerKind, shape: Shape) -> Result<Self> {
+        Ok(match is_8bit(kind, shape.elements()) {
+            false => Self::F32 {
+                m: device.zeros(DType::F32, shape)?,
+                v: device.zeros(DType::F32, shape)?,
+            },
+            true => Self::Blocks {
+                m: BlockMoment::zeros(device, shape)?,
+                v: BlockMoment::zeros(device, shape)?,
+            },
         })
+    }
+
+    fn step(&mut self, device: &B, factor: &mut Tensor<B>, gradient: &Tensor<B>, settings: &AdamW) -> Result<()> {
+        match self {
+            Self::F32 { m, v } => device.adamw_step(factor, gradient, m, v, settings)?,
+            Self::Blocks { m, v } => device.adamw_8bit_step(factor, gradient, m, v, settings)?,
+        }
+        Ok(())
+    }
+
+    /// All tensors, each under the name that a checkpoint has it by.
+    pub fn tensors(&self) -> Vec<(&'static str, &Tensor<B>)> {
+        match self {
+            Self::F32 { m, v } => vec![("m", m), ("v", v)],
+            Self::Blocks { m, v } => vec![
+                ("m.codes", &m.codes),
+                ("m.absmax", &m.absmax),
+                ("v.codes", &v.codes),
+                ("v.absmax", &v.absmax),
+            ],
+        }
+    }
+
+    /// As [`Moments::tensors`], to be restored.
+    pub fn tensors_mut(&mut self) -> Vec<(&'static str, &mut Tensor<B>)> {
+        match self {
+            Self::F32 { m, v } => vec![("m", m), ("v", v)],
+            Self::Blocks { m, v } => vec![
+                ("m.codes", &mut m.codes),
+                ("m.absmax", &mut m.absmax),
+                ("v.codes", &mut v.codes),
+                ("v.absmax", &mut v.absmax),
+            ],
+        }
     }
 }
 
@@ -47,8 +113,8 @@ impl<B: Backend> Optimizer<B> {
             .iter()
             .map(|pair| {
                 Ok([
-                    Moments::zeros(device, pair.a.shape())?,
-                    Moments::zeros(device, pair.b.shape())?,
+                    Moments::zeros(device, spec.optimizer, pair.a.shape())?,
+                    Moments::zeros(device, spec.optimizer, pair.b.shape())?,
                 ])
             })
             .collect::<Result<_>>()?;
@@ -87,8 +153,8 @@ impl<B: Backend> Optimizer<B> {
             .zip(gradients.pairs())
             .zip(&mut self.moments);
         for ((pair, (gradient_a, gradient_b)), [a, b]) in pairs {
-            device.adamw_step(&mut pair.a, gradient_a, &mut a.m, &mut a.v, &settings)?;
-            device.adamw_step(&mut pair.b, gradient_b, &mut b.m, &mut b.v, &settings)?;
+            a.step(device, &mut pair.a, gradient_a, &settings)?;
+            b.step(device, &mut pair.b, gradient_b, &settings)?;
         }
         Ok(())
     }
@@ -105,8 +171,7 @@ impl<B: Backend> Optimizer<B> {
 
     /// Bytes of all moments.
     pub fn size_bytes(&self) -> u64 {
-        let all = self.moments.iter().flatten();
-        all.map(|moments| (moments.m.size_bytes() + moments.v.size_bytes()) as u64)
-            .sum()
+        let all = self.moments.iter().flatten().flat_map(Moments::tensors);
+        all.map(|(_, tensor)| tensor.size_bytes() as u64).sum()
     }
 }

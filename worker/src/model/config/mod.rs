@@ -32,6 +32,18 @@ pub enum Family {
     Qwen3Next,
 }
 
+impl Family {
+    /// Its `model_type`.
+    pub fn model_type(self) -> &'static str {
+        match self {
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+            Self::Qwen3Moe => "qwen3_moe",
+            Self::Qwen3Next => "qwen3_next",
+        }
+    }
+}
+
 /// The numbers a decoder is built from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {

@@ -1,0 +1,265 @@
+//! A model without weights: every tensor that loading a checkpoint of some configuration would leave in memory, in the encodings
+//! it would have, and no contents. On a counting backend this takes milliseconds for any size.
+//!
+//! It mirrors [`load`](crate::model::load), which a test of every family and encoding guards: the same bytes by encoding, the
+//! same modules in the same order.
+
+use std::collections::BTreeMap;
+
+use brightrun_kernels::ops::NormWeight;
+use brightrun_kernels::{Backend, DType, Tensor, Weight, WeightStack};
+
+use crate::error::Result;
+use crate::model::attention::Attention;
+use crate::model::config::{DeltaConfig, Mixing, ModelConfig, MoeConfig};
+use crate::model::delta::DeltaNet;
+use crate::model::experts::Experts;
+use crate::model::feed_forward::FeedForward;
+use crate::model::layer::Layer;
+use crate::model::linear::Linear;
+use crate::model::load::{Encoding, LoadOptions};
+use crate::model::lora::{Module, ModuleId};
+use crate::model::mixer::Mixer;
+use crate::model::mlp::Mlp;
+use crate::model::moe::{Moe, SharedExpert};
+use crate::model::norm::Norm;
+use crate::model::rope::RopeCache;
+use crate::model::transformer::Model;
+
+/// A model of `config` on `device`, as loading a checkpoint with tensors of dtype `stored` leaves it; `positions` is the longest
+/// document's length.
+///
+/// # Errors
+/// The backend's own.
+pub fn skeleton<B: Backend>(
+    device: &B,
+    config: ModelConfig,
+    options: LoadOptions,
+    stored: DType,
+    positions: usize,
+) -> Result<Model<B>> {
+    let mut builder = Builder {
+        device,
+        encoding: options.encoding,
+        stored,
+        modules: Vec::new(),
+        weight_bytes: BTreeMap::new(),
+    };
+    let embedding = builder.table([config.vocabulary, config.hidden])?;
+    let layers = (0..config.layers)
+        .map(|layer| builder.layer(&config, layer))
+        .collect::<Result<_>>()?;
+    let final_norm = builder.norm(&config, config.hidden)?;
+    let head = match config.tied_embeddings {
+        true => None,
+        false => Some(builder.table([config.vocabulary, config.hidden])?),
+    };
+    Ok(Model {
+        device: device.clone(),
+        precision: options.precision,
+        embedding,
+        layers,
+        final_norm,
+        head,
+        rope: RopeCache::uncomputed(config.rotary, device, positions)?,
+        modules: builder.modules,
+        weight_bytes: builder.weight_bytes,
+        fingerprint: String::new(),
+        config,
+    })
+}
+
+struct Builder<'a, B: Backend> {
+    device: &'a B,
+    encoding: Encoding,
+    stored: DType,
+    modules: Vec<Module>,
+    weight_bytes: BTreeMap<&'static str, u64>,
+}
+
+impl<B: Backend> Builder<'_, B> {
+    fn layer(&mut self, config: &ModelConfig, layer: usize) -> Result<Layer<B>> {
+        let prefix = format!("model.layers.{layer}");
+        Ok(Layer {
+            input_norm: self.norm(config, config.hidden)?,
+            mixer: match config.mixing(layer) {
+                Mixing::Attention => Mixer::Attention(self.attention(config, &format!("{prefix}.self_attn"))?),
+                Mixing::Delta(delta) => Mixer::Delta(self.delta(config, delta, &format!("{prefix}.linear_attn"))?),
+            },
+            middle_norm: self.norm(config, config.hidden)?,
+            feed_forward: match config.routing(layer) {
+                None => {
+                    let mlp = self.mlp(&format!("{prefix}.mlp"), config.hidden, config.intermediate)?;
+                    FeedForward::Mlp(Box::new(mlp))
+                }
+                Some(moe) => FeedForward::Moe(Box::new(self.moe(config, moe, &format!("{prefix}.mlp"))?)),
+            },
+        })
+    }
+
+    fn attention(&mut self, config: &ModelConfig, prefix: &str) -> Result<Attention<B>> {
+        let (heads, keys) = (config.heads * config.head_dim, config.key_value_heads * config.head_dim);
+        let queries = if config.attention_gate { 2 * heads } else { heads };
+        let inputs = config.hidden;
+        let head_norm = |builder: &mut Self| match config.qk_norm {
+            true => builder.norm(config, config.head_dim).map(Some),
+            false => Ok(None),
+        };
+        let (q_norm, k_norm) = (head_norm(self)?, head_norm(self)?);
+        Ok(Attention {
+            q: self.linear(&format!("{prefix}.q_proj"), [queries, inputs], config.qkv_bias)?,
+            k: self.linear(&format!("{prefix}.k_proj"), [keys, inputs], config.qkv_bias)?,
+            v: self.linear(&format!("{prefix}.v_proj"), [keys, inputs], config.qkv_bias)?,
+            o: self.linear(&format!("{prefix}.o_proj"), [inputs, heads], config.output_bias)?,
+            q_norm,
+            k_norm,
+            head_dim: config.head_dim,
+            is_gated: config.attention_gate,
+        })
+    }
+
+    fn delta(&mut self, config: &ModelConfig, delta: &DeltaConfig, prefix: &str) -> Result<DeltaNet<B>> {
+        let (keys, values) = (delta.key_width(), delta.value_width());
+        let fused = [2 * keys + 2 * values, config.hidden];
+        Ok(DeltaNet {
+            qkvz: self.linear(&format!("{prefix}.in_proj_qkvz"), fused, false)?,
+            ba: self.kept_linear(&format!("{prefix}.in_proj_ba"), [2 * delta.value_heads, config.hidden])?,
+            out: self.linear(&format!("{prefix}.out_proj"), [config.hidden, values], false)?,
+            taps: [
+                self.small(&[keys, delta.taps])?,
+                self.small(&[keys, delta.taps])?,
+                self.small(&[values, delta.taps])?,
+            ],
+            a_log: self.small(&[delta.value_heads])?,
+            dt_bias: self.small(&[delta.value_heads])?,
+            norm: self.small(&[delta.value_dim])?,
+            norm_eps: config.rms_norm_eps,
+            key_heads: delta.key_heads,
+            value_heads: delta.value_heads,
+            key_dim: delta.key_dim,
+            value_dim: delta.value_dim,
+        })
+    }
+
+    fn mlp(&mut self, prefix: &str, hidden: usize, width: usize) -> Result<Mlp<B>> {
+        Ok(Mlp {
+            gate: self.linear(&format!("{prefix}.gate_proj"), [width, hidden], false)?,
+            up: self.linear(&format!("{prefix}.up_proj"), [width, hidden], false)?,
+            down: self.linear(&format!("{prefix}.down_proj"), [hidden, width], false)?,
+        })
+    }
+
+    fn moe(&mut self, config: &ModelConfig, moe: &MoeConfig, prefix: &str) -> Result<Moe<B>> {
+        let shared = match moe.shared_intermediate {
+            None => None,
+            Some(width) => Some(SharedExpert {
+                mlp: self.mlp(&format!("{prefix}.shared_expert"), config.hidden, width)?,
+                gate: self.kept_linear(&format!("{prefix}.shared_expert_gate"), [1, config.hidden])?,
+            }),
+        };
+        Ok(Moe {
+            router: self.table([moe.experts, config.hidden])?,
+            experts: self.experts(config, moe, &format!("{prefix}.experts"))?,
+            top: moe.top,
+            renormalise: moe.renormalise,
+            shared,
+        })
+    }
+
+    fn experts(&mut self, config: &ModelConfig, moe: &MoeConfig, prefix: &str) -> Result<Experts<B>> {
+        let (wide, narrow) = ([moe.intermediate, config.hidden], [config.hidden, moe.intermediate]);
+        Ok(Experts {
+            gate: self.stack(moe.experts, wide)?,
+            up: self.stack(moe.experts, wide)?,
+            down: self.stack(moe.experts, narrow)?,
+            gate_up_module: self.module(
+                &format!("{prefix}.gate_up_proj"),
+                [2 * moe.intermediate, config.hidden],
+                Some(moe.experts),
+            ),
+            down_module: self.module(&format!("{prefix}.down_proj"), narrow, Some(moe.experts)),
+        })
+    }
+
+    fn stack(&mut self, experts: usize, shape: [usize; 2]) -> Result<WeightStack<B>> {
+        let stack = WeightStack::alloc_like(self.device, experts, &self.encoded(shape)?)?;
+        self.count(stack.encoding(), stack.size_bytes());
+        Ok(stack)
+    }
+
+    fn linear(&mut self, path: &str, shape: [usize; 2], has_bias: bool) -> Result<Linear<B>> {
+        let weight = self.encoded(shape)?;
+        self.count(weight.encoding(), weight.size_bytes());
+        let bias = match has_bias {
+            true => Some(self.small(&shape[..1])?),
+            false => None,
+        };
+        let module = self.module(path, shape, None);
+        Ok(Linear { module, weight, bias })
+    }
+
+    fn kept_linear(&mut self, path: &str, shape: [usize; 2]) -> Result<Linear<B>> {
+        let weight = self.table(shape)?;
+        let module = self.module(path, shape, None);
+        Ok(Linear {
+            module,
+            weight,
+            bias: None,
+        })
+    }
+
+    fn module(&mut self, path: &str, [outputs, inputs]: [usize; 2], experts: Option<usize>) -> ModuleId {
+        self.modules.push(Module {
+            path: path.to_owned(),
+            outputs,
+            inputs,
+            experts,
+        });
+        ModuleId(self.modules.len() - 1)
+    }
+
+    fn encoded(&self, shape: [usize; 2]) -> Result<Weight<B>> {
+        let dense = |dtype| self.device.alloc(dtype, shape);
+        Ok(match self.encoding {
+            Encoding::Stored => Weight::Dense(dense(self.stored)?),
+            Encoding::Bf16 => Weight::Dense(dense(DType::BF16)?),
+            Encoding::Nf4 => Weight::Nf4(self.device.quantize_nf4(&dense(self.stored)?, true)?),
+        })
+    }
+
+    fn table(&mut self, shape: [usize; 2]) -> Result<Weight<B>> {
+        let dtype = match self.encoding {
+            Encoding::Bf16 => DType::BF16,
+            Encoding::Nf4 | Encoding::Stored => self.stored,
+        };
+        let weight = Weight::Dense(self.device.alloc(dtype, shape)?);
+        self.count(weight.encoding(), weight.size_bytes());
+        Ok(weight)
+    }
+
+    fn norm(&mut self, config: &ModelConfig, width: usize) -> Result<Norm<B>> {
+        Ok(Norm {
+            weight: self.small(&[width])?,
+            style: match config.zero_centred_norms {
+                true => NormWeight::ZeroCentred,
+                false => NormWeight::Plain,
+            },
+            eps: config.rms_norm_eps,
+        })
+    }
+
+    /// A norm's weight, a bias or the like: f32 or bf16, as stored.
+    fn small(&mut self, shape: &[usize]) -> Result<Tensor<B>> {
+        let (dtype, name) = match self.stored {
+            DType::BF16 => (DType::BF16, "bf16"),
+            _ => (DType::F32, "f32"),
+        };
+        let tensor = self.device.alloc(dtype, brightrun_kernels::Shape::new(shape))?;
+        self.count(name, tensor.size_bytes());
+        Ok(tensor)
+    }
+
+    fn count(&mut self, encoding: &'static str, bytes: usize) {
+        *self.weight_bytes.entry(encoding).or_default() += bytes as u64;
+    }
+}
