@@ -20,7 +20,7 @@ use crate::artifact::input::{BaseModel, DataRecord, DroppedLine, MetricPoint, Pr
 use crate::artifact::{self, AdapterDtype, AdapterLayout, ArtifactFiles, ArtifactInput, Verification};
 use crate::dataset::{self, Dropped, Example, Report};
 use crate::error::{Failure, Result};
-use crate::model::{LoadOptions, LoadProgress, LoraConfig, LoraSet, Model};
+use crate::model::{LoadOptions, LoadProgress, LoraConfig, LoraSet, Model, RoutingBalance};
 use crate::spec::{BaseDtype, TrainSpec};
 use crate::template::{self, ChatTemplate, LeftOutReason};
 use crate::train::{
@@ -228,6 +228,7 @@ pub fn learn<B: Backend>(
         events,
         points: Vec::new(),
         validation_loss: None,
+        routing: None,
     };
     let summary = train::run(
         TrainRequest {
@@ -267,6 +268,7 @@ struct Recorder<'a> {
     events: &'a mut dyn TrainEvents,
     points: Vec<MetricPoint>,
     validation_loss: Option<f64>,
+    routing: Option<RoutingBalance>,
 }
 
 impl TrainEvents for Recorder<'_> {
@@ -280,6 +282,7 @@ impl TrainEvents for Recorder<'_> {
             epoch: report.epoch.ceil().max(1.0) as u64,
             loss: report.loss,
             validation_loss: self.validation_loss.take(),
+            routing: self.routing.take(),
             learning_rate: report.learning_rate,
             gradient_norm: report.gradient_norm,
             tokens_per_second: report.tokens_per_second,
@@ -293,6 +296,16 @@ impl TrainEvents for Recorder<'_> {
 
     fn on_evaluate(&mut self, report: &EvaluationReport) {
         self.validation_loss = Some(report.evaluation.loss);
+        self.routing = report.evaluation.routing;
+        if let Some(routing) = &self.routing {
+            tracing::info!(
+                step = report.step,
+                entropy = routing.entropy,
+                max_over_mean = routing.max_over_mean,
+                idle_share = routing.idle_share,
+                "routing"
+            );
+        }
         self.events.on_evaluate(report);
     }
 }
@@ -337,7 +350,7 @@ pub fn deliver<B: Backend>(
 ) -> Result<Delivery> {
     let (split, examples) = data.proof_examples();
     let proof = prove(base, &learnt.lora, examples, spec)?;
-    let metrics = run_metrics(learnt, data, proof.loss);
+    let metrics = run_metrics(learnt, data, &proof);
     let tensors = artifact::tensors_of(base.model.device(), &learnt.lora)?;
     let issues: Vec<Value> = data
         .report
@@ -429,7 +442,7 @@ fn data_record(data: &Prepared, name: &str) -> DataRecord {
     }
 }
 
-fn run_metrics<B: Backend>(learnt: &Learnt<B>, data: &Prepared, proof_loss: f64) -> RunMetrics {
+fn run_metrics<B: Backend>(learnt: &Learnt<B>, data: &Prepared, proof: &Evaluation) -> RunMetrics {
     let summary = &learnt.summary;
     let is_held_out = !data.validation.is_empty();
     let epochs = learnt.points.last().map_or(0, |point| point.epoch);
@@ -437,7 +450,7 @@ fn run_metrics<B: Backend>(learnt: &Learnt<B>, data: &Prepared, proof_loss: f64)
         first_training_loss: summary.first_loss,
         last_training_loss: summary.last_loss,
         first_validation_loss: learnt.base_loss,
-        last_validation_loss: is_held_out.then_some(proof_loss),
+        last_validation_loss: is_held_out.then_some(proof.loss),
         steps: summary.step as u64,
         epochs,
         tokens: summary.tokens,
@@ -453,5 +466,6 @@ fn run_metrics<B: Backend>(learnt: &Learnt<B>, data: &Prepared, proof_loss: f64)
             0.0
         },
         peak_memory_bytes: summary.peak_bytes,
+        routing: proof.routing,
     }
 }

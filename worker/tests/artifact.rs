@@ -111,6 +111,7 @@ const POINT: MetricPoint = MetricPoint {
     learning_rate: 1e-4,
     gradient_norm: f64::INFINITY,
     tokens_per_second: 100.0,
+    routing: None,
 };
 
 fn input<'a>(spec: &'a TrainSpec, issues: &'a [Value], samples: &'a [Sample]) -> ArtifactInput<'a> {

@@ -3,14 +3,18 @@
 
 mod train_support;
 
+use std::process::Command;
+
 use brightrun_kernels::DType;
 use brightrun_kernels::counting::{Counting, Factors, Habits};
 use brightrun_kernels::ops::Device;
-use brightrun_worker::model::{BackwardSettings, Batch, LoadOptions, LoraGradients, LoraSet, ModelConfig};
+use brightrun_worker::model::synthetic::write_checkpoint;
+use brightrun_worker::model::{BackwardSettings, Batch, Family, LoadOptions, LoraGradients, LoraSet, ModelConfig};
 use brightrun_worker::plan::{Gpu, Plan, Question, Shape, footprint, plan, preset, skeleton};
 use brightrun_worker::spec::{BaseDtype, OptimizerKind, TrainSpec};
 use brightrun_worker::train::optimizer::Optimizer;
-use train_support::{ALL_FAMILIES, VOCABULARY, lora, model};
+use serde_json::{Value, json};
+use train_support::{ALL_FAMILIES, VOCABULARY, lora, model, stirred_lora};
 
 fn question(name: &str, spec: TrainSpec) -> Question {
     Question {
@@ -27,7 +31,7 @@ fn question(name: &str, spec: TrainSpec) -> Question {
 
 fn planned(name: &str, targets: &str) -> Plan {
     let spec = TrainSpec {
-        targets: vec![targets.to_owned()],
+        targets: targets.split(',').map(str::to_owned).collect(),
         adapter_budget_bytes: u64::MAX,
         ..TrainSpec::default()
     };
@@ -171,7 +175,7 @@ fn a_model_without_weights_is_laid_out_as_a_loaded_one() {
 }
 
 /// Trains one step of a miniature on the CPU backend and compares the peak it reports with the plan.
-fn check_peak(family: brightrun_worker::model::Family, spec: &TrainSpec, shape: Shape) {
+fn check_peak(family: Family, spec: &TrainSpec, shape: Shape) {
     let options = LoadOptions::from(spec.base_dtype);
     let model = model(family, 2, options);
     let device = model.device();
@@ -199,9 +203,11 @@ fn check_peak(family: brightrun_worker::model::Family, spec: &TrainSpec, shape: 
         spec.base_dtype,
         planned.bytes
     );
-    assert_eq!(
-        planned.bytes.optimizer / 1000,
-        optimizer.size_bytes().next_multiple_of(64) / 1000
+    // The pool rounds each tensor up to whole cache lines.
+    let moments = optimizer.size_bytes();
+    assert!(
+        (moments..moments + moments / 20).contains(&planned.bytes.optimizer),
+        "{moments}"
     );
 }
 
@@ -228,4 +234,160 @@ fn small_models_of_every_family_take_what_was_planned() {
             }
         }
     }
+}
+
+fn brightrun(arguments: &[&str]) -> (Option<i32>, Value) {
+    let output = Command::new(env!("CARGO_BIN_EXE_brightrun"))
+        .args(arguments)
+        .env_clear()
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let value = serde_json::from_str(&text).unwrap_or(Value::String(text));
+    (output.status.code(), value)
+}
+
+#[test]
+fn the_command_plans_a_bare_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    std::fs::write(&path, preset("qwen3-next-80b-a3b").unwrap()).unwrap();
+    let path = path.to_str().unwrap();
+    let rest = [
+        "--gpu",
+        "h100",
+        "--rank",
+        "8",
+        "--targets",
+        "attention,+shared-expert",
+        "--sequence-length",
+        "2048",
+    ];
+    let more = [
+        "--micro-batch",
+        "2",
+        "--dataset-tokens",
+        "1000000",
+        "--price-per-hour",
+        "3",
+        "--json",
+    ];
+    let (code, plan) = brightrun(&[&["plan", "--config", path][..], &rest, &more].concat());
+    assert_eq!(code, Some(0), "{plan}");
+    assert_eq!(plan["total_parameters"], 79_674_391_296_u64);
+    let parts = plan["bytes"]
+        .as_object()
+        .unwrap()
+        .values()
+        .map(|value| value.as_u64().unwrap());
+    assert_eq!(parts.sum::<u64>(), plan["total_bytes"].as_u64().unwrap());
+    assert_eq!((&plan["fits"], &plan["settings"]["rank"]), (&json!(true), &json!(8)));
+    assert_eq!(plan["run"]["tokens"], 3_000_000, "three passes");
+    let (hours, cost) = (&plan["run"]["hours"]["low"], &plan["run"]["cost"]["low"]);
+    assert!((cost.as_f64().unwrap() - 3.0 * hours.as_f64().unwrap()).abs() < 1e-9);
+    let target = |name: &str| {
+        let mut targets = plan["targets"].as_array().unwrap().iter();
+        targets.find(|target| target["target"] == name).unwrap().clone()
+    };
+    assert_eq!(target("shared_expert.up_proj")["servers"]["vLLM"], "yes");
+    assert_eq!(target("in_proj_qkvz")["servers"]["SGLang"], "unproven");
+    let (code, text) = brightrun(&["plan", "--config", path, "--gpu", "RTX 4090"]);
+    assert!(
+        code == Some(0) && text.as_str().unwrap().contains("DOES NOT FIT"),
+        "{text}"
+    );
+}
+
+#[test]
+fn the_command_says_what_it_cannot_plan() {
+    for (arguments, code) in [
+        (&["plan", "--model", "qwen3-8b", "--gpu", "TPU"][..], "GPU_UNKNOWN"),
+        (&["plan", "--model", "qwen9"], "PLAN_PRESET_UNKNOWN"),
+        (&["plan"], "MODEL_PATH_UNSET"),
+        (
+            &["plan", "--model", "qwen3-8b", "--targets", "expert"],
+            "LORA_TARGET_UNKNOWN",
+        ),
+        (&["plan", "--model", "qwen3-8b", "--rank", "0"], "SPEC_OUT_OF_RANGE"),
+        (
+            &["plan", "--model", "qwen3-8b", "--micro-batch", "0"],
+            "PLAN_OUT_OF_RANGE",
+        ),
+        (
+            &["plan", "--model", "qwen3-next-80b-a3b", "--targets", "experts"],
+            "LORA_TOO_LARGE",
+        ),
+    ] {
+        let (status, answer) = brightrun(&[arguments, &["--json"]].concat());
+        assert_eq!(
+            (status, &answer["error"]["code"]),
+            (Some(1), &json!(code)),
+            "{arguments:?}"
+        );
+    }
+}
+
+#[test]
+fn an_exported_adapter_is_the_same_in_peft_s_layout_and_by_expert() {
+    let family = Family::Qwen3Next;
+    let folder = tempfile::tempdir().unwrap();
+    let config = ModelConfig::miniature(family, VOCABULARY);
+    write_checkpoint(folder.path(), &config, 11).unwrap();
+    let options = LoadOptions::from(BaseDtype::F32);
+    let model = train_support::load(folder.path(), 2, options);
+    let spec = TrainSpec {
+        rank: 2,
+        targets: vec!["default+experts".to_owned()],
+        ..TrainSpec::default()
+    };
+    let adapter = stirred_lora(&model, &spec);
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::create_dir(path("trained")).unwrap();
+    train_support::save(&adapter, &model, &folder.path().join("trained"));
+    let export = |rest: &[&str], out: &str| {
+        let (trained, model, out) = (path("trained"), path(""), path(out));
+        let fixed = [
+            "export",
+            "--adapter",
+            &trained,
+            "--model",
+            &model,
+            "--out",
+            &out,
+            "--json",
+        ];
+        let (code, answer) = brightrun(&[&fixed[..], rest].concat());
+        assert_eq!(code, Some(0), "{answer}");
+        answer["tensors"].as_u64().unwrap()
+    };
+    export(&[], "again");
+    let bytes = |name: &str| std::fs::read(folder.path().join(name).join("adapter_model.safetensors")).unwrap();
+    assert!(
+        bytes("again") == bytes("trained"),
+        "the stacked layout is the adapter's own"
+    );
+    let moe = config.moe.unwrap();
+    let experts = 3 * 2 * (moe.experts * config.layers) as u64;
+    let stacked = 2 * adapter.pairs().len() as u64;
+    assert_eq!(
+        export(&["--layout", "per-expert"], "single"),
+        stacked - 4 * config.layers as u64 + experts
+    );
+    let described = std::fs::read_to_string(folder.path().join("single/adapter_config.json")).unwrap();
+    let described: Value = serde_json::from_str(&described).unwrap();
+    assert_eq!(described["target_parameters"], Value::Null);
+    assert!(
+        described["target_modules"]
+            .as_array()
+            .unwrap()
+            .contains(&json!("gate_proj"))
+    );
+    let trained: Value = serde_json::from_slice(&std::fs::read(path("trained/adapter_config.json")).unwrap()).unwrap();
+    let parameters = trained["target_parameters"].as_array().unwrap();
+    assert!(
+        parameters.contains(&json!("shared_expert.up_proj.weight")),
+        "{parameters:?}"
+    );
+    export(&["--bf16"], "half");
+    assert!(bytes("half").len() < bytes("trained").len() * 6 / 10);
 }

@@ -3,12 +3,8 @@
 
 mod train_support;
 
-use std::path::Path;
-
 use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::ops::{Device, Precision};
-use brightrun_worker::artifact::input::BaseModel;
-use brightrun_worker::artifact::{AdapterConfig, AdapterDtype, AdapterLayout, tensors_of, write_adapter};
 use brightrun_worker::error::Failure;
 use brightrun_worker::model::{Batch, Decoder, Family, LoadOptions, LoraSet, Model};
 use brightrun_worker::spec::{BaseDtype, Order, TrainSpec};
@@ -17,7 +13,7 @@ use brightrun_worker::train::{
     generate, run,
 };
 use train_support::{
-    ALL_FAMILIES, REFERENCE, Recorder, VOCABULARY, adapter_bytes, all_targets, examples, lora, model, spec,
+    ALL_FAMILIES, REFERENCE, Recorder, VOCABULARY, adapter_bytes, all_targets, examples, lora, model, save, spec,
     stirred_lora, trained,
 };
 
@@ -167,19 +163,6 @@ fn a_total_loss_is_the_mean_over_tokens_not_over_examples() {
         [1, 2, 3, 4, 5]
     );
     assert_eq!(evaluate(&model, None, &data, 64, &mut || false).unwrap(), None);
-}
-
-/// Writes an adapter's files as a run does.
-fn save(adapter: &LoraSet<Cpu>, model: &Model<Cpu>, folder: &Path) {
-    let base = BaseModel {
-        id: "base".to_owned(),
-        revision: None,
-        config_sha256: String::new(),
-        checkpoint_fingerprint: String::new(),
-    };
-    let config = AdapterConfig::new(&AdapterLayout::of(adapter, AdapterDtype::F32), &base).unwrap();
-    let tensors = tensors_of(model.device(), adapter).unwrap();
-    write_adapter(folder, &config, &tensors, AdapterDtype::F32).unwrap();
 }
 
 #[test]
@@ -389,4 +372,32 @@ fn weights_take_the_memory_that_their_encoding_says() {
     let per_value = nf4["nf4-nested"] as f64 / (projections as f64 / 2.0);
     assert!((0.5..0.75).contains(&per_value), "{per_value}");
     assert_eq!(LoadOptions::from(BaseDtype::F32).precision, Precision::F32);
+}
+
+#[test]
+fn an_evaluation_says_how_evenly_experts_were_used() {
+    let data = examples(6);
+    let tokens: usize = data.iter().map(|one| one.ids.len()).sum();
+    for family in ALL_FAMILIES {
+        let model = model(family, 2, REFERENCE);
+        let evaluation = evaluate(&model, None, &data, 32, &mut || true).unwrap().unwrap();
+        let moe = model.config().moe.clone();
+        assert_eq!(evaluation.routing.is_some(), moe.is_some(), "{family:?}");
+        let Some((routing, moe)) = evaluation.routing.zip(moe) else {
+            continue;
+        };
+        assert_eq!(routing.layers, model.config().layers);
+        assert_eq!(
+            routing.assignments,
+            (tokens * moe.top) as u64,
+            "every token in every layer, once"
+        );
+        assert!(routing.entropy > 0.5 && routing.entropy <= 1.0, "{routing:?}");
+        assert!(
+            routing.max_over_mean >= 1.0 && routing.max_over_mean <= moe.experts as f64,
+            "{routing:?}"
+        );
+        let whole = evaluate(&model, None, &data, 100_000, &mut || true).unwrap().unwrap();
+        assert_eq!(whole.routing, evaluation.routing, "packing changes nothing");
+    }
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::tensors::{AdapterDtype, AdapterTensor};
-use crate::model::LoraSet;
+use crate::model::{LoraSet, RoutingBalance};
 use crate::spec::TrainSpec;
 use crate::template::PassedFile;
 
@@ -89,6 +89,25 @@ impl AdapterLayout {
             dtype,
         }
     }
+
+    /// The same for files with a pair for each expert: every adapted projection is a module, named by the last part of its path.
+    pub fn per_expert(self) -> Self {
+        let mut names: Vec<String> = Vec::new();
+        for target in self.target_modules.iter().chain(&self.target_parameters) {
+            let path = target.trim_end_matches(".weight");
+            match path.rsplit('.').next().unwrap_or(path) {
+                "gate_up_proj" => names.extend(["gate_proj".to_owned(), "up_proj".to_owned()]),
+                name => names.push(name.to_owned()),
+            }
+        }
+        names.sort();
+        names.dedup();
+        Self {
+            target_modules: names,
+            target_parameters: Vec::new(),
+            ..self
+        }
+    }
 }
 
 /// What was learnt from.
@@ -148,6 +167,9 @@ pub struct RunMetrics {
     pub tokens_per_second: f64,
     /// Highest memory use in bytes.
     pub peak_memory_bytes: u64,
+    /// How evenly routed experts were used by the proof's examples; absent for models without any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routing: Option<RoutingBalance>,
 }
 
 /// The loss that the saved files must reproduce when they are loaded again.
@@ -190,6 +212,9 @@ pub struct MetricPoint {
     pub gradient_norm: f64,
     /// Tokens processed per second.
     pub tokens_per_second: f64,
+    /// How evenly routed experts were used, where the held-out loss was evaluated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routing: Option<RoutingBalance>,
 }
 
 /// One prompt answered twice.

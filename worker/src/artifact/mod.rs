@@ -38,7 +38,7 @@ mod write;
 pub use adapter_config::AdapterConfig;
 pub use input::{AdapterLayout, ArtifactInput};
 pub use manifest::Manifest;
-pub use tensors::{AdapterDtype, AdapterTensor, encode_tensors, tensors_of};
+pub use tensors::{AdapterDtype, AdapterTensor, ExpertLayout, encode_tensors, tensors_in, tensors_of};
 pub use upload::{Destination, upload};
 pub use verify::{Verification, verify};
 pub use write::{ArtifactFile, ArtifactFiles, record_verification, write, write_adapter};

@@ -86,7 +86,7 @@ fn introduction(card: &mut String, input: &ArtifactInput<'_>, config: &AdapterCo
     writeln!(card, "| Rank, alpha | {}, {} |", config.r, config.lora_alpha)?;
     writeln!(card, "| Adapted modules | {} |", plain(&targets.join(", ")))?;
     if let Some(parameters) = &config.target_parameters {
-        writeln!(card, "| Adapted expert tensors | {} |", plain(&parameters.join(", ")))?;
+        writeln!(card, "| Adapted parameters | {} |", plain(&parameters.join(", ")))?;
     }
     let training_dtype = format!("{:?}", input.spec.base_dtype).to_lowercase();
     writeln!(card, "| Base weights during training | {training_dtype} |")?;
@@ -161,6 +161,17 @@ fn results(card: &mut String, input: &ArtifactInput<'_>) -> std::fmt::Result {
         metrics.tokens_per_second,
         metrics.peak_memory_bytes as f64 / 1e9,
     )?;
+    if let Some(routing) = &metrics.routing {
+        writeln!(
+            card,
+            "Routing over {} layers: entropy {:.3} of even shares, the busiest expert {:.1} times the mean, {:.1} % of experts \
+             without a token.\n",
+            routing.layers,
+            routing.entropy,
+            routing.max_over_mean,
+            100.0 * routing.idle_share,
+        )?;
+    }
     let examples = match input.proof.split {
         ProofSplit::HeldOut => "held-out",
         ProofSplit::Training => "training",

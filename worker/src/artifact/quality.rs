@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::RoutingBalance;
+
 /// `model_artifacts.quality_metrics`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct QualityMetrics {
@@ -19,6 +21,9 @@ pub struct QualityMetrics {
     /// By how much the training loss fell, in percent of the first; absent without points.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_reduction_percent: Option<f64>,
+    /// How evenly routed experts were used; absent for models without any. It does not enter the stars.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routing: Option<RoutingBalance>,
 }
 
 /// One point of the chart: training loss and, where evaluated, held-out loss.
@@ -53,6 +58,7 @@ pub fn rate(points: &[LossPoint]) -> QualityMetrics {
         final_validation_loss: last.validation.and_then(finite),
         perplexity: validation.map(f64::exp).and_then(finite),
         loss_reduction_percent: Some(reduction),
+        routing: None,
     }
 }
 
@@ -74,6 +80,7 @@ fn unknown() -> QualityMetrics {
         final_validation_loss: None,
         perplexity: None,
         loss_reduction_percent: None,
+        routing: None,
     }
 }
 

@@ -107,14 +107,40 @@ impl View for Saved<'_> {
     }
 }
 
+/// How routed experts lie in an adapter's files.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ExpertLayout {
+    /// One pair for all experts of a layer: PEFT's.
+    #[default]
+    Stacked,
+    /// A pair for each expert and projection: vLLM's. PEFT cannot load it.
+    PerExpert,
+}
+
 /// The tensors of an adapter in a backend's memory, as PEFT has them.
 ///
 /// # Errors
 /// The backend's own.
 pub fn tensors_of<B: Backend>(device: &B, lora: &LoraSet<B>) -> Result<Vec<AdapterTensor<'static>>> {
+    tensors_in(device, lora, ExpertLayout::Stacked)
+}
+
+/// The tensors of an adapter in a backend's memory, routed experts in the given layout.
+///
+/// # Errors
+/// The backend's own.
+pub fn tensors_in<B: Backend>(
+    device: &B,
+    lora: &LoraSet<B>,
+    layout: ExpertLayout,
+) -> Result<Vec<AdapterTensor<'static>>> {
     let mut tensors = Vec::new();
     for pair in lora.pairs() {
-        tensors.extend(pair.to_peft(device)?.map(|factor| AdapterTensor {
+        let factors = match layout {
+            ExpertLayout::Stacked => pair.to_peft(device)?.into(),
+            ExpertLayout::PerExpert => pair.to_per_expert(device)?,
+        };
+        tensors.extend(factors.into_iter().map(|factor| AdapterTensor {
             name: factor.key,
             shape: factor.shape.to_vec(),
             data: factor.values.into(),

@@ -5,6 +5,7 @@
 //! Exit codes: 0 success, 1 the user's input is at fault, 2 wrong usage, 3 this machine or a service is at fault.
 
 mod doctor;
+pub mod export;
 mod model;
 pub mod output;
 pub mod plan;
@@ -56,7 +57,7 @@ pub enum Command {
     Validate(ValidateArguments),
     /// Show one dataset line as text, tokens and loss mask
     Inspect(InspectArguments),
-    /// Tokens, steps, memory, time and cost of a training run
+    /// Tokens, steps, memory, time and cost of a training run on this machine
     Estimate(EstimateArguments),
     /// Parameters, memory, speed and cost of a training run, from a model's configuration alone
     Plan(plan::PlanArguments),
@@ -66,6 +67,8 @@ pub enum Command {
     Eval(EvalArguments),
     /// Continue a prompt, with or without an adapter
     Generate(GenerateArguments),
+    /// Rewrite a finished adapter for another reader: vLLM's per-expert layout, bfloat16
+    Export(export::ExportArguments),
     /// Check that everything this machine needs is in place
     Doctor(OutputArguments),
     /// Print every setting with its value
@@ -518,6 +521,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Train(arguments) => tokio::task::block_in_place(|| model::train(&config, arguments)),
         Command::Eval(arguments) => tokio::task::block_in_place(|| model::eval(&config, arguments)),
         Command::Generate(arguments) => tokio::task::block_in_place(|| model::generate(&config, arguments)),
+        Command::Export(arguments) => tokio::task::block_in_place(|| export::run(&config, arguments)),
         Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
         Command::Config => print_config(&config),
     }
@@ -543,6 +547,7 @@ fn wants_json(command: &Command) -> bool {
         | Command::Train(TrainArguments { output, .. })
         | Command::Eval(EvalArguments { output, .. })
         | Command::Generate(GenerateArguments { output, .. })
+        | Command::Export(export::ExportArguments { output, .. })
         | Command::Doctor(output) => output.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }

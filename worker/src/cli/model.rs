@@ -4,6 +4,8 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use brightrun_kernels::DType;
+use brightrun_kernels::counting::Habits;
 use brightrun_kernels::cpu::Cpu;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
@@ -15,7 +17,8 @@ use crate::artifact::AdapterDtype;
 use crate::config::Config;
 use crate::dataset::{self, Example, Message};
 use crate::error::{Failure, Result};
-use crate::model::LoraSet;
+use crate::model::{LoadOptions, LoraSet, ModelConfig};
+use crate::plan;
 use crate::recipe::{self, Base, Checkpoints, Labels, Prepared};
 use crate::spec::{BaseDtype, Supervise, TrainSpec};
 use crate::template::{self, ChatTemplate};
@@ -28,7 +31,7 @@ use crate::train::{
 const EVAL_MICRO_BATCH_TOKENS: usize = 4096;
 
 /// The checkpoint's folder, from the flag or the settings.
-fn model_folder(flag: Option<&PathBuf>, config: &Config) -> Result<PathBuf> {
+pub(super) fn model_folder(flag: Option<&PathBuf>, config: &Config) -> Result<PathBuf> {
     let folder = flag.or(config.model.path.as_ref()).ok_or_else(|| {
         Failure::user("CONFIG_MISSING", "No model is given").hint("Give `--model DIR`, or set BRIGHTRUN_MODEL_PATH")
     })?;
@@ -51,7 +54,7 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-fn device(config: &Config) -> Result<Cpu> {
+pub(super) fn device(config: &Config) -> Result<Cpu> {
     Cpu::new(config.worker.backend_threads()).map_err(Failure::from)
 }
 
@@ -460,12 +463,13 @@ pub fn estimate(config: &Config, arguments: &EstimateArguments) -> Result<()> {
         None => measure_speed(config, &folder, &spec, &data)?,
     };
     let seconds = tokens as f64 / speed;
+    let memory_bytes = planned_memory(config, &folder, &spec, &lengths)?;
     let price = arguments.price_per_hour.unwrap_or(0.0);
     let estimate = json!({
         "examples": data.train.len(), "held_out": data.validation.len(), "left_out": data.dropped.len(),
         "trimmed": data.trimmed_examples, "steps": order.total_steps(), "tokens": tokens,
         "longest_tokens": lengths.iter().max(), "median_tokens": median(lengths.clone()),
-        "tokens_per_second": speed, "seconds": seconds, "cost": seconds / 3600.0 * price, "settings": spec,
+        "memory_bytes": memory_bytes, "tokens_per_second": speed, "seconds": seconds, "cost": seconds / 3600.0 * price, "settings": spec,
     });
     if arguments.output.json {
         return print_json(&estimate);
@@ -487,11 +491,28 @@ pub fn estimate(config: &Config, arguments: &EstimateArguments) -> Result<()> {
         spec.batch_size
     ))?;
     print_line(&format!("tokens    {}", output::thousands(tokens)))?;
+    print_line(&format!("memory    {}", output::bytes(memory_bytes)))?;
     print_line(&format!(
         "time      {} at {speed:.0} tokens/s",
         output::duration(seconds)
     ))?;
     print_line(&format!("cost      ${:.2}", seconds / 3600.0 * price))
+}
+
+/// Bytes of the longest micro-batch's step on this machine, as [`plan`](crate::plan) counts them.
+fn planned_memory(config: &Config, folder: &Path, spec: &TrainSpec, lengths: &[usize]) -> Result<u64> {
+    let device = device(config)?;
+    let options = LoadOptions::from(spec.base_dtype);
+    let longest = lengths.iter().copied().max().unwrap_or(1);
+    // Short examples share a micro-batch; a long one goes alone.
+    let tokens = lengths.iter().sum::<usize>().min(spec.micro_batch_tokens).max(longest);
+    let shape = plan::Shape {
+        sequences: tokens.div_ceil(longest).min(spec.batch_size),
+        length: longest,
+    };
+    let habits = Habits::cpu(device.factors(options.precision));
+    let model = ModelConfig::load(folder)?;
+    Ok(plan::footprint(&model, DType::BF16, spec, habits, shape)?.bytes.total())
 }
 
 fn median(mut lengths: Vec<usize>) -> usize {

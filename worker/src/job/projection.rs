@@ -196,7 +196,10 @@ pub fn artifact<B: Backend>(
         id: artifact::artifact_id(job.job_id),
         row: ArtifactRow::new(
             artifact_name(Some(&job.dataset.name), Utc::now().date_naive()),
-            artifact::quality::rate(&losses),
+            artifact::quality::QualityMetrics {
+                routing: delivery.metrics.routing,
+                ..artifact::quality::rate(&losses)
+            },
             &summary,
             configuration(&job.preset_id, &resolved.hyperparameters, &resolved.gpu_config),
             paths,

@@ -193,6 +193,16 @@ impl<B: Backend> LoraPair<B> {
             .layout()
             .to_peft(device.read_f32(&self.a)?, device.read_f32(&self.b)?))
     }
+
+    /// All factors with routed experts by themselves; see [`PeftLayout::to_per_expert`](peft::PeftLayout::to_per_expert).
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn to_per_expert(&self, device: &B) -> Result<Vec<PeftFactor>> {
+        Ok(self
+            .layout()
+            .to_per_expert(device.read_f32(&self.a)?, device.read_f32(&self.b)?))
+    }
 }
 
 fn read_factor(file: &TensorFile, key: &str, shape: [usize; 2]) -> Result<Vec<f32>> {

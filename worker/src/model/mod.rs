@@ -14,6 +14,7 @@
 //! | [`lora`], [`targets`] | adapters beside the frozen model; which modules they adapt |
 //! | [`peft`], [`adapter`] | PEFT's names and order; its files, read |
 //! | [`decode`], [`cache`] | one document, continued token by token |
+//! | [`loads`] | how evenly routers spread the tokens of an evaluation |
 //! | [`synthetic`] | checkpoints of seeded random numbers |
 //! | [`batch`], [`pass`], [`rope`], [`random`] | packed documents; what layers share; rotations; seeded numbers |
 //!
@@ -37,6 +38,7 @@ pub mod fp8;
 pub mod layer;
 pub mod linear;
 pub mod load;
+pub mod loads;
 pub mod lora;
 pub mod mixer;
 pub mod mlp;
@@ -55,6 +57,7 @@ pub use self::batch::{Batch, IGNORED};
 pub use self::config::{Family, ModelConfig};
 pub use self::decode::Decoder;
 pub use self::load::{Encoding, LoadOptions, LoadProgress};
+pub use self::loads::{ExpertLoads, RoutingBalance};
 pub use self::lora::{LoraConfig, LoraGradients, LoraSet, Module, ModuleId};
 pub use self::rope::RopeFrequencies;
 pub use self::transformer::{BackwardSettings, Model};

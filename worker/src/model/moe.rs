@@ -89,6 +89,9 @@ impl<B: Backend> Moe<B> {
         let logits = self.logits(pass, x)?;
         let mut routing = Routing::alloc(pass.device, pass.tokens(), self.experts.count(), self.top)?;
         pass.device.route(&logits, self.renormalise, &mut routing)?;
+        if let Some(loads) = pass.loads {
+            loads.add(pass.device, &routing)?;
+        }
         let shared = match &self.shared {
             Some(shared) => Some(shared.forward(pass, x)?),
             None => None,

@@ -7,6 +7,7 @@ use brightrun_kernels::{Backend, DType, Segments, Shape, Tensor};
 
 use crate::error::Result;
 use crate::model::linear::Linear;
+use crate::model::loads::ExpertLoads;
 use crate::model::lora::{LoraSet, ModuleId};
 
 /// The surroundings of one forward or forward-and-backward pass.
@@ -25,6 +26,8 @@ pub struct Pass<'a, B: Backend> {
     pub rope: Arc<RopeTable<B>>,
     /// The packed documents.
     pub segments: &'a Segments,
+    /// Where routers count how many tokens they send to each expert, if anybody asks.
+    pub loads: Option<&'a ExpertLoads>,
 }
 
 impl<B: Backend> Pass<'_, B> {

@@ -67,11 +67,16 @@ pub struct PeftLayout {
     outputs: usize,
     inputs: usize,
     experts: Option<usize>,
+    /// Path of the module that holds the routed experts.
+    holder: Option<String>,
+    /// Whether this is the tensor of gate and up together.
+    is_gate_up: bool,
 }
 
 impl PeftLayout {
     /// The layout of `module`; `is_adapted` tells of any other module whether it has an adapter too.
     pub(crate) fn new(module: &Module, rank: usize, is_adapted: impl Fn(&str) -> bool) -> Self {
+        let stacked = module.path.rsplit_once('.').filter(|_| module.experts.is_some());
         let holder = match (module.experts, module.path.rsplit_once('.')) {
             (Some(_), Some((holder, "gate_up_proj"))) if is_adapted(&format!("{holder}.down_proj")) => {
                 format!("{holder}.base_layer")
@@ -88,6 +93,8 @@ impl PeftLayout {
             outputs: module.outputs,
             inputs: module.inputs,
             experts: module.experts,
+            holder: stacked.map(|(holder, _)| holder.to_owned()),
+            is_gate_up: stacked.is_some_and(|(_, name)| name == "gate_up_proj"),
         }
     }
 
@@ -134,6 +141,38 @@ impl PeftLayout {
         ]
     }
 
+    /// Both factors in the layout of one adapter for each expert and projection, `experts.3.gate_proj.lora_A.weight` and so on:
+    /// what vLLM loads. `gate_proj` and `up_proj` of an expert get the same A and the halves of their common B, so each
+    /// product `B·A` is its part of the stacked one. Modules that are no routed experts stay as PEFT has them.
+    pub fn to_per_expert(&self, a: Vec<f32>, b: Vec<f32>) -> Vec<PeftFactor> {
+        let (Some(experts), Some(holder)) = (self.experts, &self.holder) else {
+            return self.to_peft(a, b).into();
+        };
+        let (rank, inputs, outputs) = (self.rank, self.inputs, self.outputs);
+        let parts: &[&str] = match self.is_gate_up {
+            true => &["gate_proj", "up_proj"],
+            false => &["down_proj"],
+        };
+        let rows = outputs / parts.len();
+        let mut factors = Vec::new();
+        for expert in 0..experts {
+            for (place, part) in parts.iter().enumerate() {
+                let key = |half: &str| format!("base_model.model.{holder}.{expert}.{part}.lora_{half}.weight");
+                factors.push(PeftFactor {
+                    key: key("A"),
+                    shape: [rank, inputs],
+                    values: a[expert * rank * inputs..][..rank * inputs].to_vec(),
+                });
+                factors.push(PeftFactor {
+                    key: key("B"),
+                    shape: [rows, rank],
+                    values: b[(expert * outputs + place * rows) * rank..][..rows * rank].to_vec(),
+                });
+            }
+        }
+        factors
+    }
+
     /// `places(own, peft)` gives target and source of one value, from its places in the two orders.
     fn reordered(&self, values: Vec<f32>, places: impl Fn(usize, usize) -> (usize, usize)) -> Vec<f32> {
         let Some(experts) = self.experts else { return values };
@@ -154,6 +193,7 @@ impl PeftLayout {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     fn module(path: &str, experts: Option<usize>) -> Module {
@@ -195,6 +235,64 @@ mod tests {
             key("m.experts.gate_up_proj", false),
             "base_model.model.m.experts.lora_A.weight"
         );
+    }
+
+    /// `B·A`, row by row, of factors with `rank` rows and columns.
+    fn delta(a: &[f32], b: &[f32], rank: usize) -> Vec<f64> {
+        let inputs = a.len() / rank;
+        let row = |b: &[f32]| -> Vec<f64> {
+            let sum = |i: usize| (0..rank).map(|r| f64::from(b[r]) * f64::from(a[r * inputs + i])).sum();
+            (0..inputs).map(sum).collect()
+        };
+        b.chunks(rank).flat_map(row).collect()
+    }
+
+    /// What PEFT computes from its stacked tensors for one expert: A viewed as `[E, r, I]`, B as `[O, r, E]`.
+    fn stacked_delta(factors: &[PeftFactor; 2], (experts, rank): (usize, usize), expert: usize) -> Vec<f64> {
+        let [a, b] = factors;
+        let inputs = a.shape[1];
+        let own_a = &a.values[expert * rank * inputs..][..rank * inputs];
+        let own_b: Vec<f32> = (0..b.shape[0] * rank)
+            .map(|place| b.values[place * experts + expert])
+            .collect();
+        delta(own_a, &own_b, rank)
+    }
+
+    #[test]
+    fn per_expert_factors_multiply_to_the_stacked_ones() {
+        let (experts, rank) = (3, 2);
+        for (name, parts) in [
+            ("gate_up_proj", &["gate_proj", "up_proj"][..]),
+            ("down_proj", &["down_proj"]),
+        ] {
+            let module = Module {
+                path: format!("model.layers.1.mlp.experts.{name}"),
+                outputs: 6,
+                inputs: 5,
+                experts: Some(experts),
+            };
+            let layout = PeftLayout::new(&module, rank, |_| true);
+            let a: Vec<f32> = (0..experts * rank * 5).map(|i| (i as f32 * 0.7).sin()).collect();
+            let b: Vec<f32> = (0..experts * rank * 6).map(|i| (i as f32 * 0.3).cos()).collect();
+            let stacked = layout.to_peft(a.clone(), b.clone());
+            let single = layout.to_per_expert(a, b);
+            assert_eq!(single.len(), 2 * parts.len() * experts);
+            for expert in 0..experts {
+                let of_part = |part: &&str| {
+                    let prefix = format!("base_model.model.model.layers.1.mlp.experts.{expert}.{part}.lora_");
+                    let find = |half: &str| single.iter().find(|it| it.key == format!("{prefix}{half}.weight"));
+                    let (a, b) = find("A").zip(find("B")).unwrap();
+                    assert_eq!((a.shape, b.shape), ([rank, 5], [6 / parts.len(), rank]));
+                    delta(&a.values, &b.values, rank)
+                };
+                let joined: Vec<f64> = parts.iter().flat_map(of_part).collect();
+                assert_eq!(
+                    joined,
+                    stacked_delta(&stacked, (experts, rank), expert),
+                    "{name} {expert}"
+                );
+            }
+        }
     }
 
     #[test]

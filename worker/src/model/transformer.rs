@@ -9,6 +9,7 @@ use crate::error::{Failure, Result};
 use crate::model::batch::Batch;
 use crate::model::config::ModelConfig;
 use crate::model::layer::{Layer, LayerTrace};
+use crate::model::loads::ExpertLoads;
 use crate::model::lora::{LoraGradients, LoraSet, Module};
 use crate::model::norm::Norm;
 use crate::model::pass::Pass;
@@ -101,6 +102,7 @@ impl<B: Backend> Model<B> {
             positions: self.device.upload_i32([batch.tokens()], &batch.positions)?,
             rope: self.rope.table(&self.device, longest)?,
             segments: &batch.segments,
+            loads: None,
         })
     }
 
@@ -150,7 +152,26 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// `MODEL_TOO_LONG`; the backend's own.
     pub fn forward_losses(&self, lora: Option<&LoraSet<B>>, batch: &Batch) -> Result<Vec<f32>> {
-        let pass = self.pass(lora, batch)?;
+        self.forward_losses_counting(lora, batch, None)
+    }
+
+    /// As [`Model::forward_losses`]; routers add what they do to `loads`.
+    ///
+    /// # Errors
+    /// `MODEL_TOO_LONG`; the backend's own.
+    pub fn forward_losses_counting(
+        &self,
+        lora: Option<&LoraSet<B>>,
+        batch: &Batch,
+        loads: Option<&ExpertLoads>,
+    ) -> Result<Vec<f32>> {
+        if let Some(loads) = loads {
+            loads.begin();
+        }
+        let pass = Pass {
+            loads,
+            ..self.pass(lora, batch)?
+        };
         let x = self.hidden(&pass, batch)?;
         let normed = self.final_norm.forward(&pass, &x)?.y;
         drop(x);

@@ -41,6 +41,11 @@ pub fn skeleton<B: Backend>(
     let mut builder = Builder {
         device,
         encoding: options.encoding,
+        // Block-scaled FP8 is decoded to f32 when it is read.
+        projections: match config.fp8_block {
+            Some(_) => DType::F32,
+            None => stored,
+        },
         stored,
         modules: Vec::new(),
         weight_bytes: BTreeMap::new(),
@@ -72,6 +77,9 @@ pub fn skeleton<B: Backend>(
 struct Builder<'a, B: Backend> {
     device: &'a B,
     encoding: Encoding,
+    /// What projections are after they were read.
+    projections: DType,
+    /// What everything else is.
     stored: DType,
     modules: Vec<Module>,
     weight_bytes: BTreeMap<&'static str, u64>,
@@ -221,9 +229,9 @@ impl<B: Backend> Builder<'_, B> {
     fn encoded(&self, shape: [usize; 2]) -> Result<Weight<B>> {
         let dense = |dtype| self.device.alloc(dtype, shape);
         Ok(match self.encoding {
-            Encoding::Stored => Weight::Dense(dense(self.stored)?),
+            Encoding::Stored => Weight::Dense(dense(self.projections)?),
             Encoding::Bf16 => Weight::Dense(dense(DType::BF16)?),
-            Encoding::Nf4 => Weight::Nf4(self.device.quantize_nf4(&dense(self.stored)?, true)?),
+            Encoding::Nf4 => Weight::Nf4(self.device.quantize_nf4(&dense(self.projections)?, true)?),
         })
     }
 

@@ -4,7 +4,7 @@ use brightrun_kernels::Backend;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Failure, Result};
-use crate::model::{LoraSet, Model};
+use crate::model::{ExpertLoads, LoraSet, Model, RoutingBalance};
 use crate::train::example::{EncodedExample, check_examples};
 use crate::train::step::{micro_batches, packed};
 
@@ -28,6 +28,9 @@ pub struct Evaluation {
     pub supervised_tokens: usize,
     /// Each example, in the order given.
     pub examples: Vec<ExampleLoss>,
+    /// How evenly routed experts were used; `None` for a model without any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub routing: Option<RoutingBalance>,
 }
 
 /// Evaluates a model, with or without an adapter. `keep_going` is asked before each micro-batch; when it says no, the result
@@ -49,20 +52,21 @@ pub fn evaluate<B: Backend>(
     check_examples(model, examples)?;
     let all: Vec<&EncodedExample> = examples.iter().collect();
     let mut sums = vec![0.0f64; all.len()];
+    let loads = ExpertLoads::default();
     for micro_batch in micro_batches(&all, micro_batch_tokens) {
         if !keep_going() {
             return Ok(None);
         }
         let batch = packed(micro_batch.iter().map(|place| all[*place]));
-        let losses = model.forward_losses(lora, &batch)?;
+        let losses = model.forward_losses_counting(lora, &batch, Some(&loads))?;
         for (place, range) in micro_batch.into_iter().zip(batch.segments.ranges()) {
             sums[place] = losses[range].iter().map(|loss| f64::from(*loss)).sum();
         }
     }
-    summarise(&all, &sums).map(Some)
+    summarise(&all, &sums, loads.balance()).map(Some)
 }
 
-fn summarise(examples: &[&EncodedExample], sums: &[f64]) -> Result<Evaluation> {
+fn summarise(examples: &[&EncodedExample], sums: &[f64], routing: Option<RoutingBalance>) -> Result<Evaluation> {
     if let Some((example, _)) = examples.iter().zip(sums).find(|(_, sum)| !sum.is_finite()) {
         return Err(Failure::user("EVAL_NON_FINITE", "The loss of an example is not finite")
             .at(format!("Dataset line {}", example.line))
@@ -81,5 +85,6 @@ fn summarise(examples: &[&EncodedExample], sums: &[f64]) -> Result<Evaluation> {
                 supervised_tokens: example.supervised_tokens(),
             })
             .collect(),
+        routing,
     })
 }

@@ -5,7 +5,10 @@ use std::path::Path;
 
 use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::ops::{Device, Precision};
-use brightrun_worker::artifact::{AdapterDtype, encode_tensors, tensors_of};
+use brightrun_worker::artifact::input::BaseModel;
+use brightrun_worker::artifact::{
+    AdapterConfig, AdapterDtype, AdapterLayout, encode_tensors, tensors_of, write_adapter,
+};
 use brightrun_worker::model::random::CounterRandom;
 use brightrun_worker::model::synthetic::write_checkpoint;
 use brightrun_worker::model::{
@@ -180,4 +183,17 @@ pub fn trained(
 /// The bytes of the adapter's file.
 pub fn adapter_bytes(adapter: &LoraSet<Cpu>, model: &Model<Cpu>) -> Vec<u8> {
     encode_tensors(&tensors_of(model.device(), adapter).unwrap(), AdapterDtype::F32).unwrap()
+}
+
+/// Writes an adapter's files as a run does.
+pub fn save(adapter: &LoraSet<Cpu>, model: &Model<Cpu>, folder: &Path) {
+    let base = BaseModel {
+        id: "base".to_owned(),
+        revision: None,
+        config_sha256: String::new(),
+        checkpoint_fingerprint: String::new(),
+    };
+    let config = AdapterConfig::new(&AdapterLayout::of(adapter, AdapterDtype::F32), &base).unwrap();
+    let tensors = tensors_of(model.device(), adapter).unwrap();
+    write_adapter(folder, &config, &tensors, AdapterDtype::F32).unwrap();
 }
