@@ -52,6 +52,11 @@ impl<B: Backend> Layer<B> {
         pass.adapts_any(&self.mixer.modules()) || pass.adapts_any(&self.feed_forward.modules())
     }
 
+    /// The part that works on each position by itself.
+    pub fn feed_forward(&self) -> &FeedForward<B> {
+        &self.feed_forward
+    }
+
     /// Bytes that keeping everything costs beyond the checkpoint.
     pub fn inner_trace_bytes(&self, pass: &Pass<'_, B>) -> u64 {
         let width = self.input_norm.weight.shape().elements();

@@ -76,8 +76,16 @@ impl<B: Backend> Model<B> {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// The decoder layers, first to last.
+    pub fn layers(&self) -> &[Layer<B>] {
+        &self.layers
+    }
+
     /// The surroundings of a pass over `batch`.
-    pub(crate) fn pass<'a>(&'a self, lora: Option<&'a LoraSet<B>>, batch: &'a Batch) -> Result<Pass<'a, B>> {
+    ///
+    /// # Errors
+    /// `MODEL_TOO_LONG`; the backend's own.
+    pub fn pass<'a>(&'a self, lora: Option<&'a LoraSet<B>>, batch: &'a Batch) -> Result<Pass<'a, B>> {
         let longest = batch
             .positions
             .iter()

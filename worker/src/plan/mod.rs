@@ -41,7 +41,7 @@ pub use self::parameters::{Parameters, parameters};
 pub use self::presets::{PRESETS, preset};
 pub use self::report::text;
 pub use self::servers::{Acceptance, Kind, Server, acceptance};
-pub use self::skeleton::skeleton;
+pub use self::skeleton::{Contents, skeleton, skeleton_with};
 use crate::error::Result;
 use crate::model::lora::{AdapterSize, Module};
 use crate::model::targets;

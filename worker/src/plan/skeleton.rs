@@ -23,8 +23,18 @@ use crate::model::mixer::Mixer;
 use crate::model::mlp::Mlp;
 use crate::model::moe::{Moe, SharedExpert};
 use crate::model::norm::Norm;
+use crate::model::random::CounterRandom;
 use crate::model::rope::RopeCache;
 use crate::model::transformer::Model;
+
+/// What the tensors of a skeleton hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contents {
+    /// Nothing in particular.
+    None,
+    /// Seeded small random numbers, one matrix for all experts of a stack: for measuring a layer without a checkpoint.
+    Random(u64),
+}
 
 /// A model of `config` on `device`, as loading a checkpoint with tensors of dtype `stored` leaves it; `positions` is the longest
 /// document's length.
@@ -38,8 +48,27 @@ pub fn skeleton<B: Backend>(
     stored: DType,
     positions: usize,
 ) -> Result<Model<B>> {
+    skeleton_with(device, config, options, stored, positions, Contents::None)
+}
+
+/// As [`skeleton`], with contents.
+///
+/// # Errors
+/// The backend's own.
+pub fn skeleton_with<B: Backend>(
+    device: &B,
+    config: ModelConfig,
+    options: LoadOptions,
+    stored: DType,
+    positions: usize,
+    contents: Contents,
+) -> Result<Model<B>> {
     let mut builder = Builder {
         device,
+        noise: match contents {
+            Contents::None => None,
+            Contents::Random(seed) => Some(CounterRandom::new(seed, "skeleton")),
+        },
         encoding: options.encoding,
         // Block-scaled FP8 is decoded to f32 when it is read.
         projections: match config.fp8_block {
@@ -76,6 +105,8 @@ pub fn skeleton<B: Backend>(
 
 struct Builder<'a, B: Backend> {
     device: &'a B,
+    /// What fills the tensors, if anything.
+    noise: Option<CounterRandom>,
     encoding: Encoding,
     /// What projections are after they were read.
     projections: DType,
@@ -190,7 +221,14 @@ impl<B: Backend> Builder<'_, B> {
     }
 
     fn stack(&mut self, experts: usize, shape: [usize; 2]) -> Result<WeightStack<B>> {
-        let stack = WeightStack::alloc_like(self.device, experts, &self.encoded(shape)?)?;
+        let first = self.encoded(shape)?;
+        let mut stack = WeightStack::alloc_like(self.device, experts, &first)?;
+        if self.noise.is_some() {
+            for expert in 0..experts {
+                self.device.stack_expert(&first, expert, &mut stack)?;
+            }
+        }
+        drop(first);
         self.count(stack.encoding(), stack.size_bytes());
         Ok(stack)
     }
@@ -227,7 +265,7 @@ impl<B: Backend> Builder<'_, B> {
     }
 
     fn encoded(&self, shape: [usize; 2]) -> Result<Weight<B>> {
-        let dense = |dtype| self.device.alloc(dtype, shape);
+        let dense = |dtype| self.tensor(dtype, &shape);
         Ok(match self.encoding {
             Encoding::Stored => Weight::Dense(dense(self.projections)?),
             Encoding::Bf16 => Weight::Dense(dense(DType::BF16)?),
@@ -240,7 +278,7 @@ impl<B: Backend> Builder<'_, B> {
             Encoding::Bf16 => DType::BF16,
             Encoding::Nf4 | Encoding::Stored => self.stored,
         };
-        let weight = Weight::Dense(self.device.alloc(dtype, shape)?);
+        let weight = Weight::Dense(self.tensor(dtype, &shape)?);
         self.count(weight.encoding(), weight.size_bytes());
         Ok(weight)
     }
@@ -262,8 +300,22 @@ impl<B: Backend> Builder<'_, B> {
             DType::BF16 => (DType::BF16, "bf16"),
             _ => (DType::F32, "f32"),
         };
-        let tensor = self.device.alloc(dtype, brightrun_kernels::Shape::new(shape))?;
+        let tensor = self.tensor(dtype, shape)?;
         self.count(name, tensor.size_bytes());
+        Ok(tensor)
+    }
+
+    fn tensor(&self, dtype: DType, shape: &[usize]) -> Result<Tensor<B>> {
+        let shape = brightrun_kernels::Shape::new(shape);
+        let Some(noise) = &self.noise else {
+            return Ok(self.device.alloc(dtype, shape)?);
+        };
+        // A short cycle of numbers: what they are does not matter, that they are not zero does.
+        let cycle: Vec<f32> = (0..8191).map(|place| 0.02 * noise.normal(place) as f32).collect();
+        let values: Vec<f32> = cycle.iter().copied().cycle().take(shape.elements()).collect();
+        let exact = self.device.upload_f32(shape, &values)?;
+        let mut tensor = self.device.alloc(dtype, shape)?;
+        self.device.copy(&exact, &mut tensor)?;
         Ok(tensor)
     }
 
