@@ -1,18 +1,18 @@
 //! Gathering and copying rows, and rotary embedding.
 
-use brightrun_kernels::ops::{Backend, Device, EmbeddingOps, Precision, RopeDirection, RopeOps, RopeTable};
+use brightrun_kernels::ops::{Device, EmbeddingOps, Precision, RopeDirection, RopeOps, RopeTable};
 use brightrun_kernels::oracle::rope;
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Error, Weight};
 
-use super::backends::{Run, narrow, on_every_backend, wide};
+use super::backends::{Run, Traits, narrow, wide};
 use super::weights::{Encoding, weight};
-use crate::judged;
+use crate::{judged, on_every_backend};
 
 /// Tokens, heads, head dimension, rotary pairs.
 type RopeShape = (usize, usize, usize, usize);
 
-fn rotate<B: Backend>(run: &mut Run<'_, B>, shape: RopeShape, direction: RopeDirection) {
+fn rotate<B: Traits>(run: &mut Run<'_, B>, shape: RopeShape, direction: RopeDirection) {
     let (tokens, heads, dim, pairs) = shape;
     let mut random = Random::new(dim as u64);
     let x = random.normal(tokens * heads * dim);
@@ -54,7 +54,7 @@ fn rotate<B: Backend>(run: &mut Run<'_, B>, shape: RopeShape, direction: RopeDir
 
 #[test]
 fn rope_agrees_with_the_oracle() {
-    on_every_backend("rope", |run| {
+    on_every_backend!("rope", [Rope], |run| {
         for shape in [
             (0, 2, 8, 4),
             (1, 1, 2, 1),
@@ -72,7 +72,7 @@ fn rope_agrees_with_the_oracle() {
 
 #[test]
 fn gathered_rows_are_the_tables_rows() {
-    on_every_backend("gather_rows", |run| {
+    on_every_backend!("gather_rows", [GatherRows], |run| {
         let device = run.backend;
         for (encoding, width) in [(Encoding::F32, 5), (Encoding::Bf16, 33), (Encoding::F16, 64)] {
             let (table, values) = weight(device, encoding, [7, width], &Random::new(1).normal(7 * width));
@@ -94,7 +94,7 @@ fn gathered_rows_are_the_tables_rows() {
 
 #[test]
 fn ids_and_positions_outside_their_tables_are_refused() {
-    on_every_backend("refusals", |run| {
+    on_every_backend!("refusals", [GatherRows, Rope], |run| {
         let device = run.backend;
         let table = Weight::Dense(device.upload_f32([3, 2], &[0.0; 6]).unwrap());
         let mut y = device.alloc(DType::F32, [1, 2]).unwrap();
@@ -131,7 +131,7 @@ fn ids_and_positions_outside_their_tables_are_refused() {
 
 #[test]
 fn copied_rows_land_where_they_are_told() {
-    on_every_backend("copy_rows", |run| {
+    on_every_backend!("copy_rows", [CopyRows], |run| {
         let device = run.backend;
         let source = device.upload_f32([2, 1, 2], &[1.0, 2.0, 3.0, 4.0]).unwrap();
         let mut target = device.upload_f32([4, 1, 2], &[0.0; 8]).unwrap();

@@ -64,7 +64,7 @@ pub fn weight<D: QuantizeOps>(
 
 #[test]
 fn dense_weights_decode_to_their_own_values() {
-    for (name, cpu) in super::backends::backends() {
+    for (name, cpu) in super::backends::cpus() {
         for (encoding, values) in [
             (Encoding::F32, [0.1, -3.0]),
             (Encoding::Bf16, [0.5, -3.0]),
