@@ -220,6 +220,112 @@ DEVICE T group_sum(T value) {
     }
 }
 
+// ---- tensor cores: bf16 factors, f32 sums ----------------------------------------------------------------------------
+//
+// A warp multiplies A 16×16 by B 16×8. Lane l holds, with g = l / 4 and t = l % 4 (PTX ISA, mma.m16n8k16):
+//   a[0] (g, 2t)  a[1] (g + 8, 2t)  a[2] (g, 2t + 8)  a[3] (g + 8, 2t + 8)    and the element to the right, in the upper half
+//   b[0] (2t, g)  b[1] (2t + 8, g)                                            and the element below, in the upper half
+//   sum[0], sum[1] (g, 2t), (g, 2t + 1)    sum[2], sum[3] (g + 8, 2t), (g + 8, 2t + 1)
+
+// sum += A B.
+DEVICE void multiply_add(f32 (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+#ifdef BRIGHTRUN_EMULATED
+    struct Operands {
+        u32 a[4], b[2];
+        f32 sum[4];
+    } operands = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {sum[0], sum[1], sum[2], sum[3]}};
+    struct Sums {
+        f32 sum[4];
+    } sums = emu::together<Sums>(operands, emu::mma_m16n8k16_bf16, 40, EMU_SITE);
+    for (i32 i = 0; i < 4; i++) sum[i] = sums.sum[i];
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+#ifndef BRIGHTRUN_EMULATED
+DEVICE u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+#endif
+
+// Four 8×8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes at a
+// 16-byte boundary, and gets of matrix i the elements (l / 4, 2 (l % 4)) and its right neighbour in out[i].
+// Matrices (rows 0–7, columns 0–7), (rows 8–15, 0–7), (0–7, 8–15), (8–15, 8–15) of a row-major A make its fragment.
+DEVICE void load_matrices(u32 (&out)[4], const void* row) {
+#ifdef BRIGHTRUN_EMULATED
+    struct Registers {
+        u32 at[4];
+    } registers = emu::together<Registers>(row, emu::ldmatrix_x4, 16, EMU_SITE);
+    for (i32 i = 0; i < 4; i++) out[i] = registers.at[i];
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#endif
+}
+
+// The same of the transposed matrices: out[i] has elements (2 (l % 4), l / 4) and the one below.
+DEVICE void load_matrices_transposed(u32 (&out)[4], const void* row) {
+#ifdef BRIGHTRUN_EMULATED
+    struct Registers {
+        u32 at[4];
+    } registers = emu::together<Registers>(row, emu::ldmatrix_x4_transposed, 16, EMU_SITE);
+    for (i32 i = 0; i < 4; i++) out[i] = registers.at[i];
+#else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+#endif
+}
+
+// ---- asynchronous copies to shared memory ----------------------------------------------------------------------------
+
+// Begins to copy 16 bytes, both sides at 16-byte boundaries; the bytes from `valid` on become zero and are not read. The bytes
+// are there for this thread after `copies_wait`, and for the block after a barrier behind it.
+DEVICE void copy_async(void* shared, const void* global, i32 valid) {
+#ifdef BRIGHTRUN_EMULATED
+    emu::copy_async(shared, global, 16, u32(valid));
+#else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
+                 : "memory");
+#endif
+}
+
+// Ends a group of copies.
+DEVICE void copies_commit() {
+#ifdef BRIGHTRUN_EMULATED
+    emu::copy_async_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most LEFT of this thread's groups are under way.
+template <i32 LEFT>
+DEVICE void copies_wait() {
+#ifdef BRIGHTRUN_EMULATED
+    emu::copy_async_wait(LEFT);
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
+// Where 16-byte chunk `chunk` of row `row` lies in a tile whose rows are CHUNKS (4, 8 or a multiple of 8) chunks long, in
+// chunks. The order of a row's chunks changes from row to row, so that eight rows of one column of chunks, which is what
+// `load_matrices` reads at once, lie in eight different groups of banks.
+template <i32 CHUNKS>
+DEVICE i32 swizzled(i32 row, i32 chunk) {
+    if constexpr (CHUNKS == 4) {
+        return row * 4 + (chunk ^ (row >> 1 & 3));
+    } else {
+        return row * CHUNKS + (chunk ^ (row & 7));
+    }
+}
+
 // ---- functions -----------------------------------------------------------------------------------------------------
 
 // 1 / (1 + e^−x). expf is good to 2 units in the last place on a device; it overflows to ∞ for x < −88, which gives 0.

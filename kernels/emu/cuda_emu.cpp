@@ -368,6 +368,33 @@ void mma_m16n8k16_bf16(unsigned char (*slots)[SLOT_BYTES]) {
     }
 }
 
+// Four 8×8 matrices of 16-bit elements (PTX ISA, ldmatrix): a slot begins with the address of a row, lanes 8 i to 8 i + 7 having
+// those of matrix i, and gets four registers at byte 16: of matrix i, elements 2 (lane % 4) and the next of row lane / 4, or
+// the same of the transposed matrix.
+static void ldmatrix(unsigned char (*slots)[SLOT_BYTES], bool transposed) {
+    uint16_t matrices[4][8][8];
+    for (int lane = 0; lane < WARP; lane++) {
+        const void* row;
+        memcpy(&row, slots[lane], sizeof row);
+        if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix: the row of lane %d is not aligned to 16 bytes: %p", lane, row);
+        memcpy(matrices[lane / 8][lane % 8], row, 16);
+    }
+    for (int lane = 0; lane < WARP; lane++) {
+        unsigned registers[4];
+        int row = lane / 4, column = lane % 4 * 2;
+        for (int i = 0; i < 4; i++) {
+            auto& matrix = matrices[i];
+            unsigned low = transposed ? matrix[column][row] : matrix[row][column];
+            unsigned high = transposed ? matrix[column + 1][row] : matrix[row][column + 1];
+            registers[i] = low | high << 16;
+        }
+        memcpy(slots[lane] + 16, registers, sizeof registers);
+    }
+}
+
+void ldmatrix_x4(unsigned char (*slots)[SLOT_BYTES]) { ldmatrix(slots, false); }
+void ldmatrix_x4_transposed(unsigned char (*slots)[SLOT_BYTES]) { ldmatrix(slots, true); }
+
 // ---- running -------------------------------------------------------------------------------------------------------
 
 static void enter(Block* block, Fiber* fiber) {
@@ -615,7 +642,7 @@ void take_part(Work& work) {
 
 using namespace emu;
 
-// Memory that ends, up to 16 bytes, at a protected page, and begins behind another.
+// Memory that ends, up to 16 bytes, at a protected page, and begins behind another, with NaN between.
 extern "C" void* emu_allocate(size_t bytes) {
     size_t page = size_t(sysconf(_SC_PAGESIZE));
     size_t body = (bytes + page - 1) / page * page;
@@ -623,7 +650,9 @@ extern "C" void* emu_allocate(size_t bytes) {
     if (!memory) return nullptr;
     mprotect(memory, page, PROT_NONE);
     mprotect(memory + page + body, page, PROT_NONE);
-    return memory + page + body - (bytes + 15) / 16 * 16;
+    size_t slack = body - (bytes + 15) / 16 * 16;
+    memset(memory + page, POISON, slack);
+    return memory + page + slack;
 }
 
 extern "C" void emu_free(void* address, size_t bytes) {

@@ -112,7 +112,10 @@ void copy_async(void* target, const void* source, unsigned bytes, unsigned valid
 void copy_async_commit();
 void copy_async_wait(unsigned groups_left);
 
+// What tensor-core instructions do once all lanes are there; see cuda_emu.cpp for what their slots hold.
 void mma_m16n8k16_bf16(unsigned char (*slots)[SLOT_BYTES]);
+void ldmatrix_x4(unsigned char (*slots)[SLOT_BYTES]);
+void ldmatrix_x4_transposed(unsigned char (*slots)[SLOT_BYTES]);
 
 template <class Value, class Read>
 static inline auto exchange(unsigned mask, const Value& value, const char* site, Read read) {
@@ -129,6 +132,18 @@ static inline Value slot(unsigned char (*slots)[SLOT_BYTES], unsigned lane) {
     Value value;
     memcpy(&value, slots[lane], sizeof(Value));
     return value;
+}
+
+// Puts `value` into this lane's slot, lets `finish` work on all slots, and takes `Result` from this lane's at `offset`.
+template <class Result, class Value>
+static inline Result together(const Value& value, void (*finish)(unsigned char (*)[SLOT_BYTES]), unsigned offset,
+                              const char* site) {
+    int parity;
+    auto slots = warp_exchange(0xffffffffu, &value, sizeof(Value), finish, site, &parity);
+    Result result;
+    memcpy(&result, slots[self->lane] + offset, sizeof(Result));
+    warp_done(parity);
+    return result;
 }
 
 template <class Value>

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use crate::error::{Error, Result};
 use crate::gpu::cache;
-use crate::gpu::{FAMILIES, Source, sources};
+use crate::gpu::{Source, sources};
 
 const ENGINE_HEADER: (&str, &str) = ("cuda_emu.h", include_str!("../../emu/cuda_emu.h"));
 const ENGINE: (&str, &str) = ("cuda_emu.cpp", include_str!("../../emu/cuda_emu.cpp"));
@@ -58,12 +58,8 @@ impl Compiler {
     pub(super) fn source(&self, source: &'static Source) -> Result<PathBuf> {
         let file = format!("{}.cu", source.name);
         let mut main = format!("#include \"{file}\"\n");
-        for kernel in FAMILIES.iter().flat_map(|family| family.kernels) {
-            if kernel.source == source {
-                for types in kernel.instances() {
-                    main.push_str(&format!("EMU_ENTRY({})\n", kernel.entry(&types)));
-                }
-            }
+        for entry in sources::entries(source) {
+            main.push_str(&format!("EMU_ENTRY({entry})\n"));
         }
         let mut includes = vec![ENGINE_HEADER, (&file, source.text)];
         includes.extend(sources::HEADERS);
@@ -72,7 +68,12 @@ impl Compiler {
 
     fn library(&self, name: &str, includes: &[(&str, &str)], main: (&str, &str)) -> Result<PathBuf> {
         let texts = includes.iter().chain([&main]).flat_map(|(name, text)| [*name, *text]);
-        let digest = cache::digest([self.version.as_str()].into_iter().chain(self.flags.iter().copied()).chain(texts));
+        let digest = cache::digest(
+            [self.version.as_str()]
+                .into_iter()
+                .chain(self.flags.iter().copied())
+                .chain(texts),
+        );
         let path = self.folder.join(format!("{name}-{digest}.so"));
         if path.exists() {
             return Ok(path);

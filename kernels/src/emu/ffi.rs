@@ -95,7 +95,10 @@ impl Engine {
         let kernel = CString::new(launch.entry).map_err(|error| failed(&error.to_string()))?;
         // Each value lies in a place of its own, eight bytes wide, that `pointers` points to: as cuLaunchKernel has it.
         let mut places: Vec<u64> = launch.values.iter().map(place).collect();
-        let mut pointers: Vec<*mut c_void> = places.iter_mut().map(|place| std::ptr::from_mut(place).cast()).collect();
+        let mut pointers: Vec<*mut c_void> = places
+            .iter_mut()
+            .map(|place| std::ptr::from_mut(place).cast())
+            .collect();
         let ranges: Vec<Range> = launch.values.iter().filter_map(range).collect();
         let geometry = Geometry {
             kernel: kernel.as_ptr(),
@@ -181,7 +184,10 @@ impl Memory {
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.holds(bytes.len())?;
         // SAFETY: the block has that many bytes, `bytes` is a host slice apart from it, and the lock of the device is held.
-        unsafe { self.address.copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len()) };
+        unsafe {
+            self.address
+                .copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len())
+        };
         Ok(())
     }
 

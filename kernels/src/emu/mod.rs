@@ -5,6 +5,8 @@
 //! C++ compiler has no emulation; [`emulated`] says so as a value.
 
 mod compiler;
+#[cfg(test)]
+pub(crate) mod defects;
 mod ffi;
 
 use std::collections::HashMap;

@@ -76,7 +76,10 @@ impl<R: Runtime> Gpu<R> {
     /// `target = source`, both of one shape, between f32, bf16 and (as a source) f16.
     pub(super) fn convert(&self, op: &'static str, source: &Tensor<Self>, target: &mut Tensor<Self>) -> Result<()> {
         let types = [source.dtype(), target.dtype()];
-        for (argument, got, accepted) in [("source", types[0], CONVERT.types[0]), ("target", types[1], CONVERT.types[1])] {
+        for (argument, got, accepted) in [
+            ("source", types[0], CONVERT.types[0]),
+            ("target", types[1], CONVERT.types[1]),
+        ] {
             if !accepted.contains(&got) {
                 return Err(Error::DType {
                     op,

@@ -22,6 +22,8 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &rows::FAMILY,
     &optimizer::FAMILY,
     &quantize::FAMILY,
+    #[cfg(test)]
+    &crate::emu::defects::FAMILY,
 ];
 
 pub(super) fn supports(op: Op) -> Support {

@@ -34,7 +34,11 @@ impl Fault {
         let (op, argument, problem) = match self {
             Self::Id => ("gather_rows", "ids", "which is not a row of the table"),
             Self::Position => ("rope", "positions", "which is beyond the table"),
-            Self::Label => ("linear_cross_entropy", "labels", "which is neither -100 nor in the vocabulary"),
+            Self::Label => (
+                "linear_cross_entropy",
+                "labels",
+                "which is neither -100 nor in the vocabulary",
+            ),
         };
         Error::Value {
             op,

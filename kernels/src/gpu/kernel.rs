@@ -194,7 +194,9 @@ impl<R: Runtime> Gpu<R> {
             Ok(Value::Memory(tensor.buffer().block()))
         };
         match (parameter, argument) {
-            (Parameter::In(element), Argument::In(tensor) | Argument::Optional(Some(tensor))) => pointer(tensor, element),
+            (Parameter::In(element), Argument::In(tensor) | Argument::Optional(Some(tensor))) => {
+                pointer(tensor, element)
+            }
             (Parameter::In(_), Argument::Optional(None)) => Ok(Value::Memory(None)),
             (Parameter::Out(element), Argument::Out(tensor)) => pointer(tensor, element),
             (Parameter::Out(Element::Is(DType::I32)), Argument::Faults) => {

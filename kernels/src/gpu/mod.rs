@@ -35,7 +35,7 @@ mod rows;
 mod runtime;
 #[cfg(test)]
 mod signature;
-pub(crate) mod sources;
+pub mod sources;
 
 use std::sync::Arc;
 
@@ -45,7 +45,11 @@ use crate::ops::{Device, MemoryStats, Op, Precision, Support};
 use crate::tensor::{Shape, Tensor};
 
 pub(crate) use self::family::FAMILIES;
+#[cfg(test)]
+pub(crate) use self::family::Family;
 use self::faults::Faults;
+#[cfg(test)]
+pub(crate) use self::kernel::Parameter;
 pub(crate) use self::kernel::{Argument, Element, Geometry, Kernel};
 pub use self::memory::Buffer;
 use self::memory::Pool;

@@ -2,7 +2,9 @@
 
 use super::{Gpu, Runtime};
 use crate::error::Result;
-use crate::ops::{GroupedLinearBackward, GroupedLinearForward, MoeOps, RouteBackward, RoutedSwigluBackward, Routing, Write};
+use crate::ops::{
+    GroupedLinearBackward, GroupedLinearForward, MoeOps, RouteBackward, RoutedSwigluBackward, Routing, Write,
+};
 use crate::stack::WeightStack;
 use crate::tensor::Tensor;
 use crate::weight::Weight;

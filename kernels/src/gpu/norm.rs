@@ -12,7 +12,12 @@ use crate::ops::{NormBackward, NormForward, NormOps, NormWeight, Op, Write};
 
 pub(super) static FAMILY: Family = Family {
     source: &NORM,
-    kernels: &[&FORWARD_ROWWARP, &FORWARD_ROWBLOCK, &BACKWARD_ROWWARP, &BACKWARD_ROWBLOCK],
+    kernels: &[
+        &FORWARD_ROWWARP,
+        &FORWARD_ROWBLOCK,
+        &BACKWARD_ROWWARP,
+        &BACKWARD_ROWBLOCK,
+    ],
     ops: &[Op::RmsNormForward, Op::RmsNormBackward],
 };
 

@@ -128,7 +128,12 @@ impl<R: Runtime> EmbeddingOps for Gpu<R> {
 
 impl<R: Runtime> Gpu<R> {
     /// [`GateOps::copy_columns`](crate::ops::GateOps::copy_columns).
-    pub(super) fn move_columns(&self, source: &Tensor<Self>, target: &mut Tensor<Self>, columns: Columns) -> Result<()> {
+    pub(super) fn move_columns(
+        &self,
+        source: &Tensor<Self>,
+        target: &mut Tensor<Self>,
+        columns: Columns,
+    ) -> Result<()> {
         let (length, target_length) = contract::copy_columns(source, target, columns)?;
         let rows = source.shape().extents().first().copied().unwrap_or(1);
         let groups = rows * columns.groups;
@@ -142,7 +147,12 @@ impl<R: Runtime> Gpu<R> {
             Argument::Size(target_length / columns.groups),
             Argument::Size(columns.target),
         ];
-        self.launch(&COPY_COLUMNS, &[source.dtype()], each(groups * columns.width), &arguments)
+        self.launch(
+            &COPY_COLUMNS,
+            &[source.dtype()],
+            each(groups * columns.width),
+            &arguments,
+        )
     }
 }
 

@@ -29,20 +29,32 @@ fn entries(source: &Source) -> BTreeMap<String, (String, Vec<String>)> {
             }
         }
     }
-    let expanded = code.lines().filter_map(|line| expand(line, &macros)).collect::<Vec<_>>().join("\n");
+    let expanded = code
+        .lines()
+        .filter_map(|line| expand(line, &macros))
+        .collect::<Vec<_>>()
+        .join("\n");
     code.push_str(&expanded);
     heads(&code)
 }
 
 fn without_comments(text: &str) -> String {
-    text.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n")
+    text.lines()
+        .map(|line| line.split("//").next().unwrap_or(""))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// The body of the macro that a line invokes.
 fn expand(line: &str, macros: &BTreeMap<String, (Vec<String>, String)>) -> Option<String> {
     let (name, rest) = line.split_once('(')?;
     let (parameters, body) = macros.get(name.trim())?;
-    let arguments: Vec<&str> = rest.trim_end().trim_end_matches([')', ';']).split(',').map(str::trim).collect();
+    let arguments: Vec<&str> = rest
+        .trim_end()
+        .trim_end_matches([')', ';'])
+        .split(',')
+        .map(str::trim)
+        .collect();
     assert_eq!(arguments.len(), parameters.len(), "{line}");
     let mut out = String::new();
     for token in tokens(body) {
@@ -75,9 +87,16 @@ fn heads(code: &str) -> BTreeMap<String, (String, Vec<String>)> {
         let (parameters, _) = rest.split_once(')').unwrap();
         let parameters = parameters.split(',').map(|parameter| {
             let words = parameter.replace("__restrict__", "").replace('*', "* ");
-            words.split_whitespace().collect::<Vec<_>>().join(" ").replace(" *", "*")
+            words
+                .split_whitespace()
+                .collect::<Vec<_>>()
+                .join(" ")
+                .replace(" *", "*")
         });
-        found.insert(name.trim().to_owned(), (threads.trim().to_owned(), parameters.collect()));
+        found.insert(
+            name.trim().to_owned(),
+            (threads.trim().to_owned(), parameters.collect()),
+        );
     }
     found
 }
@@ -126,7 +145,11 @@ fn every_descriptor_has_the_signature_of_its_entry_and_every_entry_a_descriptor(
             }
         }
         let unused: Vec<&String> = found.keys().collect();
-        assert!(unused.is_empty(), "{}.cu has entries without a descriptor: {unused:?}", source.name);
+        assert!(
+            unused.is_empty(),
+            "{}.cu has entries without a descriptor: {unused:?}",
+            source.name
+        );
     }
 }
 
@@ -137,6 +160,9 @@ fn a_changed_parameter_is_seen() {
         text: "#define ONE(A) \\\n ENTRY(32) \\\n f_##A(const A* __restrict__ x, i64 n) {}\nONE(f32)\nENTRY(64) g(f32* y) {}",
     };
     let found = entries(&source);
-    assert_eq!(found["f_f32"], ("32".to_owned(), vec!["const f32* x".to_owned(), "i64 n".to_owned()]));
+    assert_eq!(
+        found["f_f32"],
+        ("32".to_owned(), vec!["const f32* x".to_owned(), "i64 n".to_owned()])
+    );
     assert_eq!(found["g"].1, ["f32* y"]);
 }

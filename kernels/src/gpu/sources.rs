@@ -36,6 +36,15 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("nf4.cuh", include_str!("../../cu/nf4.cuh")),
 ];
 
+/// The names of a source's entries.
+pub fn entries(source: &Source) -> Vec<String> {
+    let kernels = super::FAMILIES.iter().flat_map(|family| family.kernels);
+    kernels
+        .filter(|kernel| kernel.source == source)
+        .flat_map(|kernel| kernel.instances().into_iter().map(|types| kernel.entry(&types)))
+        .collect()
+}
+
 /// Every source.
 pub fn all() -> impl Iterator<Item = &'static Source> {
     super::FAMILIES.iter().map(|family| family.source)

@@ -5,7 +5,7 @@ use brightrun_kernels::oracle::{Heads, attention_backward, attention_forward};
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Segments};
 
-use super::backends::{Traits, PRECISIONS, Run, narrow, wide};
+use super::backends::{PRECISIONS, Run, Traits, narrow, wide};
 use crate::{judged, on_every_backend};
 
 /// Document lengths of queries, extra keys each document has before them, query heads, key/value heads, head dimension.

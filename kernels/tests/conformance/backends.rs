@@ -4,7 +4,7 @@ use std::fmt;
 
 use brightrun_kernels::cpu::{Cpu, SimdLevel};
 use brightrun_kernels::emu::{self, Emulated};
-use brightrun_kernels::ops::{Backend, Device, Precision};
+use brightrun_kernels::ops::{Backend, Precision};
 use brightrun_kernels::oracle::{Real, cast};
 use brightrun_kernels::testing::Judge;
 use brightrun_kernels::{DType, Error, Op, Support, Tensor};
@@ -56,17 +56,23 @@ pub fn emulated() -> Result<Emulated, String> {
 /// What ran of one op.
 pub struct Report {
     needed: &'static [Op],
+    /// The table, printed in one piece since tests run side by side.
+    table: String,
     failures: Vec<String>,
 }
 
 impl Report {
     pub fn new(what: &str, needed: &'static [Op]) -> Self {
-        println!(
-            "{what:<24} {:<16} {:>8} {:>8} {:>8} {:>12}",
+        let table = format!(
+            "{what:<24} {:<16} {:>8} {:>8} {:>9} {:>12}\n",
             "backend", "cases", "tensors", "too large", "worst/bound"
         );
         let failures = Vec::new();
-        Self { needed, failures }
+        Self {
+            needed,
+            table,
+            failures,
+        }
     }
 
     /// Runs the cases on one backend, if it has the ops.
@@ -86,17 +92,18 @@ impl Report {
             failures: Vec::new(),
         };
         cases(&mut run);
-        println!(
-            "{:<24} {name:<16} {:>8} {:>8} {:>8} {:>12.3}",
+        self.table.push_str(&format!(
+            "{:<24} {name:<16} {:>8} {:>8} {:>9} {:>12.3}\n",
             "", run.cases, run.tensors, run.too_large, run.closest
-        );
+        ));
         assert!(run.cases > 0, "no case ran on {name}");
         self.failures.append(&mut run.failures);
     }
 
     /// Says that nothing ran on a backend; fails if it is required.
     pub fn absent(&mut self, name: &str, reason: &str) {
-        println!("{:<24} {name:<16} absent: {reason}", "");
+        self.table
+            .push_str(&format!("{:<24} {name:<16} absent: {reason}\n", ""));
         let required = std::env::var(REQUIRED).unwrap_or_default();
         if required.split(',').any(|required| required == name) {
             self.failures.push(format!("{name} is required, but absent: {reason}"));
@@ -105,6 +112,7 @@ impl Report {
 
     pub fn finish(self) {
         let failures = self.failures;
+        print!("{}", self.table);
         assert!(
             failures.is_empty(),
             "{} comparisons failed:\n{}",
@@ -171,7 +179,9 @@ impl<'a, B: Traits> Run<'a, B> {
         for (value, half) in values.iter_mut().zip(&halves) {
             *value = half.to_f32();
         }
-        self.backend.upload(dtype, shape, bytemuck::cast_slice(&halves)).unwrap()
+        self.backend
+            .upload(dtype, shape, bytemuck::cast_slice(&halves))
+            .unwrap()
     }
 
     /// Room for an activation.

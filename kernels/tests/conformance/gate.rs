@@ -1,8 +1,8 @@
 //! Gates, gated and l2 norms, columns, and the short convolution.
 
 use brightrun_kernels::ops::{
-    Columns, ConvolutionBackward, ConvolutionForward, Device, GateOps, GatedNormBackward, GatedNormForward,
-    Precision, SigmoidGateBackward, Write,
+    Columns, ConvolutionBackward, ConvolutionForward, Device, GateOps, GatedNormBackward, GatedNormForward, Precision,
+    SigmoidGateBackward, Write,
 };
 use brightrun_kernels::oracle::{
     Filter, Real, convolution_backward, convolution_forward, gated_norm_backward, gated_norm_forward, l2_norm_backward,
@@ -11,7 +11,7 @@ use brightrun_kernels::oracle::{
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Error, Segments, Tensor};
 
-use super::backends::{Run, Traits, cpus, narrow, wide};
+use super::backends::{Run, Traits, narrow, wide};
 use super::weights::dense;
 use crate::{judged, on_every_backend};
 
@@ -184,14 +184,17 @@ fn gated_norms_follow_their_formulas() {
 
 #[test]
 fn l2_norms_follow_their_formulas_and_survive_a_row_of_zeros() {
-    on_every_backend!("l2_norm", [L2NormForward, L2NormBackward], |run| SHAPES.iter().for_each(|shape| l2_norm(run, *shape)));
+    on_every_backend!("l2_norm", [L2NormForward, L2NormBackward], |run| SHAPES
+        .iter()
+        .for_each(|shape| l2_norm(run, *shape)));
 }
 
 #[test]
 fn columns_go_from_group_to_group_and_leave_the_rest_alone() {
-    for (name, device) in cpus() {
+    on_every_backend!("copy_columns", [CopyColumns], |run| {
+        let device = run.backend;
         // Two heads of (query, gate), each two wide; take the gates behind a first column.
-        let source = upload(&device, (2, 8), &(0..16).map(|i| i as f32).collect::<Vec<_>>());
+        let source = upload(device, (2, 8), &(0..16).map(|i| i as f32).collect::<Vec<_>>());
         let mut target = device.upload_f32([2, 2, 3], &[-1.0; 12]).unwrap();
         let columns = Columns {
             groups: 2,
@@ -201,7 +204,8 @@ fn columns_go_from_group_to_group_and_leave_the_rest_alone() {
         };
         device.copy_columns(&source, &mut target, columns).unwrap();
         let expected = [-1.0, 2.0, 3.0, -1.0, 6.0, 7.0, -1.0, 10.0, 11.0, -1.0, 14.0, 15.0];
-        assert_eq!(device.read_f32(&target).unwrap(), expected, "{name}");
+        run.case("copy_columns", 0)
+            .compare("target", &target, &expected, &expected);
         for columns in [
             Columns { groups: 3, ..columns },
             Columns { groups: 0, ..columns },
@@ -212,9 +216,9 @@ fn columns_go_from_group_to_group_and_leave_the_rest_alone() {
             },
         ] {
             let refused = device.copy_columns(&source, &mut target, columns);
-            assert!(matches!(refused, Err(Error::Value { .. })), "{name}: {columns:?}");
+            assert!(matches!(refused, Err(Error::Value { .. })), "{}: {columns:?}", run.name);
         }
-    }
+    });
 }
 
 /// Document lengths, channels, taps, bias.

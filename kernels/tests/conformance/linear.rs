@@ -7,7 +7,7 @@ use brightrun_kernels::ops::{
 use brightrun_kernels::oracle::{Adapter, Layer, Real, linear_backward, linear_forward};
 use brightrun_kernels::testing::Random;
 
-use super::backends::{Traits, PRECISIONS, Run, narrow, wide};
+use super::backends::{PRECISIONS, Run, Traits, narrow, wide};
 use super::weights::{ENCODINGS, Encoding, weight};
 use crate::{judged, on_every_backend};
 

@@ -5,7 +5,7 @@ use brightrun_kernels::oracle::{Real, linear_cross_entropy};
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Error};
 
-use super::backends::{Traits, PRECISIONS, Run, narrow, wide};
+use super::backends::{PRECISIONS, Run, Traits, narrow, wide};
 use super::weights::{ENCODINGS, Encoding, weight};
 use crate::{judged, on_every_backend};
 

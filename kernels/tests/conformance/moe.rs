@@ -1,8 +1,8 @@
 //! Mixture of experts: routing, grouped linear layers, their activation and their sum.
 
 use brightrun_kernels::ops::{
-    Device, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward, MoeOps,
-    Precision, RouteBackward, RoutedSwigluBackward, Routing, RowOrder, Write,
+    Device, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward, MoeOps, Precision,
+    RouteBackward, RoutedSwigluBackward, Routing, RowOrder, Write,
 };
 use brightrun_kernels::oracle::{
     Adapter, Layer, LinearGradients, Real, Route, by_token, combine, grouped_linear_backward, grouped_linear_forward,
@@ -11,7 +11,7 @@ use brightrun_kernels::oracle::{
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Error, Tensor, WeightStack};
 
-use super::backends::{Traits, PRECISIONS, Run, cpus, narrow, wide};
+use super::backends::{PRECISIONS, Run, Traits, cpus, narrow, wide};
 use super::weights::{ENCODINGS, Encoding, weight};
 use crate::{judged, on_every_backend};
 
@@ -404,16 +404,24 @@ fn linear_backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
 
 #[test]
 fn grouped_layers_apply_each_experts_own_matrix_and_adapter() {
-    on_every_backend!("grouped_linear_forward", [Route, StackExpert, GroupedLinearForward], |run| {
-        shapes().iter().for_each(|shape| linear_forward(run, shape));
-    });
+    on_every_backend!(
+        "grouped_linear_forward",
+        [Route, StackExpert, GroupedLinearForward],
+        |run| {
+            shapes().iter().for_each(|shape| linear_forward(run, shape));
+        }
+    );
 }
 
 #[test]
 fn grouped_gradients_stay_with_their_expert() {
-    on_every_backend!("grouped_linear_backward", [Route, StackExpert, GroupedLinearForward, GroupedLinearBackward], |run| {
-        shapes().iter().for_each(|shape| linear_backward(run, shape));
-    });
+    on_every_backend!(
+        "grouped_linear_backward",
+        [Route, StackExpert, GroupedLinearForward, GroupedLinearBackward],
+        |run| {
+            shapes().iter().for_each(|shape| linear_backward(run, shape));
+        }
+    );
 }
 
 fn activation_and_sum<B: Traits>(run: &mut Run<'_, B>, crowd: Crowd, width: usize, write: Write) {
@@ -471,12 +479,16 @@ fn activation_and_sum<B: Traits>(run: &mut Run<'_, B>, crowd: Crowd, width: usiz
 
 #[test]
 fn activations_carry_the_routing_weights_and_rows_return_to_their_tokens() {
-    on_every_backend!("routed_swiglu, combine", [Route, RoutedSwigluForward, RoutedSwigluBackward, Combine], |run| {
-        for crowd in CROWDS {
-            activation_and_sum(run, *crowd, 17, Write::Overwrite);
-            activation_and_sum(run, *crowd, 64, Write::Accumulate);
+    on_every_backend!(
+        "routed_swiglu, combine",
+        [Route, RoutedSwigluForward, RoutedSwigluBackward, Combine],
+        |run| {
+            for crowd in CROWDS {
+                activation_and_sum(run, *crowd, 17, Write::Overwrite);
+                activation_and_sum(run, *crowd, 64, Write::Accumulate);
+            }
         }
-    });
+    );
 }
 
 #[test]
