@@ -14,6 +14,8 @@
 //! | [`weight`] | frozen weights as data: f32, bf16, NF4 |
 //! | [`stack`] | the same for all experts of a layer |
 //! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
+//! | [`gpu`] | the GPU backend: every op as launches of the CUDA kernels in `kernels/cu` |
+//! | [`emu`] | the same kernels on a CPU, each thread a fiber |
 //! | [`oracle`] | float64, naive loops: the judge of every backend |
 //! | [`testing`] | what the conformance suites share |
 //!
@@ -35,7 +37,9 @@
 mod contract;
 pub mod cpu;
 pub mod dtype;
+pub mod emu;
 pub mod error;
+pub mod gpu;
 pub mod ops;
 pub mod oracle;
 pub mod stack;
