@@ -210,6 +210,21 @@ DEVICE T block_sum(T value) {
     return sum;
 }
 
+// The largest value over a block of THREADS threads, in every thread; otherwise as block_sum.
+template <i32 THREADS>
+DEVICE f32 block_max(f32 value) {
+    constexpr i32 WARPS = THREADS / WARP_LANES;
+    SHARED(f32, partial, WARPS);
+    value = warp_max(value);
+    __syncthreads();
+    if (lane_index() == 0) partial[warp_index()] = value;
+    __syncthreads();
+    f32 most = partial[0];
+#pragma unroll
+    for (i32 i = 1; i < WARPS; i++) most = partial[i] > most ? partial[i] : most;
+    return most;
+}
+
 // The sum over the GROUP threads (a warp, or a whole block) that share a row.
 template <i32 GROUP, class T>
 DEVICE T group_sum(T value) {

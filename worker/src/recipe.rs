@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::artifact::input::{BaseModel, DataRecord, DroppedLine, MetricPoint, Program, Proof, ProofSplit, RunMetrics};
-use crate::artifact::{self, AdapterDtype, AdapterLayout, AdapterTensor, ArtifactFiles, ArtifactInput, Verification};
+use crate::artifact::{self, AdapterDtype, AdapterLayout, ArtifactFiles, ArtifactInput, Verification};
 use crate::dataset::{self, Dropped, Example, Report};
 use crate::error::{Failure, Result};
 use crate::model::{LoadOptions, LoadProgress, LoraConfig, LoraSet, Model};
@@ -337,8 +337,7 @@ pub fn deliver<B: Backend>(
     let (split, examples) = data.proof_examples();
     let proof = prove(base, &learnt.lora, examples, spec)?;
     let metrics = run_metrics(learnt, data, proof.loss);
-    let tensors = adapter_tensors(base, &learnt.lora)?;
-    let (target_modules, target_parameters) = learnt.lora.config().peft_targets();
+    let tensors = artifact::tensors_of(base.model.device(), &learnt.lora)?;
     let issues: Vec<Value> = data
         .report
         .issues
@@ -349,13 +348,7 @@ pub fn deliver<B: Backend>(
         job_id: labels.job_id,
         base: base_record(base, &labels.base_model)?,
         spec,
-        adapter: AdapterLayout {
-            rank: spec.rank,
-            alpha: spec.lora_alpha(),
-            target_modules,
-            target_parameters,
-            dtype: labels.adapter_dtype,
-        },
+        adapter: AdapterLayout::of(&learnt.lora, labels.adapter_dtype),
         tensors,
         data: data_record(data, &labels.dataset_name),
         metrics: metrics.clone(),
@@ -403,19 +396,6 @@ fn prove<B: Backend>(
             "The evaluation of the finished adapter was interrupted",
         )
     })
-}
-
-fn adapter_tensors<'a, B: Backend>(base: &Base<B>, lora: &LoraSet<B>) -> Result<Vec<AdapterTensor<'a>>> {
-    let device = base.model.device();
-    let mut tensors = Vec::new();
-    for pair in lora.pairs() {
-        tensors.extend(pair.to_peft(device)?.map(|factor| AdapterTensor {
-            name: factor.key,
-            shape: factor.shape.to_vec(),
-            data: factor.values.into(),
-        }));
-    }
-    Ok(tensors)
 }
 
 fn base_record<B: Backend>(base: &Base<B>, name: &str) -> Result<BaseModel> {

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Failure, Result};
+use crate::model::targets::Preset;
 
 /// How the frozen base weights are kept in memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +70,8 @@ pub struct TrainSpec {
     pub alpha: Option<f32>,
     /// LoRA dropout. Only 0 is accepted: dropout would make packed and separate runs differ, and servers ignore it.
     pub dropout: f32,
-    /// Names of the adapted projections, matched against the last part of a module's path.
+    /// Adapted projections: PEFT's names (the end of a module's path) and the presets `default`, `attention`, `all-linear`,
+    /// `shared-expert`, `experts`.
     pub targets: Vec<String>,
     /// Peak learning rate, 0 < x ≤ 1.
     pub learning_rate: f32,
@@ -124,7 +126,7 @@ impl Default for TrainSpec {
             rank: 16,
             alpha: None,
             dropout: 0.0,
-            targets: SEVEN_PROJECTIONS.iter().map(ToString::to_string).collect(),
+            targets: vec![Preset::Default.name().to_owned()],
             learning_rate: 2e-4,
             schedule: Schedule::Cosine,
             warmup_ratio: 0.1,
@@ -149,17 +151,6 @@ impl Default for TrainSpec {
         }
     }
 }
-
-/// The projections every Qwen layer has: PEFT's classical seven.
-pub const SEVEN_PROJECTIONS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
 
 impl TrainSpec {
     /// The adapter's alpha, resolved.

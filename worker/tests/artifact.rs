@@ -18,6 +18,7 @@ use brightrun_worker::artifact::{
 use brightrun_worker::error::{Blame, Result};
 use brightrun_worker::spec::TrainSpec;
 use brightrun_worker::storage::{HttpOptions, Storage, StorageConfig, open};
+use brightrun_worker::template::PassedFile;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -48,6 +49,14 @@ fn tensors() -> Vec<AdapterTensor<'static>> {
         ),
     };
     vec![tensor("B", [4, 2], -1.0), tensor("A", [2, 3], 0.1)]
+}
+
+/// A file as it was used.
+fn passed(path: &Path, used: &[u8]) -> PassedFile {
+    PassedFile {
+        path: path.to_owned(),
+        sha256: hex::encode(Sha256::digest(used)),
+    }
 }
 
 fn layout(dtype: AdapterDtype) -> AdapterLayout {
@@ -295,7 +304,7 @@ fn an_artifact_has_its_files_and_verifies() {
         adapter: "a".to_owned(),
     }];
     let mut run = input(&spec, &issues, &samples);
-    run.copied_files = vec![tokenizer];
+    run.copied_files = vec![passed(&tokenizer, b"{}")];
     let files = write(&folder.path().join("adapter"), &run).unwrap();
     let names: Vec<&str> = files.files.iter().map(|file| file.name.as_str()).collect();
     let expected = [
@@ -411,8 +420,12 @@ fn a_failed_attempt_leaves_the_earlier_artifact_as_it_was() {
     let (folder, files) = written();
     let spec = spec();
     let mut run = input(&spec, &[], &[]);
-    run.copied_files = vec![folder.path().join("no-such-tokenizer.json")];
+    let tokenizer = folder.path().join("tokenizer.json");
+    run.copied_files = vec![passed(&tokenizer, b"{}")];
     check_code(write(&files.dir, &run), "STORAGE_IO");
+    fs::write(&tokenizer, "[]").unwrap();
+    check_code(write(&files.dir, &run), "TOKENIZER_CHANGED");
+    fs::remove_file(&tokenizer).unwrap();
     assert!(verify(&files.dir, proven).is_ok());
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
@@ -447,7 +460,7 @@ fn what_does_not_fit_is_not_written() {
     check("ADAPTER_SHAPE_MISMATCH", &|run| run.tensors[0].shape = vec![5, 2]);
     check("ADAPTER_CONFIG_INVALID", &|run| run.adapter.alpha = f32::NAN);
     check("ARTIFACT_NAME_TAKEN", &|run| {
-        run.copied_files = vec![PathBuf::from("/x/manifest.json")]
+        run.copied_files = vec![passed(Path::new("/x/manifest.json"), b"")]
     });
 }
 

@@ -3,10 +3,13 @@
 
 mod train_support;
 
+use std::path::Path;
+
 use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::ops::{Device, Precision};
+use brightrun_worker::artifact::input::BaseModel;
+use brightrun_worker::artifact::{AdapterConfig, AdapterDtype, AdapterLayout, tensors_of, write_adapter};
 use brightrun_worker::error::Failure;
-use brightrun_worker::model::adapter::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterDtype};
 use brightrun_worker::model::{Batch, Decoder, Family, LoadOptions, LoraSet, Model};
 use brightrun_worker::spec::{BaseDtype, Order, TrainSpec};
 use brightrun_worker::train::{
@@ -14,7 +17,8 @@ use brightrun_worker::train::{
     generate, run,
 };
 use train_support::{
-    ALL_FAMILIES, REFERENCE, Recorder, VOCABULARY, all_targets, examples, lora, model, spec, stirred_lora, trained,
+    ALL_FAMILIES, REFERENCE, Recorder, VOCABULARY, adapter_bytes, all_targets, examples, lora, model, spec,
+    stirred_lora, trained,
 };
 
 fn failure_of(model: &Model<Cpu>, spec: &TrainSpec, train: &[EncodedExample]) -> Failure {
@@ -142,10 +146,7 @@ fn evaluations_come_when_due_and_once_at_the_end_and_change_nothing() {
         |_| Control::Continue,
     )
     .0;
-    assert_eq!(
-        adapter.to_safetensors(model.device(), AdapterDtype::F32).unwrap(),
-        silent
-    );
+    assert_eq!(adapter_bytes(&adapter, &model), silent);
 }
 
 #[test]
@@ -168,6 +169,46 @@ fn a_total_loss_is_the_mean_over_tokens_not_over_examples() {
     assert_eq!(evaluate(&model, None, &data, 64, &mut || false).unwrap(), None);
 }
 
+/// Writes an adapter's files as a run does.
+fn save(adapter: &LoraSet<Cpu>, model: &Model<Cpu>, folder: &Path) {
+    let base = BaseModel {
+        id: "base".to_owned(),
+        revision: None,
+        config_sha256: String::new(),
+        checkpoint_fingerprint: String::new(),
+    };
+    let config = AdapterConfig::new(&AdapterLayout::of(adapter, AdapterDtype::F32), &base).unwrap();
+    let tensors = tensors_of(model.device(), adapter).unwrap();
+    write_adapter(folder, &config, &tensors, AdapterDtype::F32).unwrap();
+}
+
+#[test]
+fn every_familys_adapter_is_loaded_as_it_was_saved_presets_and_all() {
+    for family in ALL_FAMILIES {
+        let model = model(family, 2, REFERENCE);
+        let has_experts = model.modules().iter().any(|module| module.experts.is_some());
+        let targets = if has_experts { "all-linear+experts" } else { "default" };
+        let spec = TrainSpec {
+            targets: vec![targets.to_owned()],
+            ..spec()
+        };
+        let stirred = stirred_lora(&model, &spec);
+        assert_eq!(
+            stirred.pairs().len(),
+            model.modules().len(),
+            "{family:?}: everything is adapted"
+        );
+        let folder = tempfile::tempdir().unwrap();
+        save(&stirred, &model, folder.path());
+        let loaded = LoraSet::load(model.device(), folder.path(), model.modules()).unwrap();
+        assert_eq!(
+            adapter_bytes(&loaded, &model),
+            adapter_bytes(&stirred, &model),
+            "{family:?}"
+        );
+    }
+}
+
 #[test]
 fn a_fresh_adapter_changes_nothing_and_a_saved_one_is_loaded_as_it_was() {
     let model = model(Family::Qwen2, 2, REFERENCE);
@@ -179,15 +220,9 @@ fn a_fresh_adapter_changes_nothing_and_a_saved_one_is_loaded_as_it_was() {
     );
     let stirred = stirred_lora(&model, &spec());
     let folder = tempfile::tempdir().unwrap();
-    let bytes = stirred.to_safetensors(model.device(), AdapterDtype::F32).unwrap();
-    std::fs::write(folder.path().join(ADAPTER_WEIGHTS), &bytes).unwrap();
-    std::fs::write(
-        folder.path().join(ADAPTER_CONFIG),
-        stirred.config().to_peft_json("base"),
-    )
-    .unwrap();
+    save(&stirred, &model, folder.path());
     let loaded = LoraSet::load(model.device(), folder.path(), model.modules()).unwrap();
-    assert_eq!(loaded.to_safetensors(model.device(), AdapterDtype::F32).unwrap(), bytes);
+    assert_eq!(adapter_bytes(&loaded, &model), adapter_bytes(&stirred, &model));
     assert_eq!(
         model.logits(Some(&loaded), &batch).unwrap(),
         model.logits(Some(&stirred), &batch).unwrap()

@@ -2,8 +2,8 @@
 
 use super::Rules;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
-use crate::ops::{AdamW, Device};
+use crate::error::Result;
+use crate::ops::{AdamW, BlockMoment, Device, MOMENT_BLOCK};
 use crate::tensor::Tensor;
 
 /// All activations of one shape and dtype; the first is the model for the rest.
@@ -32,12 +32,35 @@ pub(crate) fn adamw_step<D: Device>(
         rules.shape(argument, tensor, "the parameter's shape", parameter.shape().extents())?;
         rules.dtype(argument, tensor, &[DType::F32])?;
     }
-    if settings.step == 0 {
-        return Err(Error::Value {
-            op: "adamw_step",
-            argument: "step",
-            problem: "is counted from 1, but is 0".to_owned(),
-        });
+    counted_from_one(rules, settings)
+}
+
+/// [`OptimizerOps::adamw_8bit_step`](crate::ops::OptimizerOps::adamw_8bit_step).
+pub(crate) fn adamw_8bit_step<D: Device>(
+    parameter: &Tensor<D>,
+    gradient: &Tensor<D>,
+    (m, v): (&BlockMoment<D>, &BlockMoment<D>),
+    settings: &AdamW,
+) -> Result<()> {
+    let rules = Rules("adamw_8bit_step");
+    let shape = parameter.shape();
+    for (argument, tensor) in [("parameter", parameter), ("gradient", gradient)] {
+        rules.shape(argument, tensor, "the parameter's shape", shape.extents())?;
+        rules.dtype(argument, tensor, &[DType::F32])?;
     }
-    Ok(())
+    let blocks = shape.elements().div_ceil(MOMENT_BLOCK);
+    for (codes, absmax, moment) in [("m.codes", "m.absmax", m), ("v.codes", "v.absmax", v)] {
+        rules.shape(codes, &moment.codes, "the parameter's shape", shape.extents())?;
+        rules.dtype(codes, &moment.codes, &[DType::U8])?;
+        rules.shape(absmax, &moment.absmax, "[blocks]", &[blocks])?;
+        rules.dtype(absmax, &moment.absmax, &[DType::F32])?;
+    }
+    counted_from_one(rules, settings)
+}
+
+fn counted_from_one(rules: Rules, settings: &AdamW) -> Result<()> {
+    match settings.step {
+        0 => Err(rules.value("step", "is counted from 1, but is 0".to_owned())),
+        _ => Ok(()),
+    }
 }

@@ -13,7 +13,7 @@ use crate::ops::{LinearCrossEntropy, LossOps};
 const UNSUPERVISED: i32 = -100;
 
 /// Bytes of logits that exist at once.
-const CHUNK_BYTES: usize = 32 << 20;
+pub(crate) const LOGITS_BYTES: usize = 32 << 20;
 
 impl LossOps for Cpu {
     fn linear_cross_entropy(&self, call: LinearCrossEntropy<'_, Self>) -> Result<()> {
@@ -57,7 +57,7 @@ impl Cpu {
             dx.fill(0.0);
         }
         let supervised: Vec<usize> = (0..labels.len()).filter(|t| labels[*t] != UNSUPERVISED).collect();
-        let chunk = (CHUNK_BYTES / (4 * vocabulary.max(1))).clamp(1, supervised.len().max(1));
+        let chunk = (LOGITS_BYTES / (4 * vocabulary.max(1))).clamp(1, supervised.len().max(1));
         let mut logits = self.scratch::<f32>(chunk * vocabulary)?;
         let mut hidden = self.scratch::<f32>(chunk * width)?;
         for rows in supervised.chunks(chunk) {

@@ -39,6 +39,7 @@ use crate::ops::{Device, MemoryStats, Op, Precision, Support};
 use crate::tensor::{Shape, Tensor};
 
 pub use self::ceiling::{Ceiling, ceiling, processor_seconds, timed};
+pub(crate) use self::loss::LOGITS_BYTES;
 pub use self::memory::Buffer;
 use self::memory::Pool;
 use self::simd::Simd;
@@ -119,6 +120,18 @@ impl Cpu {
             (Precision::F32, _) => Products::Single { rounded: false },
             (Precision::Bf16, SimdLevel::Avx512Bf16) => Products::Half,
             (Precision::Bf16, _) => Products::Single { rounded: true },
+        }
+    }
+}
+
+impl Cpu {
+    /// The same for the account of a [`Counting`](crate::counting::Counting) backend.
+    pub fn factors(&self, precision: Precision) -> crate::counting::Factors {
+        use crate::counting::Factors;
+        match self.products(precision) {
+            Products::Single { rounded: false } => Factors::Exact,
+            Products::Single { rounded: true } => Factors::Rounded,
+            Products::Half => Factors::Half,
         }
     }
 }

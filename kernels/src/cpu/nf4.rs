@@ -58,35 +58,6 @@ pub(super) fn quantize_block(values: &[f32], packed: &mut [u8]) -> f32 {
     if full { absmax } else { bounded }
 }
 
-/// bitsandbytes' signed dynamic 8-bit map, ascending (Dettmers 2015, arXiv 1511.04561).
-pub(super) fn dynamic_map() -> [f32; 256] {
-    let mut map = [0.0; 256];
-    map[0] = 1.0;
-    let mut filled = 2; // the second stays 0
-    for exponent in 0..7 {
-        let power = 10f64.powi(exponent - 6) as f32;
-        let steps = 1usize << exponent;
-        for i in 0..steps {
-            let mean = (tenth_to_one(i, steps) + tenth_to_one(i + 1, steps)) / 2.0;
-            map[filled] = power * mean;
-            map[filled + 1] = -(power * mean);
-            filled += 2;
-        }
-    }
-    map.sort_by(f32::total_cmp);
-    map
-}
-
-/// Point `i` of `steps` equal steps from 0.1 to 1 as torch's `linspace` computes it: from the nearer end, fused.
-fn tenth_to_one(i: usize, steps: usize) -> f32 {
-    let step = (1.0f32 - 0.1) / steps as f32;
-    if i < steps.div_ceil(2) {
-        step.mul_add(i as f32, 0.1)
-    } else {
-        (-step).mul_add((steps - i) as f32, 1.0)
-    }
-}
-
 /// Bins of the lookup by which values in −1..=1 find their code.
 const BINS: usize = 1 << 16;
 

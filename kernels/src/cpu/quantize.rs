@@ -5,7 +5,7 @@ use half::slice::HalfFloatSliceExt;
 use super::matrix::Matrix;
 use super::view::{dense_bf16, dense_f16, floats, floats_mut};
 use super::{Cpu, nf4};
-use crate::contract;
+use crate::{contract, dynamic};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::{Device, QuantizeOps};
@@ -89,7 +89,7 @@ impl Cpu {
     fn nested(&self, absmax: &Tensor<Self>) -> Result<Nf4Scales<Self>> {
         let absmax = floats("quantize_nf4", "absmax", absmax)?;
         let offset = nf4::mean(absmax);
-        let map = nf4::dynamic_map();
+        let map = dynamic::signed();
         let lookup = nf4::nested_lookup(&map);
         let mut codes = self.alloc(DType::U8, [absmax.len()])?;
         let mut nested_absmax = Vec::new();

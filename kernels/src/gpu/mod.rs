@@ -37,7 +37,7 @@ mod runtime;
 mod signature;
 pub mod sources;
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -64,6 +64,8 @@ pub struct Gpu<R: Runtime> {
 struct Inner<R: Runtime> {
     memory: Arc<Pool<R>>,
     faults: Faults<R>,
+    /// See `optimizer`.
+    moment_maps: OnceLock<Tensor<Gpu<R>>>,
 }
 
 impl<R: Runtime> Clone for Gpu<R> {
@@ -85,6 +87,7 @@ impl<R: Runtime> Gpu<R> {
             inner: Arc::new(Inner {
                 faults: Faults::new(&*runtime)?,
                 memory: Arc::new(Pool::new(runtime)),
+                moment_maps: OnceLock::new(),
             }),
         })
     }

@@ -25,6 +25,7 @@ pub enum Op {
     LinearCrossEntropy,
     SquaredNorm,
     AdamwStep,
+    Adamw8bitStep,
     QuantizeNf4,
     Dequantize,
     Route,

@@ -44,7 +44,7 @@ pub use self::moe::{
     RoutedSwigluBackward, Routing, RowOrder,
 };
 pub use self::norm::{NormBackward, NormForward, NormOps, NormWeight};
-pub use self::optimizer::{AdamW, OptimizerOps};
+pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, OptimizerOps};
 pub use self::quantize::QuantizeOps;
 pub use self::rope::{RopeDirection, RopeOps, RopeTable};
 

@@ -6,10 +6,22 @@
 //! m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
 //! w ← w − lr / (1 − β₁ᵗ) · m / (sqrt(v) / sqrt(1 − β₂ᵗ) + ε)
 //! ```
+//!
+//! *8-bit moments* (Dettmers et al. 2022, arXiv 2110.02861), as bitsandbytes 0.50 has them: blocks of [`MOMENT_BLOCK`] elements
+//! in row-major order share a scale; an element is `map[code] · absmax` with the signed [dynamic map](crate::dynamic) for `m` and
+//! the unsigned one for `v`. A step decodes, updates in f32 as above, and encodes again:
+//!
+//! ```text
+//! absmax_b = max |x| over the block        code = the map's value nearest to x / absmax_b, of two the lower
+//! ```
+//!
+//! One difference: a positive `v` never gets the code of 0. Rounded to 0 beside an `m` that is not, the next step with no
+//! gradient (a routed expert without tokens) would divide by ε alone.
 
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::Device;
-use crate::tensor::Tensor;
+use crate::tensor::{Shape, Tensor};
 
 /// Settings of one optimizer step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -30,6 +42,36 @@ pub struct AdamW {
     pub gradient_scale: f32,
 }
 
+/// Elements that share one scale in 8-bit moments.
+pub const MOMENT_BLOCK: usize = 256;
+
+/// A moment in 8 bits, block by block.
+#[derive(Debug)]
+pub struct BlockMoment<D: Device> {
+    /// u8, shaped as the parameter.
+    pub codes: Tensor<D>,
+    /// f32 `[ceil(elements / 256)]`.
+    pub absmax: Tensor<D>,
+}
+
+impl<D: Device> BlockMoment<D> {
+    /// A moment of zeros: scales of 0.
+    ///
+    /// # Errors
+    /// As [`Device::alloc`].
+    pub fn zeros(device: &D, shape: Shape) -> Result<Self> {
+        Ok(Self {
+            codes: device.zeros(DType::U8, shape)?,
+            absmax: device.zeros(DType::F32, [shape.elements().div_ceil(MOMENT_BLOCK)])?,
+        })
+    }
+
+    /// Bytes of codes and scales.
+    pub fn size_bytes(&self) -> usize {
+        self.codes.size_bytes() + self.absmax.size_bytes()
+    }
+}
+
 /// Optimizer arithmetic on f32 tensors.
 pub trait OptimizerOps: Device {
     /// `Σ x²` over all tensors in f64, in a fixed order. Non-finite when any element is.
@@ -48,6 +90,19 @@ pub trait OptimizerOps: Device {
         gradient: &Tensor<Self>,
         m: &mut Tensor<Self>,
         v: &mut Tensor<Self>,
+        settings: &AdamW,
+    ) -> Result<()>;
+
+    /// As [`OptimizerOps::adamw_step`] with both moments in 8 bits; updates all three in place.
+    ///
+    /// # Errors
+    /// Shapes or dtypes outside the contract.
+    fn adamw_8bit_step(
+        &self,
+        parameter: &mut Tensor<Self>,
+        gradient: &Tensor<Self>,
+        m: &mut BlockMoment<Self>,
+        v: &mut BlockMoment<Self>,
         settings: &AdamW,
     ) -> Result<()>;
 }

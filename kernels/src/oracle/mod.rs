@@ -37,7 +37,7 @@ pub use self::moe::{
     routed_swiglu_backward, routed_swiglu_forward,
 };
 pub use self::norm::{rms_norm_backward, rms_norm_forward};
-pub use self::optimizer::{adamw_step, squared_norm};
+pub use self::optimizer::{adamw_step, decode_moment, squared_norm};
 pub use self::real::{Mixed, Real, Single, cast};
 pub use self::rope::rope;
 

@@ -1,7 +1,7 @@
 //! AdamW; formula in [`OptimizerOps`](crate::ops::OptimizerOps).
 
 use super::Real;
-use crate::ops::AdamW;
+use crate::ops::{AdamW, MOMENT_BLOCK};
 
 /// `Σ x²`.
 pub fn squared_norm<N: Real>(values: &[N]) -> N {
@@ -23,4 +23,14 @@ pub fn adamw_step<N: Real>(w: &mut [N], gradient: &[N], m: &mut [N], v: &mut [N]
         *v = beta2 * *v + (one - beta2) * g * g;
         *w = *w - rate / correction1 * *m / (v.sqrt() / correction2.sqrt() + number(settings.epsilon));
     }
+}
+
+/// The values of 8-bit codes; formula in [`OptimizerOps`](crate::ops::OptimizerOps).
+pub fn decode_moment<N: Real>(map: &[f32; 256], codes: &[u8], absmax: &[f32]) -> Vec<N> {
+    let scales = absmax.iter().flat_map(|scale| std::iter::repeat_n(*scale, MOMENT_BLOCK));
+    codes
+        .iter()
+        .zip(scales)
+        .map(|(code, scale)| N::new(f64::from(map[usize::from(*code)]) * f64::from(scale)))
+        .collect()
 }

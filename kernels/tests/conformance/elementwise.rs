@@ -1,11 +1,13 @@
 //! Element-wise ops, norms and the optimizer.
 
-use brightrun_kernels::DType;
-use brightrun_kernels::ops::{AdamW, Device, NormBackward, NormForward, NormWeight, OptimizerOps, Precision, Write};
+use brightrun_kernels::ops::{
+    AdamW, BlockMoment, Device, MOMENT_BLOCK, NormBackward, NormForward, NormWeight, OptimizerOps, Precision, Write,
+};
 use brightrun_kernels::oracle::{
-    Real, adamw_step, rms_norm_backward, rms_norm_forward, swiglu_backward, swiglu_forward,
+    Real, adamw_step, decode_moment, rms_norm_backward, rms_norm_forward, swiglu_backward, swiglu_forward,
 };
 use brightrun_kernels::testing::Random;
+use brightrun_kernels::{DType, dynamic};
 use half::bf16;
 
 use super::backends::{Run, Traits, narrow, wide};
@@ -169,6 +171,72 @@ fn cases<B: Traits>(run: &Run<'_, B>) -> impl Iterator<Item = ([usize; 2], DType
     SHAPES
         .iter()
         .flat_map(|shape| dtypes.iter().map(|dtype| (*shape, *dtype)))
+}
+
+/// Moments as codes: the weights against the oracle's step from the decoded moments; the new codes by the rule that none is
+/// further from the oracle's moment than the nearest value of the map, rounding apart.
+fn adamw_8bit<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], step: u64) {
+    let mut random = Random::new(step + 77);
+    let count = shape[0] * shape[1];
+    let (w, g) = (random.normal(count), random.normal(count));
+    let codes = |random: &mut Random| -> Vec<u8> { (0..count).map(|_| random.below(256) as u8).collect() };
+    let (m_codes, v_codes) = (codes(&mut random), codes(&mut random));
+    let scales: Vec<f32> = random
+        .normal(count.div_ceil(MOMENT_BLOCK))
+        .into_iter()
+        .map(f32::abs)
+        .collect();
+    let (signed, unsigned) = (dynamic::signed(), dynamic::unsigned());
+    let settings = AdamW {
+        learning_rate: 3e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+        step,
+        gradient_scale: 0.37,
+    };
+    let device = run.backend;
+    let [mut w_t, g_t] = [&w, &g].map(|values| device.upload_f32(shape, values).unwrap());
+    let moment = |codes: &[u8]| BlockMoment {
+        codes: device.upload(DType::U8, shape, codes).unwrap(),
+        absmax: device.upload_f32([scales.len()], &scales).unwrap(),
+    };
+    let (mut m_t, mut v_t) = (moment(&m_codes), moment(&v_codes));
+    device
+        .adamw_8bit_step(&mut w_t, &g_t, &mut m_t, &mut v_t, &settings)
+        .unwrap();
+    let (plain, oracle) = judged!(Precision::F32, N, {
+        let (mut w, g) = (narrow::<N>(&w), narrow::<N>(&g));
+        let mut m = decode_moment::<N>(&signed, &m_codes, &scales);
+        let mut v = decode_moment::<N>(&unsigned, &v_codes, &scales);
+        adamw_step(&mut w, &g, &mut m, &mut v, &settings);
+        vec![wide(w), wide(m), wide(v)]
+    });
+    run.case(format_args!("adamw_8bit {shape:?} step {step}"), 4)
+        .compare("w", &w_t, &plain[0], &oracle[0]);
+    for (moment, map, expected, least) in [(&m_t, &signed, &oracle[1], 0), (&v_t, &unsigned, &oracle[2], 1)] {
+        let absmax = device.read_f32(&moment.absmax).unwrap();
+        for (i, code) in device.read(&moment.codes).unwrap().into_iter().enumerate() {
+            let scale = f64::from(absmax[i / MOMENT_BLOCK]);
+            let distance = |code: u8| (f64::from(map[usize::from(code)]) * scale - expected[i]).abs();
+            let wanted = dynamic::nearest(map, (expected[i] / scale.max(1e-300)) as f32);
+            let wanted = if expected[i] > 0.0 { wanted.max(least) } else { wanted };
+            assert!(
+                distance(code) <= distance(wanted) + 1e-6 * scale,
+                "adamw_8bit {shape:?} step {step}, element {i}: code {code}, nearest {wanted}"
+            );
+        }
+    }
+}
+
+#[test]
+fn eight_bit_adamw_agrees_with_the_oracle() {
+    on_every_backend!("adamw_8bit_step", [Adamw8bitStep], |run| {
+        for (shape, step) in SHAPES.iter().zip([1, 2, 3, 10, 100, 1000, 5, 7, 1, 4, 6]) {
+            adamw_8bit(run, *shape, step);
+        }
+    });
 }
 
 #[test]

@@ -64,8 +64,9 @@ pub struct AdapterConfig {
 }
 
 impl AdapterConfig {
-    /// The description of an adapter of `base`. Names are sorted, so equal runs give equal bytes;
-    /// `target_parameters` keep their order, which decides how PEFT nests their wrappers.
+    /// The description of an adapter of `base`. `target_modules` are sorted, as PEFT keeps a set of them, so that equal runs
+    /// give equal bytes. `target_parameters` keep their order, as in PEFT's own files; it means nothing there: PEFT wraps the
+    /// parameters of a module in the order in which the module declares them, see [`PeftLayout`](crate::model::peft::PeftLayout).
     pub fn new(layout: &AdapterLayout, base: &BaseModel) -> Result<Self> {
         let mut target_modules = layout.target_modules.clone();
         target_modules.sort_unstable();

@@ -1,14 +1,15 @@
 //! Everything a finished run hands over.
 
-use std::path::PathBuf;
-
+use brightrun_kernels::Backend;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::tensors::{AdapterDtype, AdapterTensor};
+use crate::model::LoraSet;
 use crate::spec::TrainSpec;
+use crate::template::PassedFile;
 
 /// A finished run, as [`write`](super::write()) wants it.
 #[derive(Clone, Debug)]
@@ -35,8 +36,8 @@ pub struct ArtifactInput<'a> {
     pub issues: &'a [Value],
     /// Answers side by side, for `samples.jsonl`.
     pub samples: &'a [Sample],
-    /// Tokenizer and template files as used; copied under their own names.
-    pub copied_files: Vec<PathBuf>,
+    /// Tokenizer and template files as used; copied under their own names, and refused when they have changed since.
+    pub copied_files: Vec<PassedFile>,
     /// SHA-256 of the chat template's text as used.
     pub template_sha256: String,
     /// What users should know; shown in the model card.
@@ -69,10 +70,25 @@ pub struct AdapterLayout {
     pub alpha: f32,
     /// Module names as PEFT matches them: the whole path or its end after a dot.
     pub target_modules: Vec<String>,
-    /// PEFT's names of adapted routed-expert tensors, such as `mlp.experts.gate_up_proj`; mostly empty.
+    /// PEFT's names of adapted parameters: routed experts, such as `mlp.experts.gate_up_proj`, and what
+    /// [`peft`](crate::model::peft) says must not be named as a module.
     pub target_parameters: Vec<String>,
     /// The type the tensors are saved in.
     pub dtype: AdapterDtype,
+}
+
+impl AdapterLayout {
+    /// The layout of an adapter in a backend's memory.
+    pub fn of<B: Backend>(lora: &LoraSet<B>, dtype: AdapterDtype) -> Self {
+        let (target_modules, target_parameters) = lora.peft_targets();
+        Self {
+            rank: lora.config().rank,
+            alpha: lora.config().alpha,
+            target_modules,
+            target_parameters,
+            dtype,
+        }
+    }
 }
 
 /// What was learnt from.

@@ -38,15 +38,15 @@ mod write;
 pub use adapter_config::AdapterConfig;
 pub use input::{AdapterLayout, ArtifactInput};
 pub use manifest::Manifest;
-pub use tensors::{AdapterDtype, AdapterTensor};
+pub use tensors::{AdapterDtype, AdapterTensor, encode_tensors, tensors_of};
 pub use upload::{Destination, upload};
 pub use verify::{Verification, verify};
-pub use write::{ArtifactFile, ArtifactFiles, record_verification, write};
+pub use write::{ArtifactFile, ArtifactFiles, record_verification, write, write_adapter};
 
 /// The adapter's weights.
-pub const WEIGHTS: &str = "adapter_model.safetensors";
+pub const WEIGHTS: &str = crate::model::adapter::ADAPTER_WEIGHTS;
 /// PEFT's description of the adapter.
-pub const CONFIG: &str = "adapter_config.json";
+pub const CONFIG: &str = crate::model::adapter::ADAPTER_CONFIG;
 /// Hashes, settings and metrics.
 pub const MANIFEST: &str = "manifest.json";
 /// The model card.

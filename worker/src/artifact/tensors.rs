@@ -1,9 +1,9 @@
 //! PEFT's names and shapes; safetensors out, and in again as a stream.
 //!
 //! An adapted module `M` has `base_model.model.M.lora_A.weight` `[r, in]` and
-//! `base_model.model.M.lora_B.weight` `[out, r]`. Routed experts (PEFT 0.19 and later) share one pair a
-//! layer: A is `[r·E, in]` and B `[out, r·E]`, named after the module that holds the tensors, with
-//! `.base_layer` for all but the last of them.
+//! `base_model.model.M.lora_B.weight` `[out, r]`. Routed experts are stacked as
+//! [`PeftLayout`](crate::model::peft::PeftLayout) describes. This is the only writer of adapters: a run's artifact and every
+//! test that compares bytes go through it.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -11,12 +11,14 @@ use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
 
+use brightrun_kernels::Backend;
 use half::bf16;
 use safetensors::tensor::{Dtype, Metadata, View};
 use serde::{Deserialize, Serialize};
 
 use super::AdapterConfig;
 use crate::error::{Failure, Result};
+use crate::model::LoraSet;
 use crate::storage::disk_failure;
 
 /// Longest header accepted, as in the safetensors library itself.
@@ -105,33 +107,72 @@ impl View for Saved<'_> {
     }
 }
 
+/// The tensors of an adapter in a backend's memory, as PEFT has them.
+///
+/// # Errors
+/// The backend's own.
+pub fn tensors_of<B: Backend>(device: &B, lora: &LoraSet<B>) -> Result<Vec<AdapterTensor<'static>>> {
+    let mut tensors = Vec::new();
+    for pair in lora.pairs() {
+        tensors.extend(pair.to_peft(device)?.map(|factor| AdapterTensor {
+            name: factor.key,
+            shape: factor.shape.to_vec(),
+            data: factor.values.into(),
+        }));
+    }
+    Ok(tensors)
+}
+
 /// Writes the tensors, sorted by name, so that equal runs give equal bytes.
 pub(super) fn save(tensors: &[AdapterTensor<'_>], dtype: AdapterDtype, file: &Path) -> Result<()> {
-    for tensor in tensors {
-        let elements = tensor
-            .shape
-            .iter()
-            .try_fold(1_usize, |product, size| product.checked_mul(*size));
-        if elements != Some(tensor.data.len()) {
-            return Err(Failure::system(
-                "ADAPTER_SHAPE_MISMATCH",
-                format!(
-                    "The tensor has {} values but the shape {:?}",
-                    tensor.data.len(),
-                    tensor.shape
-                ),
-            )
-            .at(format!("`{}`", tensor.name)));
-        }
-    }
-    let views = tensors
-        .iter()
-        .map(|tensor| (tensor.name.as_str(), Saved { tensor, dtype }));
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(views, Some(format), file).map_err(|error| match error {
+    safetensors::serialize_to_file(views(tensors, dtype)?, header(), file).map_err(|error| match error {
         safetensors::SafeTensorError::IoError(error) => disk_failure(&error, file),
-        error => Failure::system("ADAPTER_UNREADABLE", format!("The adapter cannot be saved: {error}")),
+        error => unwritable(&error),
     })
+}
+
+/// The bytes of `adapter_model.safetensors`: what a run's artifact holds.
+///
+/// # Errors
+/// `ADAPTER_SHAPE_MISMATCH` when a tensor's values are not as many as its shape says.
+pub fn encode_tensors(tensors: &[AdapterTensor<'_>], dtype: AdapterDtype) -> Result<Vec<u8>> {
+    safetensors::serialize(views(tensors, dtype)?, header()).map_err(|error| unwritable(&error))
+}
+
+fn views<'a>(tensors: &'a [AdapterTensor<'a>], dtype: AdapterDtype) -> Result<Vec<(&'a str, Saved<'a>)>> {
+    tensors
+        .iter()
+        .map(|tensor| {
+            check_elements(tensor)?;
+            Ok((tensor.name.as_str(), Saved { tensor, dtype }))
+        })
+        .collect()
+}
+
+fn check_elements(tensor: &AdapterTensor<'_>) -> Result<()> {
+    let sizes = tensor.shape.iter();
+    let elements = sizes.copied().try_fold(1_usize, usize::checked_mul);
+    if elements == Some(tensor.data.len()) {
+        return Ok(());
+    }
+    Err(Failure::system(
+        "ADAPTER_SHAPE_MISMATCH",
+        format!(
+            "The tensor has {} values but the shape {:?}",
+            tensor.data.len(),
+            tensor.shape
+        ),
+    )
+    .at(format!("`{}`", tensor.name)))
+}
+
+/// What PEFT writes into the header.
+fn header() -> Option<HashMap<String, String>> {
+    Some(HashMap::from([("format".to_owned(), "pt".to_owned())]))
+}
+
+fn unwritable(error: &safetensors::SafeTensorError) -> Failure {
+    Failure::system("ADAPTER_UNREADABLE", format!("The adapter cannot be saved: {error}"))
 }
 
 /// The shapes of all tensors, by name.

@@ -18,11 +18,13 @@ use super::adapter_config::AdapterConfig;
 use super::input::ArtifactInput;
 use super::manifest::{AdapterRecord, FileRecord, Manifest, SCHEMA_VERSION};
 use super::model_card::model_card;
+use super::tensors::{AdapterDtype, AdapterTensor};
 use super::verify::Verification;
 use super::{CONFIG, MANIFEST, METRICS, MODEL_CARD, SAMPLES, VALIDATION, WEIGHTS, artifact_id, tensors};
 use crate::error::{Failure, Result};
 use crate::storage::disk_failure;
 use crate::storage::name::sanitized_file_name;
+use crate::template::PassedFile;
 
 /// A written artifact.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,16 +97,31 @@ pub fn record_verification(dir: &Path, verification: &Verification) -> Result<Ar
     })
 }
 
+/// Writes the two files that make an adapter, weights and description, into a folder that exists: what PEFT and servers load,
+/// without the papers of a run.
+///
+/// # Errors
+/// `ADAPTER_…` when the tensors do not fit the description, before anything is written; `STORAGE_…`.
+pub fn write_adapter(
+    dir: &Path,
+    config: &AdapterConfig,
+    values: &[AdapterTensor<'_>],
+    dtype: AdapterDtype,
+) -> Result<()> {
+    tensors::check_layout(config, &tensors::shapes_of(values)?)?;
+    tensors::save(values, dtype, &dir.join(WEIGHTS))?;
+    sync_file(&dir.join(WEIGHTS))?;
+    write_file(&dir.join(CONFIG), &pretty(config)?)
+}
+
 fn write_into(
     dir: &Path,
     input: &ArtifactInput<'_>,
     config: &AdapterConfig,
     shapes: &tensors::Shapes,
-    copies: &BTreeMap<String, PathBuf>,
+    copies: &BTreeMap<String, &PassedFile>,
 ) -> Result<Vec<ArtifactFile>> {
-    tensors::save(&input.tensors, input.adapter.dtype, &dir.join(WEIGHTS))?;
-    sync_file(&dir.join(WEIGHTS))?;
-    write_file(&dir.join(CONFIG), &pretty(config)?)?;
+    write_adapter(dir, config, &input.tensors, input.adapter.dtype)?;
     write_file(&dir.join(METRICS), &lines(input.points)?)?;
     write_file(&dir.join(VALIDATION), &lines(input.issues)?)?;
     write_file(&dir.join(MODEL_CARD), model_card(input, config).as_bytes())?;
@@ -112,8 +129,7 @@ fn write_into(
         write_file(&dir.join(SAMPLES), &lines(input.samples)?)?;
     }
     for (name, source) in copies {
-        fs::copy(source, dir.join(name)).map_err(|error| disk_failure(&error, source))?;
-        sync_file(&dir.join(name))?;
+        copy_unchanged(source, &dir.join(name))?;
     }
     let mut names: BTreeSet<String> = copies.keys().cloned().collect();
     names.extend([WEIGHTS, CONFIG, METRICS, VALIDATION, MODEL_CARD].map(str::to_owned));
@@ -161,23 +177,39 @@ fn manifest(input: &ArtifactInput<'_>, shapes: &tensors::Shapes, files: &[Artifa
 }
 
 /// The files to copy, by the name they get. A name of the artifact's own, or one twice, is refused.
-fn copies(sources: &[PathBuf]) -> Result<BTreeMap<String, PathBuf>> {
+fn copies(sources: &[PassedFile]) -> Result<BTreeMap<String, &PassedFile>> {
     let mut copies = BTreeMap::new();
     for source in sources {
         let name = source
+            .path
             .file_name()
             .map(|name| sanitized_file_name(&name.to_string_lossy()));
         let name = name.unwrap_or_default();
         let is_ours = [WEIGHTS, CONFIG, MANIFEST, METRICS, VALIDATION, MODEL_CARD, SAMPLES].contains(&name.as_str());
-        if name.is_empty() || is_ours || copies.insert(name.clone(), source.clone()).is_some() {
+        if name.is_empty() || is_ours || copies.insert(name.clone(), source).is_some() {
             return Err(Failure::system(
                 "ARTIFACT_NAME_TAKEN",
                 format!("The file name `{name}` is already used in the artifact"),
             )
-            .at(format!("`{}`", source.display())));
+            .at(format!("`{}`", source.path.display())));
         }
     }
     Ok(copies)
+}
+
+/// Copies a file that must still be what was used.
+fn copy_unchanged(source: &PassedFile, target: &Path) -> Result<()> {
+    fs::copy(&source.path, target).map_err(|error| disk_failure(&error, &source.path))?;
+    sync_file(target)?;
+    let (_, sha256) = hash_file(target).map_err(|error| disk_failure(&error, target))?;
+    if sha256 == source.sha256 {
+        return Ok(());
+    }
+    Err(
+        Failure::system("TOKENIZER_CHANGED", "A tokenizer file changed while the job ran")
+            .at(format!("`{}`", source.path.display()))
+            .hint("Do not write into a model folder that is in use"),
+    )
 }
 
 /// Two-space JSON with a final newline, as Python's tools write it.

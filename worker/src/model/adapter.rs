@@ -1,32 +1,22 @@
-//! PEFT's adapter files: `adapter_model.safetensors` and `adapter_config.json`.
+//! PEFT's adapter files, read: `adapter_model.safetensors` and `adapter_config.json`. They are written by
+//! [`artifact`](crate::artifact).
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use brightrun_kernels::Backend;
-use half::bf16;
-use safetensors::tensor::{Dtype as StoredDtype, TensorView};
 use serde::Deserialize;
-use serde_json::json;
 
 use crate::error::{Failure, Result};
 use crate::model::lora::{LoraConfig, LoraPair, LoraSet, Module};
+use crate::model::peft;
+use crate::model::targets::names_experts;
 use crate::model::tensor_file::TensorFile;
 
 /// File of the factors.
 pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 /// File of the settings.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
-
-/// Element type of saved factors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum AdapterDtype {
-    /// Exact.
-    #[default]
-    F32,
-    /// Half the size; rounded to nearest even.
-    Bf16,
-}
 
 /// The settings of `adapter_config.json` that change what an adapter computes.
 #[derive(Deserialize)]
@@ -104,22 +94,32 @@ impl PeftConfig {
             None => Vec::new(),
         };
         let parameters = self.target_parameters.unwrap_or_default();
+        let mut targets = modules;
+        for parameter in &parameters {
+            let target = peft::target_of_parameter(parameter).ok_or_else(|| {
+                invalid(format!(
+                    "The adapter adapts a parameter that is not supported: `{parameter}`"
+                ))
+            })?;
+            targets.push(target.to_owned());
+        }
+        if let Some(target) = targets
+            .iter()
+            .find(|target| names_experts(target) && !parameters.contains(target))
+        {
+            return Err(invalid(format!(
+                "The adapter names routed experts among its modules: `{target}`"
+            )));
+        }
         let config = LoraConfig {
             rank: self.r,
             alpha: self.lora_alpha,
-            targets: [modules.clone(), parameters.clone()].concat(),
+            targets,
         };
         if config.rank == 0 || config.targets.is_empty() {
             return Err(invalid(
                 "The adapter's config has rank 0 or names no targets".to_owned(),
             ));
-        }
-        let (as_modules, as_parameters) = config.peft_targets();
-        let is_same = |given: &[String], own: &[String]| given.iter().all(|name| own.contains(name));
-        if !is_same(&modules, &as_modules) || !is_same(&parameters, &as_parameters) {
-            return Err(invalid(format!(
-                "The adapter adapts parameters that are not supported: {parameters:?}"
-            )));
         }
         Ok(config)
     }
@@ -138,39 +138,6 @@ impl LoraConfig {
         let parsed: PeftConfig = serde_json::from_str(&text)
             .map_err(|error| at(invalid(format!("The adapter's config is not valid: {error}"))))?;
         parsed.into_config().map_err(at)
-    }
-
-    /// The text of `adapter_config.json`, as PEFT and vLLM read it.
-    pub fn to_peft_json(&self, base_model: &str) -> String {
-        let (targets, parameters) = self.peft_targets();
-        // PEFT writes an integer where it can, and vLLM parses one.
-        let alpha = match self.alpha.fract() == 0.0 {
-            true => json!(self.alpha as i64),
-            false => json!(self.alpha),
-        };
-        let value = json!({
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
-            "r": self.rank,
-            "lora_alpha": alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "target_modules": targets,
-            "target_parameters": (!parameters.is_empty()).then_some(parameters),
-            "rank_pattern": {},
-            "alpha_pattern": {},
-            "use_rslora": false,
-            "use_dora": false,
-            "fan_in_fan_out": false,
-            "init_lora_weights": true,
-            "inference_mode": true,
-            "modules_to_save": null,
-            "layers_to_transform": null,
-            "layers_pattern": null,
-            "revision": null,
-        });
-        format!("{value:#}\n")
     }
 }
 
@@ -202,31 +169,6 @@ impl<B: Backend> LoraSet<B> {
             ))));
         }
         Ok(set)
-    }
-
-    /// The bytes of `adapter_model.safetensors`. The same factors give the same bytes.
-    ///
-    /// # Errors
-    /// The backend's own.
-    pub fn to_safetensors(&self, device: &B, dtype: AdapterDtype) -> Result<Vec<u8>> {
-        let mut tensors = Vec::new();
-        for pair in self.pairs() {
-            for factor in pair.to_peft(device)? {
-                tensors.push((factor.key, factor.shape, encoded(&factor.values, dtype)));
-            }
-        }
-        let stored = match dtype {
-            AdapterDtype::F32 => StoredDtype::F32,
-            AdapterDtype::Bf16 => StoredDtype::BF16,
-        };
-        let views = tensors
-            .iter()
-            .map(|(key, shape, bytes)| Ok((key, TensorView::new(stored, shape.to_vec(), bytes)?)))
-            .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
-        let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        views
-            .and_then(|views| safetensors::serialize(views, Some(format)))
-            .map_err(|error| Failure::system("ADAPTER_WRITE", format!("The adapter cannot be encoded: {error}")))
     }
 }
 
@@ -271,17 +213,6 @@ fn read_factor(file: &TensorFile, key: &str, shape: [usize; 2]) -> Result<Vec<f3
         )));
     }
     host.to_f32()
-}
-
-/// Values in the wanted dtype, little-endian.
-fn encoded(values: &[f32], dtype: AdapterDtype) -> Vec<u8> {
-    match dtype {
-        AdapterDtype::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-        AdapterDtype::Bf16 => values
-            .iter()
-            .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-            .collect(),
-    }
 }
 
 fn invalid(message: String) -> Failure {

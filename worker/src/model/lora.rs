@@ -7,12 +7,10 @@ use std::collections::HashSet;
 
 use brightrun_kernels::{Backend, DType, Tensor};
 
-use crate::error::{Failure, Result};
-use crate::model::peft::PeftLayout;
+use crate::error::Result;
+use crate::model::peft::{self, PeftLayout};
 use crate::model::random::CounterRandom;
-
-/// Names within this Jaro–Winkler similarity are offered as near misses.
-const NEAR_MISS: f64 = 0.75;
+use crate::model::targets;
 
 /// Which adaptable module of a model: an index into [`Model::modules`](crate::model::Model::modules).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -38,8 +36,7 @@ pub struct LoraConfig {
     pub rank: usize,
     /// The adapter's contribution is scaled by `alpha / rank`.
     pub alpha: f32,
-    /// Names of adapted modules: the last part or parts of their paths. Routed experts are meant only by names that say
-    /// so: `experts.gate_up_proj`, `mlp.experts.down_proj`. `down_proj` alone is every module of that name and no expert.
+    /// Names of adapted modules and presets, as [`targets`](crate::model::targets) describes them.
     pub targets: Vec<String>,
 }
 
@@ -62,6 +59,8 @@ pub struct LoraSet<B: Backend> {
     pairs: Vec<LoraPair<B>>,
     /// Position in `pairs` by module, `None` where the module is not adapted.
     by_module: Vec<Option<usize>>,
+    /// Whether the model has routed experts, adapted or not.
+    is_mixture: bool,
 }
 
 /// Gradients of a [`LoraSet`], pair by pair.
@@ -76,28 +75,13 @@ impl LoraConfig {
         self.alpha / self.rank as f32
     }
 
-    /// The targets as PEFT's `target_modules` and `target_parameters`.
-    pub fn peft_targets(&self) -> (Vec<String>, Vec<String>) {
-        let (mut parameters, mut modules): (Vec<String>, Vec<String>) =
-            self.targets.iter().cloned().partition(|target| names_experts(target));
-        for list in [&mut modules, &mut parameters] {
-            list.sort();
-            list.dedup();
-        }
-        (modules, parameters)
-    }
-
     /// The modules that the targets name, in the model's order.
     ///
     /// # Errors
     /// `LORA_TARGET_UNKNOWN` when a target matches no module, with the nearest names that exist.
     pub fn resolve(&self, modules: &[Module]) -> Result<Vec<ModuleId>> {
-        for target in &self.targets {
-            if !modules.iter().any(|module| module.is_named(target)) {
-                return Err(unknown_target(target, modules));
-            }
-        }
-        let named = |module: &Module| self.targets.iter().any(|target| module.is_named(target));
+        let names = targets::expand(&self.targets, modules)?;
+        let named = |module: &Module| names.iter().any(|target| module.is_named(target));
         Ok((0..modules.len())
             .filter(|place| named(&modules[*place]))
             .map(ModuleId)
@@ -106,29 +90,10 @@ impl LoraConfig {
 }
 
 impl Module {
-    /// Whether the path ends with `target`, on a boundary between parts. PEFT 0.21 takes `down_proj` of a mixture of experts
-    /// for the routed experts and doubles rank and alpha there; here a name means the module it names.
-    fn is_named(&self, target: &str) -> bool {
-        let ends_so = match self.path.strip_suffix(target) {
-            Some(rest) => rest.is_empty() || rest.ends_with('.'),
-            None => false,
-        };
-        ends_so && (self.experts.is_none() || names_experts(target))
-    }
-
     /// Values of an adapter of this module.
     pub fn parameters(&self, rank: usize) -> usize {
         self.experts.unwrap_or(1) * rank * (self.inputs + self.outputs)
     }
-
-    fn name(&self) -> &str {
-        self.path.rsplit('.').next().unwrap_or(&self.path)
-    }
-}
-
-/// Whether a target means a projection of routed experts: the part before its last is `experts`.
-fn names_experts(target: &str) -> bool {
-    target.rsplit('.').nth(1) == Some("experts")
 }
 
 impl<B: Backend> LoraPair<B> {
@@ -170,6 +135,10 @@ impl<B: Backend> LoraSet<B> {
     ) -> Result<Self> {
         let mut by_module = vec![None; modules.len()];
         let mut pairs = Vec::new();
+        let config = LoraConfig {
+            targets: targets::expand(&config.targets, modules)?,
+            ..config
+        };
         let chosen = config.resolve(modules)?;
         let paths: HashSet<&str> = chosen.iter().map(|id| modules[id.0].path.as_str()).collect();
         for id in &chosen {
@@ -188,10 +157,16 @@ impl<B: Backend> LoraSet<B> {
             config,
             pairs,
             by_module,
+            is_mixture: modules.iter().any(|module| module.experts.is_some()),
         })
     }
 
-    /// Rank, alpha and targets.
+    /// The targets as PEFT's `target_modules` and `target_parameters`.
+    pub fn peft_targets(&self) -> (Vec<String>, Vec<String>) {
+        peft::targets(&self.config.targets, self.is_mixture)
+    }
+
+    /// Rank, alpha and targets, presets spelt out.
     pub fn config(&self) -> &LoraConfig {
         &self.config
     }
@@ -285,131 +260,5 @@ impl<B: Backend> LoraGradients<B> {
     pub fn norm(&self, device: &B) -> Result<f64> {
         let tensors: Vec<&Tensor<B>> = self.pairs.iter().flat_map(|(a, b)| [a, b]).collect();
         Ok(device.squared_norm(&tensors)?.sqrt())
-    }
-}
-
-fn unknown_target(target: &str, modules: &[Module]) -> Failure {
-    let tensor = match target {
-        "gate_proj" | "up_proj" => "gate_up_proj",
-        other => other,
-    };
-    let is_meant = |module: &&Module| module.experts.is_some() && module.name() == tensor;
-    if let Some(module) = modules.iter().find(is_meant) {
-        let name = module.name();
-        return Failure::user(
-            "LORA_TARGET_UNKNOWN",
-            format!("The LoRA target `{target}` matches no module of this model but its routed experts"),
-        )
-        .hint(format!(
-            "Name `mlp.experts.{name}` if you mean every routed expert, else leave `{target}` out"
-        ));
-    }
-    let mut names: Vec<&str> = modules.iter().map(Module::name).collect();
-    names.sort_unstable();
-    names.dedup();
-    let wanted = target.rsplit('.').next().unwrap_or(target);
-    let mut near: Vec<(f64, &str)> = names
-        .iter()
-        .map(|name| (strsim::jaro_winkler(wanted, name), *name))
-        .filter(|(similarity, _)| *similarity >= NEAR_MISS)
-        .collect();
-    near.sort_by(|left, right| right.0.total_cmp(&left.0));
-    let hint = match near.as_slice() {
-        [] => format!("This model has {}", names.join(", ")),
-        _ => format!(
-            "Did you mean {}?",
-            near.iter().map(|(_, name)| *name).collect::<Vec<_>>().join(" or ")
-        ),
-    };
-    Failure::user(
-        "LORA_TARGET_UNKNOWN",
-        format!("The LoRA target `{target}` matches no module of this model"),
-    )
-    .hint(hint)
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    fn modules() -> Vec<Module> {
-        ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"]
-            .iter()
-            .map(|name| Module {
-                path: format!("model.layers.0.{name}"),
-                outputs: 4,
-                inputs: 4,
-                experts: None,
-            })
-            .collect()
-    }
-
-    fn resolve(targets: &[&str]) -> Result<Vec<ModuleId>> {
-        let config = LoraConfig {
-            rank: 2,
-            alpha: 4.0,
-            targets: targets.iter().map(ToString::to_string).collect(),
-        };
-        config.resolve(&modules())
-    }
-
-    #[test]
-    fn targets_match_whole_parts_of_a_path() {
-        assert_eq!(resolve(&["up_proj"]).unwrap(), [ModuleId(2)]);
-        assert_eq!(
-            resolve(&["self_attn.q_proj", "up_proj"]).unwrap(),
-            [ModuleId(0), ModuleId(2)]
-        );
-        assert!(resolve(&["proj"]).is_err());
-    }
-
-    #[test]
-    fn a_target_that_matches_nothing_names_what_was_probably_meant() {
-        let failure = resolve(&["q_proj", "upproj"]).unwrap_err();
-        assert_eq!(failure.code, "LORA_TARGET_UNKNOWN");
-        assert!(
-            failure.message.contains("upproj") && failure.hint.contains("up_proj"),
-            "{failure}"
-        );
-        assert!(resolve(&["xyz"]).unwrap_err().hint.contains("k_proj, q_proj, up_proj"));
-    }
-
-    fn mixture() -> Vec<Module> {
-        let module = |name: &str, experts| Module {
-            path: format!("model.layers.0.{name}"),
-            outputs: 4,
-            inputs: 4,
-            experts,
-        };
-        vec![
-            module("self_attn.q_proj", None),
-            module("mlp.shared_expert.down_proj", None),
-            module("mlp.experts.gate_up_proj", Some(8)),
-            module("mlp.experts.down_proj", Some(8)),
-        ]
-    }
-
-    fn resolve_in_mixture(targets: &[&str]) -> Result<Vec<ModuleId>> {
-        let config = LoraConfig {
-            rank: 2,
-            alpha: 4.0,
-            targets: targets.iter().map(ToString::to_string).collect(),
-        };
-        config.resolve(&mixture())
-    }
-
-    #[test]
-    fn routed_experts_are_adapted_only_by_names_that_say_so() {
-        assert_eq!(resolve_in_mixture(&["down_proj"]).unwrap(), [ModuleId(1)]);
-        assert_eq!(resolve_in_mixture(&["experts.down_proj"]).unwrap(), [ModuleId(3)]);
-        assert_eq!(
-            resolve_in_mixture(&["mlp.experts.gate_up_proj", "q_proj"]).unwrap(),
-            [ModuleId(0), ModuleId(2)]
-        );
-        for target in ["gate_proj", "up_proj"] {
-            let failure = resolve_in_mixture(&[target]).unwrap_err();
-            assert!(failure.hint.contains("mlp.experts.gate_up_proj"), "{failure}");
-        }
     }
 }

@@ -11,7 +11,8 @@
 //! | [`layer`] | one decoder layer: a mixer, a feed-forward part; what is kept and what is computed again |
 //! | [`mixer`], [`feed_forward`] | which mixer, which feed-forward part |
 //! | [`attention`], [`delta`], [`mlp`], [`moe`], [`experts`], [`norm`], [`linear`] | the parts, each with `forward` and `backward` |
-//! | [`lora`], [`peft`], [`adapter`] | adapters beside the frozen model; PEFT's names, order and files |
+//! | [`lora`], [`targets`] | adapters beside the frozen model; which modules they adapt |
+//! | [`peft`], [`adapter`] | PEFT's names and order; its files, read |
 //! | [`decode`], [`cache`] | one document, continued token by token |
 //! | [`synthetic`] | checkpoints of seeded random numbers |
 //! | [`batch`], [`pass`], [`rope`], [`random`] | packed documents; what layers share; rotations; seeded numbers |
@@ -46,6 +47,7 @@ pub mod peft;
 pub mod random;
 pub mod rope;
 pub mod synthetic;
+pub mod targets;
 pub mod tensor_file;
 pub mod transformer;
 

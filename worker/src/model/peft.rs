@@ -12,10 +12,51 @@
 //! so `down_proj` is always on the outside: `experts.lora_A`. `gate_up_proj` is `experts.base_layer.lora_A` where `down_proj`
 //! is adapted too, and `experts.lora_A` where it is not.
 
+//!
+//! # A trap that files avoid
+//!
+//! On a mixture of experts PEFT 0.21 moves every `target_modules` entry that ends in `gate_proj`, `up_proj` or `down_proj` to
+//! the routed experts, those of the shared expert too, which then has no adapter when the file is loaded, without an error. An
+//! adapted linear layer can also be named as the parameter it holds, `shared_expert.gate_proj.weight` in `target_parameters`;
+//! keys, shapes and arithmetic are the same, and PEFT leaves such names alone.
+
 use brightrun_kernels::Shape;
 
 use crate::model::adapter::PeftFactor;
 use crate::model::lora::Module;
+use crate::model::targets::names_experts;
+
+/// Names that PEFT moves to the routed experts of a mixture.
+const MOVED: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
+/// `target_modules` and `target_parameters` for modules of these names, sorted; `is_mixture` where the model has routed experts.
+pub(crate) fn targets(names: &[String], is_mixture: bool) -> (Vec<String>, Vec<String>) {
+    let (mut parameters, mut modules) = (Vec::new(), Vec::new());
+    for name in names {
+        let last = name.rsplit('.').next().unwrap_or_default();
+        if names_experts(name) {
+            parameters.push(name.clone());
+        } else if is_mixture && MOVED.contains(&last) {
+            parameters.push(format!("{name}.weight"));
+        } else {
+            modules.push(name.clone());
+        }
+    }
+    for list in [&mut modules, &mut parameters] {
+        list.sort();
+        list.dedup();
+    }
+    (modules, parameters)
+}
+
+/// The way back: the module that an entry of `target_parameters` means, `None` where it is no module of ours.
+pub(crate) fn target_of_parameter(parameter: &str) -> Option<&str> {
+    match parameter.strip_suffix(".weight") {
+        Some(module) => Some(module),
+        None if names_experts(parameter) => Some(parameter),
+        None => None,
+    }
+}
 
 /// How PEFT names and orders the factors of one module.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +163,21 @@ mod tests {
             inputs: 5,
             experts,
         }
+    }
+
+    #[test]
+    fn what_peft_would_move_to_the_routed_experts_is_named_as_a_parameter() {
+        let names = ["q_proj", "shared_expert.up_proj", "mlp.experts.down_proj"].map(str::to_owned);
+        let (modules, parameters) = targets(&names, true);
+        assert_eq!(modules, ["q_proj"]);
+        assert_eq!(parameters, ["mlp.experts.down_proj", "shared_expert.up_proj.weight"]);
+        let mut back: Vec<_> = parameters.iter().filter_map(|name| target_of_parameter(name)).collect();
+        back.extend(modules.iter().map(String::as_str));
+        back.sort_unstable();
+        assert_eq!(back, ["mlp.experts.down_proj", "q_proj", "shared_expert.up_proj"]);
+        assert_eq!(target_of_parameter("mlp.router"), None);
+        let (modules, _) = targets(&["up_proj".to_owned()], false);
+        assert_eq!(modules, ["up_proj"], "a dense model's names stay as users write them");
     }
 
     #[test]

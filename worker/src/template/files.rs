@@ -63,6 +63,15 @@ impl Pipeline {
     }
 }
 
+/// A file that an adapter is delivered with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PassedFile {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// SHA-256 of the bytes that were used, lower-case hexadecimal: a copy must have it.
+    pub sha256: String,
+}
+
 /// What was read from a model folder.
 pub(super) struct ModelFiles {
     folder: PathBuf,
@@ -129,33 +138,13 @@ impl ModelFiles {
         hex::encode(digest.finalize())
     }
 
-    /// Where the files are that belong to an adapter: tokenizer, templates, named tokens.
-    pub fn paths(&self) -> Vec<PathBuf> {
-        self.hashes.iter().map(|(name, _)| self.folder.join(name)).collect()
-    }
-
-    /// Copies the files into `folder`, byte for byte; returns their names.
-    pub fn copy_to(&self, folder: &Path) -> Result<Vec<String>> {
-        for (name, hash) in &self.hashes {
-            let from = self.folder.join(name);
-            let bytes = read_optional(&from)?.unwrap_or_default();
-            if hash_of(&bytes) != *hash {
-                return Err(
-                    Failure::system("TOKENIZER_CHANGED", "A tokenizer file changed while the job ran")
-                        .at(from.display().to_string())
-                        .hint("Do not write into a model folder that is in use"),
-                );
-            }
-            let to = folder.join(name);
-            fs::write(&to, bytes).map_err(|error| {
-                Failure::system(
-                    "TOKENIZER_COPY_FAILED",
-                    format!("A tokenizer file could not be written: {error}"),
-                )
-                .at(to.display().to_string())
-            })?;
-        }
-        Ok(self.hashes.iter().map(|(name, _)| name.clone()).collect())
+    /// The files that belong to an adapter: tokenizer, templates, named tokens.
+    pub fn passed_on(&self) -> Vec<PassedFile> {
+        let file = |(name, sha256): &(String, String)| PassedFile {
+            path: self.folder.join(name),
+            sha256: sha256.clone(),
+        };
+        self.hashes.iter().map(file).collect()
     }
 }
 

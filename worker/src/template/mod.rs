@@ -8,7 +8,7 @@
 //!
 //! | module | what it knows |
 //! |---|---|
-//! | `files` | which files a checkpoint has, their hash, copies for the adapter |
+//! | `files` | which files a checkpoint has, their hashes, which of them go with an adapter |
 //! | `jinja` | rendering as transformers renders, over minijinja |
 //! | `python` | how Python writes JSON and prints values |
 //! | `tokens` | the tokenizer, with control tokens kept apart from text |
@@ -35,6 +35,7 @@ pub use jinja::RenderOptions;
 use crate::dataset::Message;
 use crate::error::{Failure, Result};
 use files::ModelFiles;
+pub use files::PassedFile;
 use jinja::Jinja;
 use tokens::{Piece, Tokens};
 
@@ -180,17 +181,8 @@ impl ChatTemplate {
     }
 
     /// The files an adapter is delivered with: tokenizer, templates, named tokens.
-    pub fn files(&self) -> Vec<std::path::PathBuf> {
-        self.files.paths()
-    }
-
-    /// Copies the tokenizer and template files into `folder`, byte for byte; returns their names.
-    ///
-    /// # Errors
-    ///
-    /// `TOKENIZER_CHANGED` when a file is no longer what was loaded, `TOKENIZER_COPY_FAILED`.
-    pub fn copy_files(&self, folder: &Path) -> Result<Vec<String>> {
-        self.files.copy_to(folder)
+    pub fn files(&self) -> Vec<PassedFile> {
+        self.files.passed_on()
     }
 }
 

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::ops::{Device, Precision};
+use brightrun_worker::artifact::{AdapterDtype, encode_tensors, tensors_of};
 use brightrun_worker::error::Failure;
-use brightrun_worker::model::adapter::AdapterDtype;
 use brightrun_worker::model::tensor_file::TensorFile;
 use brightrun_worker::model::{
     BackwardSettings, Batch, Encoding, LoadOptions, LoraGradients, LoraSet, Model, RopeFrequencies,
@@ -220,6 +220,9 @@ impl<'a> Case<'a> {
     /// Everything that a model of this case computes, in an order that does not depend on the model.
     fn measured(&self, model: &Model<Cpu>) -> Result<Vec<Measured>, Failure> {
         let mut list = vec![self.logits("base.logits", model, None)?];
+        if self.tensors.tensors().contains_key("base.token_loss") {
+            list.push(self.token_losses("base.token_loss", model, None)?);
+        }
         if self.settings.rank.is_some() {
             list.extend(self.adapted(model)?);
         }
@@ -252,7 +255,7 @@ impl<'a> Case<'a> {
         let lora = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let mut list = vec![
             self.logits("lora.logits", model, Some(&lora))?,
-            self.token_losses(model, &lora)?,
+            self.token_losses("lora.token_loss", model, Some(&lora))?,
         ];
         list.extend(self.gradients(model, &lora)?);
         list.extend(self.training(model, lora)?);
@@ -289,19 +292,14 @@ impl<'a> Case<'a> {
     }
 
     /// The last position of a sequence predicts nothing and has no loss in the peer's `[N, T − 1]`.
-    fn token_losses(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Measured, Failure> {
+    fn token_losses(&self, name: &str, model: &Model<Cpu>, lora: Option<&LoraSet<Cpu>>) -> Result<Measured, Failure> {
         let mut got = Vec::new();
         for batch in self.separate() {
-            let losses = model.forward_losses(Some(lora), &batch)?;
+            let losses = model.forward_losses(lora, &batch)?;
             got.extend_from_slice(&losses[..losses.len() - 1]);
         }
-        let expected = self.expected("lora.token_loss")?;
-        Ok(Measured::logits(
-            "lora.token_loss",
-            got,
-            expected,
-            self.bounds.forward(),
-        ))
+        let expected = self.expected(name)?;
+        Ok(Measured::logits(name, got, expected, self.bounds.forward()))
     }
 
     /// Both sequences in one row give the logits that each gives alone.
@@ -397,7 +395,7 @@ impl<'a> Case<'a> {
         let first = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let last = TensorFile::open(&self.folder.join("adapter_final/adapter_model.safetensors"))?;
         let saved = tempfile::NamedTempFile::new().map_err(|error| broken(error.to_string()))?;
-        std::fs::write(saved.path(), lora.to_safetensors(&self.device, AdapterDtype::F32)?)
+        std::fs::write(saved.path(), encode_tensors(&tensors_of(&self.device, lora)?, AdapterDtype::F32)?)
             .map_err(|error| broken(error.to_string()))?;
         let saved = TensorFile::open(saved.path())?;
         let mut list = Vec::new();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::ops::{Device, Precision};
-use brightrun_worker::model::adapter::AdapterDtype;
+use brightrun_worker::artifact::{AdapterDtype, encode_tensors, tensors_of};
 use brightrun_worker::model::random::CounterRandom;
 use brightrun_worker::model::synthetic::write_checkpoint;
 use brightrun_worker::model::{
@@ -174,9 +174,10 @@ pub fn trained(
         resume: checkpoints.is_some_and(|(_, resume)| resume),
     };
     let summary = run(request, &mut events).unwrap();
-    (
-        adapter.to_safetensors(model.device(), AdapterDtype::F32).unwrap(),
-        events.steps,
-        summary,
-    )
+    (adapter_bytes(&adapter, model), events.steps, summary)
+}
+
+/// The bytes of the adapter's file.
+pub fn adapter_bytes(adapter: &LoraSet<Cpu>, model: &Model<Cpu>) -> Vec<u8> {
+    encode_tensors(&tensors_of(model.device(), adapter).unwrap(), AdapterDtype::F32).unwrap()
 }

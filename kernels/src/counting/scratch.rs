@@ -1,0 +1,98 @@
+//! What the counted backend does where the contract leaves it free.
+
+use crate::dtype::DType;
+
+/// In which form a backend brings the left factor of a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factors {
+    /// As it is.
+    Exact,
+    /// A copy in f32, rounded to bf16 values.
+    Rounded,
+    /// A copy in bf16, rows padded to even lengths.
+    Half,
+}
+
+/// The habits of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Habits {
+    /// Whether bf16 precision keeps activations in bf16.
+    pub has_bf16_activations: bool,
+    /// Sizes are rounded up to a multiple of this.
+    pub alignment_bytes: u64,
+    /// The left factors of products.
+    pub factors: Factors,
+    /// Whether 4-bit matrices are decoded into memory before a product.
+    pub decodes_into_memory: bool,
+    /// Whose working memory attention, convolution and the delta rule have.
+    pub kernels: Kernels,
+    /// Bytes of logits that exist at once.
+    pub logits_bytes: u64,
+}
+
+/// Whose working memory an op has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernels {
+    /// That of `brightrun_kernels::cpu`.
+    Cpu,
+    /// That of kernels that keep a row block in registers: attention's f32 sum of dq, the delta rule's states per chunk.
+    Gpu,
+}
+
+impl Habits {
+    /// The CPU backend; `factors` follow from its instructions and the precision, see
+    /// [`Cpu::factors`](crate::cpu::Cpu::factors).
+    pub fn cpu(factors: Factors) -> Self {
+        Self {
+            has_bf16_activations: false,
+            alignment_bytes: 64,
+            factors,
+            decodes_into_memory: false,
+            kernels: Kernels::Cpu,
+            logits_bytes: crate::cpu::LOGITS_BYTES as u64,
+        }
+    }
+
+    /// A GPU of the usual kind: bf16 activations, 4-bit matrices decoded one projection at a time (the safest of the ways to
+    /// use them, and the hungriest), 512-byte allocations.
+    pub fn gpu() -> Self {
+        Self {
+            has_bf16_activations: true,
+            alignment_bytes: 512,
+            factors: Factors::Exact,
+            decodes_into_memory: true,
+            kernels: Kernels::Gpu,
+            logits_bytes: 256 << 20,
+        }
+    }
+
+    /// Bytes of the copy of a left factor.
+    pub(super) fn left(&self, rows: usize, columns: usize) -> u64 {
+        match self.factors {
+            Factors::Exact => 0,
+            Factors::Rounded | Factors::Half => self.own(rows, columns),
+        }
+    }
+
+    /// Bytes of a left factor that is always a copy.
+    pub(super) fn own(&self, rows: usize, columns: usize) -> u64 {
+        let bytes = match self.factors {
+            Factors::Exact | Factors::Rounded => rows * columns * DType::F32.size_bytes(),
+            Factors::Half => rows * columns.next_multiple_of(2) * DType::BF16.size_bytes(),
+        };
+        bytes as u64
+    }
+
+    /// Bytes into which a 4-bit matrix is decoded.
+    pub(super) fn decoded(&self, decoded_bytes: u64) -> u64 {
+        match self.decodes_into_memory {
+            true => decoded_bytes,
+            false => 0,
+        }
+    }
+}
+
+/// Bytes of f32 values.
+pub(super) fn floats(count: usize) -> u64 {
+    (count * DType::F32.size_bytes()) as u64
+}
