@@ -1,9 +1,15 @@
 //! Promises about the tree itself.
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
+
+use brightrun_worker::dataset::{IssueCode, Severity};
+
+#[path = "support/error_codes.rs"]
+mod error_codes;
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
@@ -12,8 +18,12 @@ fn root() -> PathBuf {
 /// Every file below `folder` whose name ends in one of `endings`; build outputs and hidden folders left out.
 fn files(folder: &Path, endings: &[&str]) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
+    let mut paths: Vec<PathBuf> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    paths.sort();
+    for path in paths {
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         if path.is_dir() && name != "target" && name != "node_modules" && !name.starts_with('.') {
             found.extend(files(&path, endings));
@@ -45,14 +55,21 @@ fn code_lines_with(folder: &str, word: &str) -> Vec<String> {
     found
 }
 
+/// SIMD, and the doors to libraries that are loaded at run time.
+const UNSAFE_PLACES: [&str; 3] = [
+    "kernels/src/cpu/simd",
+    "kernels/src/cuda/launch.rs",
+    "kernels/src/emu/ffi.rs",
+];
+
 #[test]
 fn rooms_keep_to_themselves() {
     let opt_ins: Vec<String> = ["queue/src", "kernels/src", "worker/src"]
         .iter()
         .flat_map(|folder| code_lines_with(folder, "allow(unsafe_code)"))
-        .filter(|line| !line.starts_with("kernels/src/cpu/simd"))
+        .filter(|line| !UNSAFE_PLACES.iter().any(|place| line.starts_with(place)))
         .collect();
-    assert_eq!(opt_ins, Vec::<String>::new(), "unsafe outside kernels/src/cpu/simd");
+    assert_eq!(opt_ins, Vec::<String>::new(), "unsafe outside {UNSAFE_PLACES:?}");
 
     for folder in ["worker/src/model", "worker/src/train", "worker/src/recipe.rs"] {
         let path = root().join(folder);
@@ -159,4 +176,62 @@ fn the_tree_is_clean() {
         }
     }
     assert!(trouble.is_empty(), "{trouble:#?}");
+}
+
+/// Set to write a generated page anew instead of comparing it.
+const WRITE: &str = "BRIGHTRUN_WRITE_DOCS";
+
+fn is_what_the_sources_say(page: &str, text: &str) {
+    let path = root().join(page);
+    if std::env::var_os(WRITE).is_some() {
+        fs::write(&path, text).unwrap();
+    }
+    assert!(
+        read(&path) == text,
+        "{page} is not what the sources say; `{WRITE}=1 cargo test --release -p brightrun-worker --test tidy` writes it"
+    );
+}
+
+#[test]
+fn the_page_of_error_codes_is_what_the_sources_say() {
+    let mut codes = BTreeMap::new();
+    for path in files(&root().join("worker/src"), &[".rs"]) {
+        error_codes::read(&read(&path), &mut codes);
+    }
+    assert!(codes.len() > 100, "the codes were not found: {}", codes.len());
+    let mut text = String::from(
+        "# Error codes\n\n\
+         Every failure says what happened, where, what to do, and a code that never changes its meaning. The *blame* decides what the\n\
+         queue does: `user` is not tried again; `system` (this program or its machine) and `platform` (something it depends on) are, with\n\
+         backoff. Braces stand for values. This page is generated from the sources, and a test compares it with them.\n\n\
+         ## Failures\n\n| code | blame | what happened | what to do |\n|---|---|---|---|\n",
+    );
+    for (code, entry) in &codes {
+        let cells = [
+            entry.blames.join(", "),
+            error_codes::cell(&entry.message),
+            error_codes::cell(&entry.hint),
+        ];
+        writeln!(text, "| `{code}` | {} |", cells.join(" | ")).unwrap();
+    }
+    let queue = error_codes::read_queue(&read(&root().join("queue/src/error.rs")));
+    assert!(queue.len() > 10, "the queue's codes were not found: {queue:?}");
+    text.push_str("\n## The queue\n\n| code | what happened |\n|---|---|\n");
+    for (code, message) in queue {
+        writeln!(text, "| `{code}` | {} |", error_codes::cell(&message)).unwrap();
+    }
+    text.push_str(
+        "\n## Problems of a dataset\n\n\
+         An *error* refuses the dataset, a *warning* is for its owner to know. Each comes with its line, its JSON path and the text.\n\n\
+         | code | severity | meaning | what to do |\n|---|---|---|---|\n",
+    );
+    for code in IssueCode::ALL {
+        let severity = match code.severity() {
+            Severity::Error => "error",
+            Severity::Warning => "warning",
+        };
+        let (meaning, hint) = (error_codes::cell(code.meaning()), error_codes::cell(code.hint()));
+        writeln!(text, "| `{code}` | {severity} | {meaning} | {hint} |").unwrap();
+    }
+    is_what_the_sources_say("docs/reference/errors.md", &text);
 }

@@ -15,6 +15,8 @@
 //! | [`stack`] | the same for all experts of a layer |
 //! | [`dynamic`] | bitsandbytes' 8-bit maps, which nested scales and 8-bit optimizer states use |
 //! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
+//! | [`gpu`] | the GPU backend: every op as launches of the CUDA kernels in `kernels/cu` |
+//! | [`emu`] | the same kernels on a CPU, each thread a fiber |
 //! | [`counting`] | no arithmetic, exact accounts: plans of memory and time |
 //! | [`oracle`] | float64, naive loops: the judge of every backend |
 //! | [`testing`] | what the conformance suites share |
@@ -39,7 +41,9 @@ pub mod counting;
 pub mod cpu;
 pub mod dtype;
 pub mod dynamic;
+pub mod emu;
 pub mod error;
+pub mod gpu;
 pub mod ops;
 pub mod oracle;
 pub mod stack;

@@ -5,6 +5,7 @@
 //! a job means: payloads, results and progress are opaque JSON.
 //!
 //! - [`Queue`] is the client: one method per function of the engine.
+//! - [`Lane`] and [`LaneRunner`] are for jobs of milliseconds, where the engine would cost more than the work.
 //! - [`Runner`] turns [`Handler`]s into a worker: it claims, beats, listens, sweeps and drains.
 //! - [`private_server`] is a Postgres of one's own for demos and tests.
 //!
@@ -17,22 +18,26 @@
 //! 4. Only the database's clock decides, and nobody is declared dead because the database was away.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+mod bulk;
 mod config;
 mod connection;
 mod error;
 mod job;
+mod lane;
 mod outbox;
 pub mod private_server;
 mod queue;
 mod runner;
 mod sql;
 mod tls;
+mod wake;
 
 pub use config::QueueConfig;
 pub use error::{Error, Place, Result};
 pub use job::{
     Blame, CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, NewJob,
 };
+pub use lane::{Batch, BatchJob, BatchPlace, Lane, LaneConfig, LaneHandler, LaneReport, LaneRunner, LaneStats};
 pub use outbox::OutboxMessage;
 pub use queue::{ClaimRequest, ENGINE_VERSION, Queue};
 pub use runner::{Ending, Handler, JobContext, Runner, RunnerConfig, RunnerReport, StopReason, StopSignal};

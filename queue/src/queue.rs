@@ -1,7 +1,6 @@
 //! The client: one method per function of the engine.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
@@ -17,13 +16,10 @@ use crate::job::{
     CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, NewJob, Reader,
 };
 use crate::sql;
+use crate::wake::{Hint, WakeWindow};
 
 /// The version of the engine's schema this program was written for.
-pub const ENGINE_VERSION: i32 = 1;
-
-/// Several enqueues within this time share one wake-up. Far below what a person or a long job
-/// notices, far above what a commit takes.
-const WAKE_WINDOW: Duration = Duration::from_millis(5);
+pub const ENGINE_VERSION: i32 = 2;
 
 /// What a worker asks for when it has free slots.
 #[derive(Clone, Debug)]
@@ -46,7 +42,7 @@ pub struct Queue {
     pool: Pool,
     config: Arc<QueueConfig>,
     place: Arc<Place>,
-    wake_pending: Arc<AtomicBool>,
+    wake: Arc<WakeWindow>,
 }
 
 impl std::fmt::Debug for Queue {
@@ -88,7 +84,7 @@ impl Queue {
             pool,
             config: Arc::new(config.clone()),
             place: Arc::new(place),
-            wake_pending: Arc::new(AtomicBool::new(false)),
+            wake: Arc::default(),
         })
     }
 
@@ -160,12 +156,11 @@ impl Queue {
     /// # Errors
     /// [`Error::Rejected`] where a value breaks a rule of the engine.
     pub async fn enqueue(&self, job: &NewJob) -> Result<Uuid> {
+        let hint = if job.notify { Hint::Now } else { self.wake.next() };
         let client = self.client().await?;
-        let id = enqueue_with(&**client, &self.place, job).await?;
+        let id = enqueue_with(&**client, &self.place, job, hint == Hint::Now).await?;
         drop(client);
-        if !job.notify {
-            self.wake();
-        }
+        self.wake_after(hint);
         Ok(id)
     }
 
@@ -176,20 +171,31 @@ impl Queue {
     /// # Errors
     /// As [`Self::enqueue`].
     pub async fn enqueue_in(&self, transaction: &Transaction<'_>, job: &NewJob) -> Result<Uuid> {
-        enqueue_with(transaction, &self.place, job).await
+        enqueue_with(transaction, &self.place, job, job.notify).await
     }
 
     /// Hints to listening workers that something is ready. Hints within a few milliseconds share
     /// one notification; a hint that gets lost costs a poll interval, nothing more.
     pub fn wake(&self) {
-        if self.wake_pending.swap(true, Ordering::AcqRel) {
+        self.wake_after(match self.wake.next() {
+            Hint::Now => Hint::Later,
+            other => other,
+        });
+    }
+
+    /// Whether the next statement that makes something ready should carry the hint itself.
+    pub(crate) fn next_hint(&self) -> Hint {
+        self.wake.next()
+    }
+
+    /// Sends the hint that was put off, at the end of its window.
+    pub(crate) fn wake_after(&self, hint: Hint) {
+        if hint != Hint::Later {
             return;
         }
         let queue = self.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(WAKE_WINDOW).await;
-            // Cleared before it is sent: what becomes ready from here on gets a hint of its own.
-            queue.wake_pending.store(false, Ordering::Release);
+            queue.wake.closed().await;
             if let Err(error) = queue.query(sql::WAKE, &[]).await {
                 tracing::debug!(%error, "a wake-up was not sent; workers will poll");
             }
@@ -468,7 +474,7 @@ fn only_value<T: FromSqlOwned>(rows: &[Row]) -> Result<T> {
     })
 }
 
-async fn enqueue_with(client: &impl GenericClient, place: &Place, job: &NewJob) -> Result<Uuid> {
+async fn enqueue_with(client: &impl GenericClient, place: &Place, job: &NewJob, notify: bool) -> Result<Uuid> {
     let priority = i32::from(job.priority);
     let delay = job.delay.map(|delay| delay.as_secs_f64());
     let hard_deadline = job.hard_deadline.map(|deadline| deadline.as_secs_f64());
@@ -489,7 +495,7 @@ async fn enqueue_with(client: &impl GenericClient, place: &Place, job: &NewJob) 
             (&delay, Type::FLOAT8),
             (&hard_deadline, Type::FLOAT8),
             (&job.external_id, Type::TEXT),
-            (&job.notify, Type::BOOL),
+            (&notify, Type::BOOL),
         ],
     )
     .await?;

@@ -12,6 +12,15 @@ macro_rules! statements {
 
 statements! {
     ENQUEUE = "enqueue";
+    ENQUEUE_MANY = "enqueue_many";
+    COMPLETE_MANY = "complete_many";
+    BRIEF_PUSH = "brief_push";
+    BRIEF_CLAIM = "brief_claim";
+    BRIEF_FINISH = "brief_finish";
+    BRIEF_BEAT = "brief_beat";
+    BRIEF_RELEASE = "brief_release";
+    BRIEF_REDRIVE = "brief_redrive";
+    BRIEF_STATS = "brief_stats";
     WAKE = "wake";
     CANCEL = "cancel";
     REDRIVE = "redrive";

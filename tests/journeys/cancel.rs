@@ -173,6 +173,59 @@ async fn a_job_is_cancelled_between_two_steps() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_cancelled_while_its_adapter_is_proven() {
+    let mut world = World::new().await;
+    // Little to learn from and much to prove by: the proof outlasts several heartbeats.
+    world.config.train.validation_share = 0.5;
+    world.config.train.max_steps = Some(1);
+    let job = world.job(24_000, 1).await;
+    let worker = world.worker().await;
+    eventually("the proof", || async {
+        world.database.job(job).await["current_stage"] == "verifying"
+    })
+    .await;
+    cancel(&world, job).await;
+    assert_cancelled(&world, job).await;
+    worker.stop().await;
+    assert_cancelled(&world, job).await;
+    assert!(!world.delivered(job, "adapter_model.safetensors").exists());
+}
+
+/// What the app's own trigger or another session could do at the very moment of an engine's write.
+async fn cancel_in_the_transaction_of(world: &World, stage: &str) {
+    let trigger = format!(
+        "create function cancel_at_stage() returns trigger language plpgsql as $$
+         begin
+           update public.training_jobs set status = 'cancelled', completed_at = now(), final_cost = 0
+            where id = new.id and status <> 'cancelled';
+           return null;
+         end $$;
+         create trigger cancel_at_stage after update on training_jobs for each row
+           when (new.current_stage = '{stage}' and old.current_stage is distinct from new.current_stage)
+           execute function cancel_at_stage()"
+    );
+    world.database.owner.batch_execute(&trigger).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_in_the_very_transaction_of_a_stage_wins() {
+    // The two stages that are written by themselves, not with a heartbeat.
+    for stage in ["initializing", "loading"] {
+        let world = World::new().await;
+        cancel_in_the_transaction_of(&world, stage).await;
+        let job = world.job(200, 2).await;
+        world.work().await;
+        let row = world.database.job(job).await;
+        assert_eq!(row["status"], "cancelled", "{row:#}");
+        assert_eq!(world.database.engine_state(job).await.as_deref(), Some("cancelled"));
+        assert_eq!(
+            (world.leases(job).await, &row["artifact_id"]),
+            (0, &serde_json::Value::Null)
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_completed_job_keeps_its_artifact_whatever_is_cancelled_later() {
     let world = World::new().await;
     let job = world.job(4, 1).await;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use uuid::Uuid;
 
 use crate::world::{World, dataset, model, spoken};
 
@@ -249,4 +250,143 @@ async fn config_prints_what_it_can_read_back() {
         .unwrap();
     let printed: toml::Table = spoken(&output).0.parse().unwrap();
     assert_eq!(printed["train"]["rank"].as_integer(), Some(32));
+}
+
+/// What the queue's commands print, with the rights of the caller who submits jobs.
+fn spoken_by_owner(world: &World, arguments: &[&str]) -> (Vec<Value>, i32, String) {
+    let mut command = world.brightrun(arguments);
+    let (output, errors, code) = spoken(&command.env("DATABASE_URL", &world.database.url).output().unwrap());
+    (objects(&output), code, errors)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_enqueued_by_command_is_trained_watched_and_found_by_status() {
+    let (world, _) = stage().await;
+    let user = world.user.to_string();
+    let enqueue = [
+        "enqueue",
+        "--dataset",
+        "data.jsonl",
+        "--user",
+        &user,
+        "--rank",
+        "4",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "2",
+        "--json",
+    ];
+    let (said_of, code, errors) = spoken_by_owner(&world, &enqueue);
+    assert_eq!(code, 0, "{errors}");
+    let job = said_of[0]["job_id"].as_str().unwrap().to_owned();
+    let queued = &objects(&said(&world, &format!("status {job} --json")))[0];
+    assert_eq!(queued["state"], "ready", "{queued}");
+
+    let mut watching = world.brightrun(&["watch", &job, "--json"]).spawn().unwrap();
+    let mut seen = BufReader::new(watching.stdout.take().unwrap()).lines();
+    let first: Value = serde_json::from_str(&seen.next().unwrap().unwrap()).unwrap();
+    assert_eq!(first["state"], "ready", "{first}");
+    said(&world, "worker --until-idle");
+    let seen: Vec<Value> = seen.map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
+    assert!(watching.wait().unwrap().success());
+    let last = seen.last().unwrap();
+    assert_eq!(last["state"], "completed", "{last}");
+    let job: Uuid = job.parse().unwrap();
+    assert_eq!(
+        last["result"]["artifact"]["id"],
+        world.database.job(job).await["artifact_id"],
+        "{last}"
+    );
+    let row = world.database.job(job).await;
+    assert_eq!(
+        (&row["hyperparameters"]["rank"], &row["total_epochs"]),
+        (&4.into(), &2.into()),
+        "{row:#}"
+    );
+    assert!(!world.adapter(job).is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_cancelled_by_command_ends_and_watch_says_so() {
+    let (world, _) = stage().await;
+    let job = world.job(4, 1).await.to_string();
+    let (replies, code, errors) = spoken_by_owner(&world, &["cancel", &job, "--json"]);
+    assert_eq!((code, replies[0]["id"].as_str()), (0, Some(job.as_str())), "{errors}");
+    assert_eq!(
+        failed(&world, &format!("watch {job} --json")),
+        (1, "JOB_CANCELLED".to_owned())
+    );
+    assert_eq!(world.database.job(job.parse().unwrap()).await["status"], "cancelled");
+    let nobody = Uuid::nil();
+    for command in ["status", "watch", "cancel"] {
+        let (_, code, errors) = spoken_by_owner(&world, &[command, &nobody.to_string(), "--json"]);
+        assert!(code == 1 && errors.contains("JOB_NOT_FOUND"), "{command}: {errors}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_workers_login_may_not_submit_for_a_user() {
+    let (world, _) = stage().await;
+    let user = world.user.to_string();
+    assert_eq!(
+        failed(&world, &format!("enqueue --dataset data.jsonl --user {user} --json")),
+        (1, "ENQUEUE_REFUSED".to_owned())
+    );
+    assert_eq!(world.database.count("training_jobs", &[]).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn orchestrate_brings_a_confirmed_data_set_to_ready() {
+    let world = World::new().await;
+    let id = Uuid::new_v4();
+    world.upload(id, &dataset(5));
+    let insert = "insert into datasets (id, user_id, name, status, storage_path, file_name, file_size)
+                  values ($1, $2, 'Kind answers', 'validating', $3, 'data.jsonl', 0)";
+    let path = format!("{}/{id}/data.jsonl", world.user);
+    world
+        .database
+        .owner
+        .execute(insert, &[&id, &world.user, &path])
+        .await
+        .unwrap();
+    said(&world, "orchestrate --until-idle");
+    let row = world
+        .database
+        .json("select to_jsonb(data) from datasets data where id = $1", &[&id])
+        .await;
+    assert_eq!(
+        (&row["status"], &row["total_training_pairs"]),
+        (&"ready".into(), &5.into()),
+        "{row:#}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_delivers_an_adapter_and_can_be_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let examples = folder.path().join("few.jsonl");
+    fs::write(&examples, dataset(12)).unwrap();
+    let mut adapters = Vec::new();
+    for _ in 0..2 {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_brightrun"))
+            .args(["demo", "--dir", "demo", "--dataset"])
+            .arg(&examples)
+            .arg("--json")
+            .current_dir(folder.path())
+            .env_remove("DATABASE_URL")
+            .output()
+            .unwrap();
+        let (said, errors, code) = spoken(&output);
+        assert_eq!(code, 0, "{errors}");
+        let told = objects(&said).pop().unwrap();
+        let adapter = PathBuf::from(told["adapter"].as_str().unwrap());
+        assert!(
+            adapter.starts_with(folder.path().canonicalize().unwrap()) || adapter.starts_with(folder.path()),
+            "{told}"
+        );
+        assert!(adapter.join("adapter_config.json").exists());
+        adapters.push(fs::read(adapter.join("adapter_model.safetensors")).unwrap());
+    }
+    assert!(adapters[0] == adapters[1], "the same data and seed gave other bytes");
 }

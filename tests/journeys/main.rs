@@ -13,6 +13,7 @@ mod cli;
 mod crash_resume;
 mod datasets;
 mod first_adapter;
+mod full_disk;
 mod race;
 mod secrets;
 mod trouble;

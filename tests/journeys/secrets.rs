@@ -69,7 +69,7 @@ async fn secrets_reach_no_row_no_log_and_no_file() {
     .unwrap();
     let database = Database::at(server.create_database("journey").await.unwrap()).await;
     database.owner.batch_execute(SCHEMA).await.unwrap();
-    let login = format!("create role canary_login login superuser password '{CANARY}'");
+    let login = format!("create role canary_login login password '{CANARY}' in role brightrun_worker");
     database.owner.batch_execute(&login).await.unwrap();
     let mut world = World::at(database).await;
     let trusted = server.loopback_url("journey").unwrap();

@@ -28,6 +28,9 @@ pub struct World {
     pub folder: tempfile::TempDir,
     pub config: Config,
     pub user: Uuid,
+    /// What every worker, orchestrator and command of the journey connects with: a login that may only execute
+    /// the engine's functions.
+    pub url: String,
 }
 
 /// A data set of `examples` conversations, all different.
@@ -84,7 +87,9 @@ impl World {
         config.train.max_length = 128;
         config.train.checkpoint_every = 1;
         let user = database.user().await;
+        let url = database.worker_url().await;
         Self {
+            url,
             database,
             folder,
             config,
@@ -187,9 +192,7 @@ impl World {
     }
 
     pub async fn queue(&self) -> Queue {
-        Queue::connect(&QueueConfig::new(&self.database.url).unwrap())
-            .await
-            .unwrap()
+        Queue::connect(&QueueConfig::new(&self.url).unwrap()).await.unwrap()
     }
 
     /// A worker of this process on the local storage.
@@ -248,7 +251,7 @@ impl World {
             .args(arguments)
             .current_dir(self.folder.path())
             .env("BRIGHTRUN_CONFIG", file)
-            .env("DATABASE_URL", &self.database.url)
+            .env("DATABASE_URL", &self.url)
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -56,6 +56,18 @@ impl Database {
         connect(self.config.clone().user(role)).await
     }
 
+    /// The same database as a login with a worker's rights and no others: a member of `brightrun_worker`.
+    pub async fn worker_url(&self) -> String {
+        const LOGIN: &str = "do $$ begin
+               create role journey_worker login inherit password 'journey-worker' in role brightrun_worker;
+             exception when duplicate_object or unique_violation then null;
+             end $$";
+        self.owner.batch_execute(LOGIN).await.unwrap();
+        let (scheme, rest) = self.url.split_once("://").unwrap();
+        let (_, place) = rest.split_once('@').unwrap();
+        format!("{scheme}://journey_worker:journey-worker@{place}")
+    }
+
     /// A connection that speaks as PostgREST does for the key `role` and, when signed in, the user.
     pub async fn api(&self, role: &'static str, user: Option<Uuid>) -> Api {
         Api {

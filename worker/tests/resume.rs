@@ -303,6 +303,6 @@ fn a_folder_that_cannot_be_written_is_an_error_with_its_path() {
     let blocked = folder.path().join("file");
     std::fs::write(&blocked, b"not a folder").unwrap();
     let failure = resume_failure(&model, &checkpointing(1), 6, &blocked.join("checkpoints"));
-    assert_eq!(failure.code, "CHECKPOINT_WRITE");
+    assert_eq!(failure.code, "STORAGE_FOLDER_UNWRITABLE");
     assert!(failure.place.contains("checkpoints"), "{failure}");
 }

@@ -11,6 +11,8 @@
 //! - LoRA tensors, their gradients and optimizer states are f32.
 //! - Non-finite values pass through; they are never replaced.
 //! - A shape or dtype outside the contract is an [`Error`](crate::Error), never undefined behaviour.
+//!   Data outside it (an id beyond its table) is one too, at the latest when a tensor is next read: a device's data are not
+//!   asked for in every op.
 //! - Zero rows are legal everywhere.
 
 mod activation;

@@ -1,12 +1,12 @@
 //! Attention, forward and backward.
 
-use brightrun_kernels::ops::{AttentionBackward, AttentionForward, AttentionOps, Backend, Device, Precision};
+use brightrun_kernels::ops::{AttentionBackward, AttentionForward, AttentionOps, Device, Precision};
 use brightrun_kernels::oracle::{Heads, attention_backward, attention_forward};
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Segments};
 
-use super::backends::{PRECISIONS, Run, narrow, on_every_backend, wide};
-use crate::judged;
+use super::backends::{PRECISIONS, Run, Traits, narrow, wide};
+use crate::{judged, on_every_backend};
 
 /// Document lengths of queries, extra keys each document has before them, query heads, key/value heads, head dimension.
 #[derive(Clone, Debug)]
@@ -65,7 +65,7 @@ impl Shape {
     }
 }
 
-fn forward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision, spread: f32) {
+fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision, spread: f32) {
     let (queries, keys, heads) = (shape.queries(), shape.keys(), shape.heads());
     let mut random = Random::new(shape.dim as u64);
     let mut values = |tokens: usize, heads: usize| -> Vec<f32> {
@@ -127,7 +127,7 @@ fn forward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision
     case.compare("lse", &lse, &plain[1], &oracle[1]);
 }
 
-fn backward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision) {
+fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision) {
     let (segments, heads) = (shape.queries(), shape.heads());
     let mut random = Random::new(shape.dim as u64);
     let mut values = |heads: usize| random.normal(segments.tokens() * heads * shape.dim);
@@ -200,7 +200,7 @@ fn backward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape, precision: Precisio
 
 #[test]
 fn attention_forward_agrees_with_the_oracle() {
-    on_every_backend("attention_forward", |run| {
+    on_every_backend!("attention_forward", [AttentionForward], |run| {
         for precision in PRECISIONS {
             for shape in SHAPES.iter().chain(CACHED) {
                 forward(run, shape, precision, 1.0);
@@ -213,7 +213,7 @@ fn attention_forward_agrees_with_the_oracle() {
 
 #[test]
 fn attention_backward_agrees_with_the_oracle() {
-    on_every_backend("attention_backward", |run| {
+    on_every_backend!("attention_backward", [AttentionBackward], |run| {
         for precision in PRECISIONS {
             SHAPES.iter().for_each(|shape| backward(run, shape, precision));
         }
@@ -222,7 +222,7 @@ fn attention_backward_agrees_with_the_oracle() {
 
 #[test]
 fn packed_documents_give_what_they_give_alone() {
-    on_every_backend("packed = separate", |run| {
+    on_every_backend!("packed = separate", [AttentionForward, AttentionBackward], |run| {
         let device = run.backend;
         let (lengths, dim) = ([37, 1, 70], 16);
         let values = Random::new(9).normal(108 * dim);

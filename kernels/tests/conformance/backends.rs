@@ -2,69 +2,193 @@
 
 use std::fmt;
 
-use brightrun_kernels::Tensor;
 use brightrun_kernels::cpu::{Cpu, SimdLevel};
+use brightrun_kernels::emu::{self, Emulated};
 use brightrun_kernels::ops::{Backend, Precision};
 use brightrun_kernels::oracle::{Real, cast};
 use brightrun_kernels::testing::Judge;
+use brightrun_kernels::{DType, Error, Op, Support, Tensor};
+use half::bf16;
 
-/// Runs `cases` on every backend there is and prints how many tensors were compared on each. Fails with every broken case.
-pub fn on_every_backend(op: &str, cases: impl Fn(&mut Run<'_, Cpu>)) {
-    let mut failures = Vec::new();
-    println!(
-        "{op:<24} {:<16} {:>8} {:>8} {:>12}",
-        "backend", "cases", "tensors", "worst/bound"
-    );
-    for (name, backend) in backends() {
-        let mut run = Run {
-            name: &name,
-            backend: &backend,
-            cases: 0,
-            tensors: 0,
-            closest: 0.0,
-            failures: Vec::new(),
-        };
-        cases(&mut run);
-        println!(
-            "{:<24} {:<16} {:>8} {:>8} {:>12.3}",
-            "", run.name, run.cases, run.tensors, run.closest
-        );
-        assert!(run.cases > 0, "{op}: no case ran on {name}");
-        failures.append(&mut run.failures);
-    }
-    assert!(
-        failures.is_empty(),
-        "{} comparisons failed:\n{}",
-        failures.len(),
-        failures.join("\n")
-    );
+/// Backends that must be there, by their names without what follows a slash, separated by commas; absence then fails.
+const REQUIRED: &str = "BRIGHTRUN_REQUIRED_BACKENDS";
+
+/// Multiply-adds of one case that an emulated device can afford: a fraction of a second.
+const EMULATED_WORK: usize = 8_000_000;
+
+/// Runs the cases of one op, which needs these ops, on every backend there is, and prints how many tensors were compared on
+/// each; a backend or an op that is absent is printed as absent. Fails with every broken case.
+///
+/// The cases are compiled once for each type of backend, so they may use nothing that only one of them has.
+#[macro_export]
+macro_rules! on_every_backend {
+    ($what:expr, [$($needed:ident),* $(,)?], |$run:ident| $cases:expr) => {{
+        let needed: &[brightrun_kernels::Op] = &[$(brightrun_kernels::Op::$needed),*];
+        let mut report = $crate::backends::Report::new($what, needed);
+        for (name, backend) in $crate::backends::cpus() {
+            report.run(&name, &backend, |$run| $cases);
+        }
+        match $crate::backends::emulated() {
+            Ok(backend) => report.run("emulated", &backend, |$run| $cases),
+            Err(reason) => report.absent("emulated", &reason),
+        }
+        report.finish();
+    }};
 }
 
-/// The backends of this build on this machine: the CPU at each level it has. Levels it lacks are printed as absent.
-pub fn backends() -> Vec<(String, Cpu)> {
+/// The CPU at each level it has.
+pub fn cpus() -> Vec<(String, Cpu)> {
     let supported = SimdLevel::ALL.into_iter().filter(|level| level.is_supported());
     supported
         .map(|level| (format!("cpu/{level}"), Cpu::with_simd(Some(2), level).unwrap()))
         .collect()
 }
 
+/// The kernels, emulated; or why they cannot be.
+pub fn emulated() -> Result<Emulated, String> {
+    match emu::emulated(Some(2)) {
+        Ok(backend) => Ok(backend),
+        Err(Error::Unsupported { reason, .. }) => Err(reason),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// What ran of one op.
+pub struct Report {
+    needed: &'static [Op],
+    /// The table, printed in one piece since tests run side by side.
+    table: String,
+    failures: Vec<String>,
+}
+
+impl Report {
+    pub fn new(what: &str, needed: &'static [Op]) -> Self {
+        let table = format!(
+            "{what:<24} {:<16} {:>8} {:>8} {:>9} {:>12}\n",
+            "backend", "cases", "tensors", "too large", "worst/bound"
+        );
+        let failures = Vec::new();
+        Self {
+            needed,
+            table,
+            failures,
+        }
+    }
+
+    /// Runs the cases on one backend, if it has the ops.
+    pub fn run<B: Traits>(&mut self, name: &str, backend: &B, cases: impl Fn(&mut Run<'_, B>)) {
+        for op in self.needed {
+            if let Support::Absent(reason) = backend.supports(*op) {
+                return self.absent(name, &format!("{op:?}: {reason}"));
+            }
+        }
+        let mut run = Run {
+            name,
+            backend,
+            cases: 0,
+            tensors: 0,
+            too_large: 0,
+            closest: 0.0,
+            failures: Vec::new(),
+        };
+        cases(&mut run);
+        self.table.push_str(&format!(
+            "{:<24} {name:<16} {:>8} {:>8} {:>9} {:>12.3}\n",
+            "", run.cases, run.tensors, run.too_large, run.closest
+        ));
+        assert!(run.cases > 0, "no case ran on {name}");
+        self.failures.append(&mut run.failures);
+    }
+
+    /// Says that nothing ran on a backend; fails if it is required.
+    pub fn absent(&mut self, name: &str, reason: &str) {
+        self.table
+            .push_str(&format!("{:<24} {name:<16} absent: {reason}\n", ""));
+        let required = std::env::var(REQUIRED).unwrap_or_default();
+        if required.split(',').any(|required| required == name) {
+            self.failures.push(format!("{name} is required, but absent: {reason}"));
+        }
+    }
+
+    pub fn finish(self) {
+        let failures = self.failures;
+        print!("{}", self.table);
+        assert!(
+            failures.is_empty(),
+            "{} comparisons failed:\n{}",
+            failures.len(),
+            failures.join("\n")
+        );
+    }
+}
+
+/// What the suite wants to know of a backend, besides its ops.
+pub trait Traits: Backend {
+    /// The activations it works on, all of which are to be tried.
+    const ACTIVATIONS: &'static [DType];
+    /// The most multiply-adds it can afford in one case.
+    const MOST_WORK: usize;
+}
+
+impl Traits for Cpu {
+    const ACTIVATIONS: &'static [DType] = &[DType::F32];
+    const MOST_WORK: usize = usize::MAX;
+}
+
+impl Traits for Emulated {
+    const ACTIVATIONS: &'static [DType] = &[DType::F32, DType::BF16];
+    const MOST_WORK: usize = EMULATED_WORK;
+}
+
 /// The cases of one op on one backend.
-pub struct Run<'a, B: Backend> {
+pub struct Run<'a, B: Traits> {
     pub name: &'a str,
     pub backend: &'a B,
     cases: usize,
     tensors: usize,
+    too_large: usize,
     closest: f64,
     failures: Vec<String>,
 }
 
 /// One case on one backend: compares its tensors.
-pub struct Case<'r, 'a, B: Backend> {
+pub struct Case<'r, 'a, B: Traits> {
     run: &'r mut Run<'a, B>,
     judge: Judge,
 }
 
-impl<'a, B: Backend> Run<'a, B> {
+impl<'a, B: Traits> Run<'a, B> {
+    /// The dtypes of activations to try.
+    pub fn activations(&self) -> &'static [DType] {
+        B::ACTIVATIONS
+    }
+
+    /// Whether the backend can afford a case of so many multiply-adds; one that it cannot is counted.
+    pub fn affords(&mut self, work: usize) -> bool {
+        let affords = work <= B::MOST_WORK;
+        self.too_large += usize::from(!affords);
+        affords
+    }
+
+    /// An activation of these values, which are first rounded to what its dtype holds.
+    pub fn upload<const RANK: usize>(&self, dtype: DType, shape: [usize; RANK], values: &mut [f32]) -> Tensor<B> {
+        if dtype != DType::BF16 {
+            return self.backend.upload_f32(shape, values).unwrap();
+        }
+        let halves: Vec<bf16> = values.iter().map(|value| bf16::from_f32(*value)).collect();
+        for (value, half) in values.iter_mut().zip(&halves) {
+            *value = half.to_f32();
+        }
+        self.backend
+            .upload(dtype, shape, bytemuck::cast_slice(&halves))
+            .unwrap()
+    }
+
+    /// Room for an activation.
+    pub fn output<const RANK: usize>(&self, dtype: DType, shape: [usize; RANK]) -> Tensor<B> {
+        self.backend.alloc(dtype, shape).unwrap()
+    }
+
     /// Starts a case; `length` is the number of terms of its longest sum.
     pub fn case(&mut self, what: impl fmt::Display, length: usize) -> Case<'_, 'a, B> {
         self.cases += 1;
@@ -77,18 +201,24 @@ impl<'a, B: Backend> Run<'a, B> {
     }
 }
 
-impl<B: Backend> Case<'_, '_, B> {
+impl<B: Traits> Case<'_, '_, B> {
     /// Says how large the terms are that cancel in the results.
     pub fn cancelling(mut self, magnitude: f64) -> Self {
         self.judge.cancelling = magnitude;
         self
     }
 
-    /// Judges one result, given what the oracle and the plain loop say.
+    /// Judges one result, given what the oracle and the plain loop say. Where the result is stored in bf16, the plain loop's is
+    /// too.
     pub fn compare(&mut self, tensor: &str, ours: &Tensor<B>, plain: &[f64], oracle: &[f64]) {
+        let stored = |value: &f64| match ours.dtype() {
+            DType::BF16 => bf16::from_f32(*value as f32).to_f64(),
+            _ => *value,
+        };
+        let plain: Vec<f64> = plain.iter().map(stored).collect();
         let ours = self.run.backend.read_f32(ours).unwrap();
         self.run.tensors += 1;
-        match self.judge.compare(tensor, &ours, plain, oracle) {
+        match self.judge.compare(tensor, &ours, &plain, oracle) {
             Ok(verdict) if verdict.bound > 0.0 => {
                 self.run.closest = self.run.closest.max(verdict.error / verdict.bound)
             }

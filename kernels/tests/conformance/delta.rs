@@ -1,7 +1,7 @@
 //! The gated delta rule in chunks against the recurrence token by token, and its gates.
 
 use brightrun_kernels::ops::{
-    Backend, DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, Device, Precision,
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, Device, Precision,
 };
 use brightrun_kernels::oracle::{
     DeltaHeads, DeltaInputs, Real, delta_gates_backward, delta_gates_forward, delta_rule_backward, delta_rule_forward,
@@ -10,9 +10,9 @@ use brightrun_kernels::oracle::{
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Segments, Tensor};
 
-use super::backends::{Run, narrow, on_every_backend, wide};
+use super::backends::{Run, Traits, narrow, wide};
 use super::weights::dense;
-use crate::judged;
+use crate::{judged, on_every_backend};
 
 /// Document lengths, key heads, value heads, key and value dimensions, and the size of a step's decay.
 #[derive(Clone, Debug)]
@@ -149,7 +149,7 @@ impl<D: Device> Uploaded<D> {
     }
 }
 
-impl<B: Backend> Uploaded<B> {
+impl<B: Traits> Uploaded<B> {
     /// `(out, solved)`.
     fn forward(
         &self,
@@ -180,7 +180,7 @@ impl<B: Backend> Uploaded<B> {
     }
 }
 
-fn forward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape) {
+fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
     let (inputs, segments, heads) = (shape.inputs(), shape.segments(), shape.heads());
     let device = run.backend;
     let on = Uploaded::new(device, shape, &inputs);
@@ -207,7 +207,7 @@ fn forward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape) {
     }
 }
 
-fn backward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape) {
+fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
     let (inputs, segments, heads) = (shape.inputs(), shape.segments(), shape.heads());
     let device = run.backend;
     let on = Uploaded::new(device, shape, &inputs);
@@ -260,14 +260,14 @@ fn backward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape) {
 
 #[test]
 fn delta_rule_in_chunks_is_the_recurrence() {
-    on_every_backend("delta_rule_forward", |run| {
+    on_every_backend!("delta_rule_forward", [DeltaRuleForward], |run| {
         SHAPES.iter().for_each(|shape| forward(run, shape));
     });
 }
 
 #[test]
 fn delta_rule_gradients_are_those_of_the_recurrence() {
-    on_every_backend("delta_rule_backward", |run| {
+    on_every_backend!("delta_rule_backward", [DeltaRuleForward, DeltaRuleBackward], |run| {
         SHAPES.iter().for_each(|shape| backward(run, shape));
     });
 }
@@ -297,7 +297,7 @@ impl Inputs {
 fn packed_documents_give_the_bits_they_give_alone() {
     let packed = shape(&[70, 1, 64, 129], (2, 4), (16, 8), 0.2);
     let inputs = packed.inputs();
-    for (name, device) in super::backends::backends() {
+    for (name, device) in super::backends::cpus() {
         let on = Uploaded::new(&device, &packed, &inputs);
         let (out, _) = on.forward(&device, &packed.segments(), packed.scale(), None);
         let together = device.read_f32(&out).unwrap();
@@ -316,7 +316,7 @@ fn packed_documents_give_the_bits_they_give_alone() {
 fn a_prompt_and_then_single_tokens_continue_the_recurrence() {
     let whole = shape(&[90], (1, 2), (16, 16), 0.1);
     let (inputs, heads) = (whole.inputs(), whole.heads());
-    on_every_backend("delta_rule_forward", |run| {
+    on_every_backend!("delta_rule_forward", [DeltaRuleForward], |run| {
         let device = run.backend;
         let mut state = device.zeros(DType::F32, whole.state_extents()).unwrap();
         let mut outputs = Vec::new();
@@ -337,7 +337,7 @@ fn a_prompt_and_then_single_tokens_continue_the_recurrence() {
     });
 }
 
-fn gates<B: Backend>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
+fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
     let mut random = Random::new(width as u64);
     let mut spread = |count: usize, factor: f32| -> Vec<f32> {
         random.normal(count).into_iter().map(|value| factor * value).collect()
@@ -404,7 +404,7 @@ fn gates<B: Backend>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
 
 #[test]
 fn delta_gates_follow_their_formulas() {
-    on_every_backend("delta_gates", |run| {
+    on_every_backend!("delta_gates", [DeltaGatesForward, DeltaGatesBackward], |run| {
         for (tokens, width) in [(0, 3), (1, 1), (7, 5), (33, 32)] {
             gates(run, tokens, width);
         }

@@ -1,35 +1,33 @@
 //! Element-wise ops, norms and the optimizer.
 
 use brightrun_kernels::ops::{
-    AdamW, Backend, BlockMoment, Device, MOMENT_BLOCK, NormBackward, NormForward, NormWeight, OptimizerOps, Precision,
-    Write,
+    AdamW, BlockMoment, Device, MOMENT_BLOCK, NormBackward, NormForward, NormWeight, OptimizerOps, Precision, Write,
 };
 use brightrun_kernels::oracle::{
     Real, adamw_step, decode_moment, rms_norm_backward, rms_norm_forward, swiglu_backward, swiglu_forward,
 };
 use brightrun_kernels::testing::Random;
-use brightrun_kernels::{DType, Tensor, dynamic};
+use brightrun_kernels::{DType, dynamic};
+use half::bf16;
 
-use super::backends::{Run, narrow, on_every_backend, wide};
+use super::backends::{Run, Traits, narrow, wide};
 use super::weights::dense;
-use crate::judged;
+use crate::{judged, on_every_backend};
 
-/// Rows and columns: nothing, one, odd tails, more than a task.
-const SHAPES: &[(usize, usize)] = &[
-    (0, 4),
-    (1, 1),
-    (1, 15),
-    (3, 16),
-    (5, 17),
-    (7, 63),
-    (2, 64),
-    (33, 65),
-    (40, 1000),
+/// Rows and columns: nothing, one, odd tails, more than a task, more than a warp's row.
+const SHAPES: &[[usize; 2]] = &[
+    [0, 4],
+    [1, 1],
+    [1, 15],
+    [3, 16],
+    [5, 17],
+    [7, 63],
+    [2, 64],
+    [33, 65],
+    [40, 1000],
+    [3, 1032],
+    [2, 2049],
 ];
-
-fn upload<D: Device>(device: &D, shape: (usize, usize), values: &[f32]) -> Tensor<D> {
-    device.upload_f32([shape.0, shape.1], values).unwrap()
-}
 
 /// Gates far out on both sides too, where a careless logistic overflows.
 fn gates(random: &mut Random, count: usize) -> Vec<f32> {
@@ -40,17 +38,17 @@ fn gates(random: &mut Random, count: usize) -> Vec<f32> {
         .collect()
 }
 
-fn swiglu<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize)) {
-    let mut random = Random::new(shape.1 as u64);
-    let count = shape.0 * shape.1;
-    let (gate, up, dy) = (
+fn swiglu<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], activation: DType) {
+    let mut random = Random::new(shape[1] as u64);
+    let count = shape[0] * shape[1];
+    let (mut gate, mut up, mut dy) = (
         gates(&mut random, count),
         random.adversarial(count),
         random.adversarial(count),
     );
     let device = run.backend;
-    let [gate_t, up_t, dy_t] = [&gate, &up, &dy].map(|values| upload(device, shape, values));
-    let [mut y, mut dgate, mut dup] = [(); 3].map(|()| device.alloc(DType::F32, [shape.0, shape.1]).unwrap());
+    let [gate_t, up_t, dy_t] = [&mut gate, &mut up, &mut dy].map(|values| run.upload(activation, shape, values));
+    let [mut y, mut dgate, mut dup] = [(); 3].map(|()| run.output(activation, shape));
     device.swiglu_forward(&gate_t, &up_t, &mut y).unwrap();
     device
         .swiglu_backward(&gate_t, &up_t, &dy_t, &mut dgate, &mut dup)
@@ -60,39 +58,45 @@ fn swiglu<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize)) {
         let (dgate, dup) = swiglu_backward(&gate, &up, &dy);
         vec![wide(swiglu_forward(&gate, &up)), wide(dgate), wide(dup)]
     });
-    let mut case = run.case(format_args!("swiglu {shape:?}"), 8);
+    let mut case = run.case(format_args!("swiglu {shape:?} {activation}"), 8);
     for (i, (name, tensor)) in [("y", &y), ("dgate", &dgate), ("dup", &dup)].into_iter().enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);
     }
 }
 
-fn add<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize)) {
-    let mut random = Random::new(shape.1 as u64);
-    let (x, y) = (random.adversarial(shape.0 * shape.1), random.normal(shape.0 * shape.1));
-    let (x_t, mut y_t) = (upload(run.backend, shape, &x), upload(run.backend, shape, &y));
+fn add<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], activation: DType) {
+    let mut random = Random::new(shape[1] as u64);
+    let count = shape[0] * shape[1];
+    let (mut x, mut y) = (random.adversarial(count), random.normal(count));
+    let [x_t, mut y_t] = [&mut x, &mut y].map(|values| run.upload(activation, shape, values));
     run.backend.add_assign(&mut y_t, &x_t).unwrap();
-    let sum: Vec<f64> = x.iter().zip(&y).map(|(x, y)| f64::from(x + y)).collect();
-    run.case(format_args!("add_assign {shape:?}"), 0)
+    let stored = |sum: f32| match activation {
+        DType::BF16 => bf16::from_f32(sum).to_f64(),
+        _ => f64::from(sum),
+    };
+    let sum: Vec<f64> = x.iter().zip(&y).map(|(x, y)| stored(x + y)).collect();
+    run.case(format_args!("add_assign {shape:?} {activation}"), 0)
         .compare("y", &y_t, &sum, &sum);
 }
 
-fn norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), style: NormWeight, dtype: DType, write: Write) {
-    let mut random = Random::new(shape.1 as u64);
-    let count = shape.0 * shape.1;
-    let (x, dy, old) = (random.adversarial(count), random.normal(count), random.normal(count));
-    let stored = random.normal(shape.1);
+/// How a norm's weight is kept and its gradient written.
+type NormStyle = (NormWeight, DType, Write);
+
+fn norm<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], (style, dtype, write): NormStyle, activation: DType) {
+    let [rows, width] = shape;
+    let mut random = Random::new(width as u64);
+    let count = rows * width;
+    let (mut x, mut dy, mut old) = (random.adversarial(count), random.normal(count), random.normal(count));
+    let stored = random.normal(width);
     let device = run.backend;
-    let [x_t, dy_t, mut dx] = [&x, &dy, &old].map(|values| upload(device, shape, values));
-    let weight = dense(device, dtype, [1, shape.1], &stored).reshaped([shape.1]).unwrap();
+    let [x_t, dy_t, mut dx] = [&mut x, &mut dy, &mut old].map(|values| run.upload(activation, shape, values));
+    let weight = dense(device, dtype, [1, width], &stored).reshaped([width]).unwrap();
     let stored = device.read_f32(&weight).unwrap();
     let factor: Vec<f32> = stored
         .iter()
         .map(|w| if style == NormWeight::ZeroCentred { 1.0 + w } else { *w })
         .collect();
-    let (mut y, mut rstd) = (
-        device.alloc(DType::F32, [shape.0, shape.1]).unwrap(),
-        device.alloc(DType::F32, [shape.0]).unwrap(),
-    );
+    let (mut y, mut rstd) = (run.output(activation, shape), device.alloc(DType::F32, [rows]).unwrap());
     let eps = 1e-6;
     let call = NormForward {
         x: &x_t,
@@ -124,15 +128,16 @@ fn norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), style: NormWeig
         }
         vec![wide(y), wide(rstd), wide(dx)]
     });
-    let mut case = run.case(format_args!("rms_norm {shape:?} {style:?} {dtype} {write:?}"), shape.1);
+    let what = format_args!("rms_norm {shape:?} {style:?} {dtype} {write:?} {activation}");
+    let mut case = run.case(what, width);
     for (i, (name, tensor)) in [("y", &y), ("rstd", &rstd), ("dx", &dx)].into_iter().enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);
     }
 }
 
-fn adamw<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), step: u64) {
+fn adamw<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], step: u64) {
     let mut random = Random::new(step);
-    let count = shape.0 * shape.1;
+    let count = shape[0] * shape[1];
     let (w, g, m) = (random.normal(count), random.adversarial(count), random.normal(count));
     let v: Vec<f32> = random.normal(count).into_iter().map(|v| v * v).collect();
     let settings = AdamW {
@@ -145,7 +150,7 @@ fn adamw<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), step: u64) {
         gradient_scale: 0.37,
     };
     let device = run.backend;
-    let [mut w_t, g_t, mut m_t, mut v_t] = [&w, &g, &m, &v].map(|values| upload(device, shape, values));
+    let [mut w_t, g_t, mut m_t, mut v_t] = [&w, &g, &m, &v].map(|values| device.upload_f32(shape, values).unwrap());
     device
         .adamw_step(&mut w_t, &g_t, &mut m_t, &mut v_t, &settings)
         .unwrap();
@@ -160,11 +165,19 @@ fn adamw<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), step: u64) {
     }
 }
 
+/// Every shape in every dtype that activations may have.
+fn cases<B: Traits>(run: &Run<'_, B>) -> impl Iterator<Item = ([usize; 2], DType)> + use<B> {
+    let dtypes = run.activations();
+    SHAPES
+        .iter()
+        .flat_map(|shape| dtypes.iter().map(|dtype| (*shape, *dtype)))
+}
+
 /// Moments as codes: the weights against the oracle's step from the decoded moments; the new codes by the rule that none is
 /// further from the oracle's moment than the nearest value of the map, rounding apart.
-fn adamw_8bit<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), step: u64) {
+fn adamw_8bit<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], step: u64) {
     let mut random = Random::new(step + 77);
-    let count = shape.0 * shape.1;
+    let count = shape[0] * shape[1];
     let (w, g) = (random.normal(count), random.normal(count));
     let codes = |random: &mut Random| -> Vec<u8> { (0..count).map(|_| random.below(256) as u8).collect() };
     let (m_codes, v_codes) = (codes(&mut random), codes(&mut random));
@@ -184,9 +197,9 @@ fn adamw_8bit<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), step: u64
         gradient_scale: 0.37,
     };
     let device = run.backend;
-    let [mut w_t, g_t] = [&w, &g].map(|values| upload(device, shape, values));
+    let [mut w_t, g_t] = [&w, &g].map(|values| device.upload_f32(shape, values).unwrap());
     let moment = |codes: &[u8]| BlockMoment {
-        codes: device.upload(DType::U8, [shape.0, shape.1], codes).unwrap(),
+        codes: device.upload(DType::U8, shape, codes).unwrap(),
         absmax: device.upload_f32([scales.len()], &scales).unwrap(),
     };
     let (mut m_t, mut v_t) = (moment(&m_codes), moment(&v_codes));
@@ -219,8 +232,8 @@ fn adamw_8bit<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), step: u64
 
 #[test]
 fn eight_bit_adamw_agrees_with_the_oracle() {
-    on_every_backend("adamw_8bit_step", |run| {
-        for (shape, step) in SHAPES.iter().zip([1, 2, 3, 10, 100, 1000, 5, 7, 1]) {
+    on_every_backend!("adamw_8bit_step", [Adamw8bitStep], |run| {
+        for (shape, step) in SHAPES.iter().zip([1, 2, 3, 10, 100, 1000, 5, 7, 1, 4, 6]) {
             adamw_8bit(run, *shape, step);
         }
     });
@@ -228,29 +241,41 @@ fn eight_bit_adamw_agrees_with_the_oracle() {
 
 #[test]
 fn swiglu_agrees_with_the_oracle() {
-    on_every_backend("swiglu", |run| SHAPES.iter().for_each(|shape| swiglu(run, *shape)));
+    on_every_backend!(
+        "swiglu",
+        [SwigluForward, SwigluBackward],
+        |run| for (shape, activation) in cases(run) {
+            swiglu(run, shape, activation);
+        }
+    );
 }
 
 #[test]
 fn add_assign_adds() {
-    on_every_backend("add_assign", |run| SHAPES.iter().for_each(|shape| add(run, *shape)));
+    on_every_backend!("add_assign", [AddAssign], |run| for (shape, activation) in cases(run) {
+        add(run, shape, activation);
+    });
 }
 
 #[test]
 fn rms_norm_agrees_with_the_oracle() {
-    on_every_backend("rms_norm", |run| {
-        for shape in SHAPES {
-            norm(run, *shape, NormWeight::Plain, DType::F32, Write::Overwrite);
-            norm(run, *shape, NormWeight::Plain, DType::BF16, Write::Accumulate);
-            norm(run, *shape, NormWeight::ZeroCentred, DType::F32, Write::Accumulate);
+    on_every_backend!("rms_norm", [RmsNormForward, RmsNormBackward], |run| {
+        for (shape, activation) in cases(run) {
+            for style in [
+                (NormWeight::Plain, DType::F32, Write::Overwrite),
+                (NormWeight::Plain, DType::BF16, Write::Accumulate),
+                (NormWeight::ZeroCentred, DType::F32, Write::Accumulate),
+            ] {
+                norm(run, shape, style, activation);
+            }
         }
     });
 }
 
 #[test]
 fn adamw_agrees_with_the_oracle() {
-    on_every_backend("adamw_step", |run| {
-        for (shape, step) in SHAPES.iter().zip([1, 2, 3, 10, 100, 1000, 5, 7, 1]) {
+    on_every_backend!("adamw_step", [AdamwStep], |run| {
+        for (shape, step) in SHAPES.iter().zip([1, 2, 3, 10, 100, 1000, 5, 7, 1, 4, 6]) {
             adamw(run, *shape, step);
         }
     });
@@ -258,7 +283,7 @@ fn adamw_agrees_with_the_oracle() {
 
 #[test]
 fn the_squared_norm_is_summed_in_double_precision() {
-    on_every_backend("squared_norm", |run| {
+    on_every_backend!("squared_norm", [SquaredNorm], |run| {
         let mut random = Random::new(3);
         let parts: Vec<Vec<f32>> = [0, 1, 1000, 70_000]
             .iter()

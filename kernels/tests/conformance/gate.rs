@@ -1,8 +1,8 @@
 //! Gates, gated and l2 norms, columns, and the short convolution.
 
 use brightrun_kernels::ops::{
-    Backend, Columns, ConvolutionBackward, ConvolutionForward, Device, GateOps, GatedNormBackward, GatedNormForward,
-    Precision, SigmoidGateBackward, Write,
+    Columns, ConvolutionBackward, ConvolutionForward, Device, GateOps, GatedNormBackward, GatedNormForward, Precision,
+    SigmoidGateBackward, Write,
 };
 use brightrun_kernels::oracle::{
     Filter, Real, convolution_backward, convolution_forward, gated_norm_backward, gated_norm_forward, l2_norm_backward,
@@ -11,9 +11,9 @@ use brightrun_kernels::oracle::{
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Error, Segments, Tensor};
 
-use super::backends::{Run, backends, narrow, on_every_backend, wide};
+use super::backends::{Run, Traits, narrow, wide};
 use super::weights::dense;
-use crate::judged;
+use crate::{judged, on_every_backend};
 
 /// Rows and columns: nothing, one, odd tails, more than a task.
 const SHAPES: &[(usize, usize)] = &[(0, 4), (1, 1), (3, 16), (5, 17), (7, 63), (2, 64), (33, 65), (40, 1000)];
@@ -35,7 +35,7 @@ fn gates(random: &mut Random, count: usize) -> Vec<f32> {
         .collect()
 }
 
-fn sigmoid_gate<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), scalar: bool, write: Write) {
+fn sigmoid_gate<B: Traits>(run: &mut Run<'_, B>, shape: (usize, usize), scalar: bool, write: Write) {
     let mut random = Random::new(shape.1 as u64);
     let gate_shape = (shape.0, if scalar { 1 } else { shape.1 });
     let count = shape.0 * shape.1;
@@ -80,7 +80,7 @@ fn sigmoid_gate<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), scalar:
     }
 }
 
-fn gated_norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), dtype: DType) {
+fn gated_norm<B: Traits>(run: &mut Run<'_, B>, shape: (usize, usize), dtype: DType) {
     const EPS: f32 = 1e-6;
     let mut random = Random::new(shape.1 as u64);
     let count = shape.0 * shape.1;
@@ -137,7 +137,7 @@ fn gated_norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize), dtype: DT
     }
 }
 
-fn l2_norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize)) {
+fn l2_norm<B: Traits>(run: &mut Run<'_, B>, shape: (usize, usize)) {
     const EPS: f32 = 1e-6;
     let mut random = Random::new(shape.1 as u64);
     let count = shape.0 * shape.1;
@@ -164,7 +164,7 @@ fn l2_norm<B: Backend>(run: &mut Run<'_, B>, shape: (usize, usize)) {
 
 #[test]
 fn gates_follow_their_formulas() {
-    on_every_backend("sigmoid_gate", |run| {
+    on_every_backend!("sigmoid_gate", [SigmoidGateForward, SigmoidGateBackward], |run| {
         for shape in SHAPES {
             sigmoid_gate(run, *shape, false, Write::Overwrite);
             sigmoid_gate(run, *shape, true, Write::Accumulate);
@@ -174,7 +174,7 @@ fn gates_follow_their_formulas() {
 
 #[test]
 fn gated_norms_follow_their_formulas() {
-    on_every_backend("gated_norm", |run| {
+    on_every_backend!("gated_norm", [GatedNormForward, GatedNormBackward], |run| {
         for shape in SHAPES {
             gated_norm(run, *shape, DType::F32);
             gated_norm(run, *shape, DType::BF16);
@@ -184,14 +184,17 @@ fn gated_norms_follow_their_formulas() {
 
 #[test]
 fn l2_norms_follow_their_formulas_and_survive_a_row_of_zeros() {
-    on_every_backend("l2_norm", |run| SHAPES.iter().for_each(|shape| l2_norm(run, *shape)));
+    on_every_backend!("l2_norm", [L2NormForward, L2NormBackward], |run| SHAPES
+        .iter()
+        .for_each(|shape| l2_norm(run, *shape)));
 }
 
 #[test]
 fn columns_go_from_group_to_group_and_leave_the_rest_alone() {
-    for (name, device) in backends() {
+    on_every_backend!("copy_columns", [CopyColumns], |run| {
+        let device = run.backend;
         // Two heads of (query, gate), each two wide; take the gates behind a first column.
-        let source = upload(&device, (2, 8), &(0..16).map(|i| i as f32).collect::<Vec<_>>());
+        let source = upload(device, (2, 8), &(0..16).map(|i| i as f32).collect::<Vec<_>>());
         let mut target = device.upload_f32([2, 2, 3], &[-1.0; 12]).unwrap();
         let columns = Columns {
             groups: 2,
@@ -201,7 +204,8 @@ fn columns_go_from_group_to_group_and_leave_the_rest_alone() {
         };
         device.copy_columns(&source, &mut target, columns).unwrap();
         let expected = [-1.0, 2.0, 3.0, -1.0, 6.0, 7.0, -1.0, 10.0, 11.0, -1.0, 14.0, 15.0];
-        assert_eq!(device.read_f32(&target).unwrap(), expected, "{name}");
+        run.case("copy_columns", 0)
+            .compare("target", &target, &expected, &expected);
         for columns in [
             Columns { groups: 3, ..columns },
             Columns { groups: 0, ..columns },
@@ -212,9 +216,9 @@ fn columns_go_from_group_to_group_and_leave_the_rest_alone() {
             },
         ] {
             let refused = device.copy_columns(&source, &mut target, columns);
-            assert!(matches!(refused, Err(Error::Value { .. })), "{name}: {columns:?}");
+            assert!(matches!(refused, Err(Error::Value { .. })), "{}: {columns:?}", run.name);
         }
-    }
+    });
 }
 
 /// Document lengths, channels, taps, bias.
@@ -228,7 +232,7 @@ const CONVOLUTIONS: &[(&[usize], usize, usize, bool)] = &[
     (&[40, 25], 1000, 4, false),
 ];
 
-fn convolution<B: Backend>(run: &mut Run<'_, B>, case: usize, dtype: DType) {
+fn convolution<B: Traits>(run: &mut Run<'_, B>, case: usize, dtype: DType) {
     let (documents, channels, taps, biased) = CONVOLUTIONS[case];
     let segments = Segments::from_lengths(documents.iter().copied());
     let mut random = Random::new(case as u64);
@@ -292,7 +296,7 @@ fn convolution<B: Backend>(run: &mut Run<'_, B>, case: usize, dtype: DType) {
 
 #[test]
 fn convolutions_follow_their_formulas_and_stop_at_documents() {
-    on_every_backend("convolution", |run| {
+    on_every_backend!("convolution", [ConvolutionForward, ConvolutionBackward], |run| {
         for case in 0..CONVOLUTIONS.len() {
             convolution(run, case, DType::F32);
             convolution(run, case, DType::BF16);

@@ -2,14 +2,14 @@
 
 use brightrun_kernels::DType;
 use brightrun_kernels::ops::{
-    Backend, Device, LinearBackward, LinearForward, LoraBackward, LoraForward, MatmulOps, Precision, Write,
+    Device, LinearBackward, LinearForward, LoraBackward, LoraForward, MatmulOps, Precision, Write,
 };
 use brightrun_kernels::oracle::{Adapter, Layer, Real, linear_backward, linear_forward};
 use brightrun_kernels::testing::Random;
 
-use super::backends::{PRECISIONS, Run, narrow, on_every_backend, wide};
+use super::backends::{PRECISIONS, Run, Traits, narrow, wide};
 use super::weights::{ENCODINGS, Encoding, weight};
-use crate::judged;
+use crate::{judged, on_every_backend};
 
 /// One layer: extents, rank (0: no adapter), bias, and whether `dx` accumulates.
 #[derive(Clone, Copy, Debug)]
@@ -137,7 +137,7 @@ impl<N: Real> Host<N> {
     }
 }
 
-fn forward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape) {
+fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
     let host = Inputs::new(shape);
     let (
         device,
@@ -183,7 +183,7 @@ fn forward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape) {
     }
 }
 
-fn backward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape) {
+fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
     let host = Inputs::new(shape);
     let (
         device,
@@ -260,21 +260,21 @@ fn backward<B: Backend>(run: &mut Run<'_, B>, shape: &Shape) {
 
 #[test]
 fn linear_forward_agrees_with_the_oracle() {
-    on_every_backend("linear_forward", |run| {
+    on_every_backend!("linear_forward", [LinearForward], |run| {
         shapes(&ENCODINGS).for_each(|shape| forward(run, &shape))
     });
 }
 
 #[test]
 fn linear_backward_agrees_with_the_oracle() {
-    on_every_backend("linear_backward", |run| {
+    on_every_backend!("linear_backward", [LinearForward, LinearBackward], |run| {
         shapes(&ENCODINGS).for_each(|shape| backward(run, &shape))
     });
 }
 
 #[test]
 fn without_dx_only_the_adapter_gradients_are_made() {
-    on_every_backend("linear_backward, no dx", |run| {
+    on_every_backend!("linear_backward, no dx", [LinearBackward], |run| {
         let device = run.backend;
         let (weight, _) = weight(device, Encoding::Bf16, [2, 2], &[1.0, 2.0, 3.0, 4.0]);
         let one = |shape: [usize; 2]| device.upload_f32(shape, &vec![1.0; shape[0] * shape[1]]).unwrap();
@@ -306,7 +306,7 @@ fn without_dx_only_the_adapter_gradients_are_made() {
 
 #[test]
 fn a_layer_without_inputs_gives_its_bias_and_an_adapter_of_rank_zero_nothing() {
-    on_every_backend("degenerate layers", |run| {
+    on_every_backend!("degenerate layers", [LinearForward, LinearBackward], |run| {
         let device = run.backend;
         let empty = |shape: [usize; 2]| device.upload_f32(shape, &[]).unwrap();
         let bias = device.upload_f32([2], &[3.0, 4.0]).unwrap();

@@ -1,20 +1,20 @@
 //! Cross-entropy.
 
-use brightrun_kernels::ops::{Backend, Device, LinearCrossEntropy, LossOps, Precision};
+use brightrun_kernels::ops::{Device, LinearCrossEntropy, LossOps, Precision};
 use brightrun_kernels::oracle::{Real, linear_cross_entropy};
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Error};
 
-use super::backends::{PRECISIONS, Run, narrow, on_every_backend, wide};
+use super::backends::{PRECISIONS, Run, Traits, narrow, wide};
 use super::weights::{ENCODINGS, Encoding, weight};
-use crate::judged;
+use crate::{judged, on_every_backend};
 
 /// Tokens, width, vocabulary, and one supervised position in how many.
 type Shape = (usize, usize, usize, usize);
 
 const FACTOR: f32 = 0.125;
 
-fn check<B: Backend>(run: &mut Run<'_, B>, shape: Shape, encoding: Encoding, precision: Precision) {
+fn check<B: Traits>(run: &mut Run<'_, B>, shape: Shape, encoding: Encoding, precision: Precision) {
     let (tokens, width, vocabulary, one_in) = shape;
     let mut random = Random::new(vocabulary as u64);
     let x = random.normal(tokens * width);
@@ -61,7 +61,7 @@ fn check<B: Backend>(run: &mut Run<'_, B>, shape: Shape, encoding: Encoding, pre
 
 #[test]
 fn linear_cross_entropy_agrees_with_the_oracle() {
-    on_every_backend("linear_cross_entropy", |run| {
+    on_every_backend!("linear_cross_entropy", [LinearCrossEntropy], |run| {
         for precision in PRECISIONS {
             for encoding in ENCODINGS {
                 check(run, (9, 33, 130, 2), encoding, precision);
@@ -82,7 +82,7 @@ fn linear_cross_entropy_agrees_with_the_oracle() {
 
 #[test]
 fn extreme_logits_give_finite_losses() {
-    on_every_backend("extreme logits", |run| {
+    on_every_backend!("extreme logits", [LinearCrossEntropy], |run| {
         let device = run.backend;
         let (head, _) = weight(device, Encoding::F32, [2, 1], &[200.0, -200.0]);
         let x = device.upload_f32([2, 1], &[1.0, 1.0]).unwrap();
@@ -104,7 +104,7 @@ fn extreme_logits_give_finite_losses() {
 
 #[test]
 fn a_label_outside_the_vocabulary_is_refused() {
-    on_every_backend("labels", |run| {
+    on_every_backend!("labels", [LinearCrossEntropy], |run| {
         let device = run.backend;
         let (head, _) = weight(device, Encoding::F32, [2, 1], &[1.0, 2.0]);
         let x = device.upload_f32([1, 1], &[1.0]).unwrap();

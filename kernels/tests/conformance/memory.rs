@@ -3,11 +3,11 @@
 use brightrun_kernels::ops::{ActivationOps, Device, QuantizeOps};
 use brightrun_kernels::{DType, Error};
 
-use super::backends::on_every_backend;
+use crate::on_every_backend;
 
 #[test]
 fn dropping_a_tensor_returns_its_bytes() {
-    on_every_backend("memory", |run| {
+    on_every_backend!("memory", [], |run| {
         let device = run.backend;
         let before = device.memory().in_use_bytes;
         let tensor = device.zeros(DType::F32, [1000]).unwrap();
@@ -23,7 +23,7 @@ fn dropping_a_tensor_returns_its_bytes() {
 
 #[test]
 fn copies_round_to_nearest_even_and_widen_exactly() {
-    on_every_backend("copy", |run| {
+    on_every_backend!("copy", [], |run| {
         let device = run.backend;
         // 1 + 2⁻⁸ lies between two bf16 values, and so does 1 + 3·2⁻⁸: the first goes down, the second up.
         let values = [
@@ -50,7 +50,7 @@ fn copies_round_to_nearest_even_and_widen_exactly() {
 
 #[test]
 fn arguments_outside_the_contract_are_errors() {
-    on_every_backend("contract", |run| {
+    on_every_backend!("contract", [AddAssign, QuantizeNf4], |run| {
         let device = run.backend;
         let mut y = device.zeros(DType::F32, [2, 3]).unwrap();
         let wrong_shape = device.zeros(DType::F32, [3, 2]).unwrap();

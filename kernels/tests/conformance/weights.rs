@@ -1,9 +1,13 @@
 //! Frozen weights in every encoding.
 
+use brightrun_kernels::cpu::{Cpu, SimdLevel};
 use brightrun_kernels::ops::{Device, QuantizeOps};
-use brightrun_kernels::{DType, Tensor, Weight};
+use brightrun_kernels::testing::Random;
+use brightrun_kernels::{DType, Nf4Scales, Nf4Weight, Tensor, Weight};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+
+use crate::on_every_backend;
 
 /// The encodings a frozen matrix may have.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -40,38 +44,95 @@ pub fn dense<D: Device>(device: &D, dtype: DType, shape: [usize; 2], values: &[f
     }
 }
 
-/// A weight of these values in an encoding, and the values it then has.
-pub fn weight<D: QuantizeOps>(
-    device: &D,
-    encoding: Encoding,
-    shape: [usize; 2],
-    values: &[f32],
-) -> (Weight<D>, Vec<f32>) {
+/// A weight of these values in an encoding, and the values it then has. The CPU backend quantises and decodes for all, so that
+/// a backend's products do not depend on its own quantiser.
+pub fn weight<D: Device>(device: &D, encoding: Encoding, shape: [usize; 2], values: &[f32]) -> (Weight<D>, Vec<f32>) {
+    let cpu = Cpu::with_simd(Some(1), SimdLevel::Portable).unwrap();
     let weight = match encoding {
-        Encoding::F32 => Weight::Dense(dense(device, DType::F32, shape, values)),
-        Encoding::Bf16 => Weight::Dense(dense(device, DType::BF16, shape, values)),
-        Encoding::F16 => Weight::Dense(dense(device, DType::F16, shape, values)),
+        Encoding::F32 => Weight::Dense(dense(&cpu, DType::F32, shape, values)),
+        Encoding::Bf16 => Weight::Dense(dense(&cpu, DType::BF16, shape, values)),
+        Encoding::F16 => Weight::Dense(dense(&cpu, DType::F16, shape, values)),
         Encoding::Nf4 | Encoding::Nf4Nested => {
-            let source = device.upload_f32(shape, values).unwrap();
-            Weight::Nf4(device.quantize_nf4(&source, encoding == Encoding::Nf4Nested).unwrap())
+            let source = cpu.upload_f32(shape, values).unwrap();
+            Weight::Nf4(cpu.quantize_nf4(&source, encoding == Encoding::Nf4Nested).unwrap())
         }
     };
-    let mut decoded = device.alloc(DType::F32, shape).unwrap();
-    device.dequantize(&weight, &mut decoded).unwrap();
-    let decoded = device.read_f32(&decoded).unwrap();
-    (weight, decoded)
+    let mut decoded = cpu.alloc(DType::F32, shape).unwrap();
+    cpu.dequantize(&weight, &mut decoded).unwrap();
+    (moved(&cpu, &weight, device), cpu.read_f32(&decoded).unwrap())
+}
+
+/// The same weight on another device.
+fn moved<D: Device>(cpu: &Cpu, weight: &Weight<Cpu>, device: &D) -> Weight<D> {
+    let tensor = |tensor: &Tensor<Cpu>| {
+        let bytes = cpu.read(tensor).unwrap();
+        device.upload(tensor.dtype(), tensor.shape(), &bytes).unwrap()
+    };
+    match weight {
+        Weight::Dense(dense) => Weight::Dense(tensor(dense)),
+        Weight::Nf4(nf4) => Weight::Nf4(Nf4Weight {
+            codes: tensor(&nf4.codes),
+            scales: match &nf4.scales {
+                Nf4Scales::Flat(absmax) => Nf4Scales::Flat(tensor(absmax)),
+                Nf4Scales::Nested {
+                    codes,
+                    nested_absmax,
+                    nested_code,
+                    offset,
+                } => Nf4Scales::Nested {
+                    codes: tensor(codes),
+                    nested_absmax: tensor(nested_absmax),
+                    nested_code: tensor(nested_code),
+                    offset: *offset,
+                },
+            },
+            outputs: nf4.outputs,
+            inputs: nf4.inputs,
+        }),
+    }
+}
+
+/// Nothing, one element, half a byte over, a block and its neighbours, more than one group of nested scales.
+const SHAPES: [[usize; 2]; 8] = [[0, 4], [1, 1], [1, 63], [8, 8], [5, 13], [3, 65], [7, 96], [130, 128]];
+
+#[test]
+fn weights_decode_to_the_same_bits_on_every_backend() {
+    on_every_backend!("dequantize", [Dequantize], |run| {
+        let device = run.backend;
+        for (encoding, shape) in ENCODINGS.into_iter().flat_map(|e| SHAPES.map(|shape| (e, shape))) {
+            let values = Random::new(shape[1] as u64).normal(shape[0] * shape[1]);
+            let (weight, decoded) = weight(device, encoding, shape, &values);
+            for dtype in [DType::F32, DType::BF16] {
+                let exact = match dtype {
+                    DType::BF16 => decoded.iter().map(|value| bf16::from_f32(*value).to_f64()).collect(),
+                    _ => wide64(&decoded),
+                };
+                let mut out = device.alloc(dtype, shape).unwrap();
+                device.dequantize(&weight, &mut out).unwrap();
+                let mut case = run.case(format_args!("dequantize {encoding:?} {shape:?} {dtype}"), 0);
+                case.compare("out", &out, &exact, &exact);
+            }
+        }
+    });
+}
+
+fn wide64(values: &[f32]) -> Vec<f64> {
+    values.iter().copied().map(f64::from).collect()
 }
 
 #[test]
 fn dense_weights_decode_to_their_own_values() {
-    for (name, cpu) in super::backends::backends() {
+    on_every_backend!("dequantize, dense", [Dequantize], |run| {
         for (encoding, values) in [
             (Encoding::F32, [0.1, -3.0]),
             (Encoding::Bf16, [0.5, -3.0]),
             (Encoding::F16, [0.25, 7.0]),
         ] {
-            let (_, decoded) = weight(&cpu, encoding, [1, 2], &values);
-            assert_eq!(decoded, values, "{encoding:?} on {name}");
+            let (weight, _) = weight(run.backend, encoding, [1, 2], &values);
+            let mut decoded = run.backend.alloc(DType::F32, [1, 2]).unwrap();
+            run.backend.dequantize(&weight, &mut decoded).unwrap();
+            let mut case = run.case(format_args!("{encoding:?}"), 0);
+            case.compare("decoded", &decoded, &wide64(&values), &wide64(&values));
         }
-    }
+    });
 }

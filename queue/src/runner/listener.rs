@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use rand::RngExt;
-use tokio::sync::Notify;
 use tokio_postgres::AsyncMessage;
 use tokio_util::sync::CancellationToken;
 
@@ -14,13 +13,15 @@ use super::running::RunningJobs;
 use crate::error::{Error, Result};
 use crate::queue::Queue;
 use crate::sql;
+use crate::wake::WakeUp;
 
-/// A notification wakes every listening process at once; up to this much later each looks.
+/// A notification wakes every listening process at once. Where looks came back empty, because others were first, each looks up to
+/// this much later.
 const SPREAD_MICROSECONDS: u64 = 2_000;
 
 /// Listens until `end`, reconnecting as often as needed. Each (re)connect counts as a wake-up,
 /// because of what may have been missed.
-pub(super) async fn run(queue: Queue, ready: Arc<Notify>, running: Arc<RunningJobs>, end: CancellationToken) {
+pub(crate) async fn run(queue: Queue, ready: Arc<WakeUp>, running: Arc<RunningJobs>, end: CancellationToken) {
     let mut trouble = Backoff::default();
     loop {
         let listened = tokio::select! {
@@ -37,7 +38,7 @@ pub(super) async fn run(queue: Queue, ready: Arc<Notify>, running: Arc<RunningJo
     }
 }
 
-async fn listen(queue: &Queue, ready: &Notify, running: &RunningJobs, trouble: &mut Backoff) -> Result<()> {
+async fn listen(queue: &Queue, ready: &WakeUp, running: &RunningJobs, trouble: &mut Backoff) -> Result<()> {
     let config = queue.config();
     let told = |error: tokio_postgres::Error| Error::from_driver(&error, queue.place());
     let connector = crate::tls::connector(config.ssl_mode, config.ssl_root.as_ref())?;
@@ -54,7 +55,7 @@ async fn listen(queue: &Queue, ready: &Notify, running: &RunningJobs, trouble: &
                 listened?;
                 is_listening = true;
                 *trouble = Backoff::default();
-                ready.notify_one();
+                ready.wake();
                 running.beat_now.notify_one();
             }
             message = messages.next() => match message {
@@ -62,9 +63,11 @@ async fn listen(queue: &Queue, ready: &Notify, running: &RunningJobs, trouble: &
                     running.beat_now.notify_one();
                 }
                 Some(Ok(AsyncMessage::Notification(_))) => {
-                    let later = rand::rng().random_range(0..SPREAD_MICROSECONDS);
-                    tokio::time::sleep(Duration::from_micros(later)).await;
-                    ready.notify_one();
+                    if ready.is_crowded() {
+                        let later = rand::rng().random_range(0..SPREAD_MICROSECONDS);
+                        tokio::time::sleep(Duration::from_micros(later)).await;
+                    }
+                    ready.wake();
                 }
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(told(error)),

@@ -6,6 +6,7 @@
 //!     ▼
 //!   job tasks ───── one per running job: the handler, then its ending, repeated until it is known
 //!
+//!   endings ─────── completions that arrive while others are under way leave together
 //!   heartbeat ───── a thread with a connection of its own: beats for all running jobs at once
 //!   listener ────── optional: turns notifications into an early claim or an early beat
 //!   sweeper ─────── rescues expired leases, makes partitions
@@ -16,11 +17,12 @@
 //! endings wait until it is back, and the engine's sweep grants every lease a full length first.
 
 mod context;
+mod endings;
 mod heartbeat;
-mod listener;
-mod running;
-mod sweeper;
-mod task;
+pub(crate) mod listener;
+pub(crate) mod running;
+pub(crate) mod sweeper;
+pub(crate) mod task;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -29,13 +31,13 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use rand::RngExt;
 use serde_json::Value;
-use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
 use crate::job::JobFailure;
 use crate::queue::{ClaimRequest, Queue};
+use crate::wake::{Look, WakeUp};
 
 pub use context::{JobContext, StopReason, StopSignal};
 use running::{Running, RunningJobs};
@@ -162,7 +164,7 @@ impl Runner {
     pub async fn run(self, shutdown: CancellationToken) -> Result<RunnerReport> {
         self.queue.check_schema().await?;
         let running = Arc::new(RunningJobs::default());
-        let ready = Arc::new(Notify::new());
+        let ready = Arc::new(WakeUp::default());
         let services = CancellationToken::new();
         let _services_end = services.clone().drop_guard();
 
@@ -181,6 +183,7 @@ impl Runner {
             runner: &self,
             running: &running,
             ready: &ready,
+            endings: endings::Endings::start(self.queue.clone()),
             tasks: JoinSet::new(),
             report: RunnerReport::default(),
         };
@@ -208,7 +211,8 @@ impl Runner {
 struct Work<'a> {
     runner: &'a Runner,
     running: &'a Arc<RunningJobs>,
-    ready: &'a Arc<Notify>,
+    ready: &'a Arc<WakeUp>,
+    endings: endings::Endings,
     tasks: JoinSet<task::Delivered>,
     report: RunnerReport,
 }
@@ -218,6 +222,7 @@ impl Work<'_> {
         let slots = self.runner.config.slots.max(1);
         let mut trouble = Backoff::default();
         let mut claim_in_doubt = false;
+        let mut look = Look::Polled;
         while !shutdown.is_cancelled() {
             while let Some(ended) = self.tasks.try_join_next() {
                 self.count(ended);
@@ -231,22 +236,27 @@ impl Work<'_> {
                 continue;
             }
             // Armed before the claim, so that a job that becomes ready during it is not slept over.
-            let woken = self.ready.notified();
+            let woken = self.ready.woken();
             match self.claim(free, claim_in_doubt).await {
                 Ok(0) => {
                     (trouble, claim_in_doubt) = (Backoff::default(), false);
+                    self.ready.found(look, false);
                     if self.runner.config.until_idle && self.tasks.is_empty() {
                         return;
                     }
                     let poll = spread(self.runner.config.poll);
                     tokio::select! {
-                        () = woken => {}
-                        () = tokio::time::sleep(poll) => {}
+                        () = woken => look = Look::Woken,
+                        () = tokio::time::sleep(poll) => look = Look::Polled,
                         Some(ended) = self.tasks.join_next() => self.count(ended),
                         () = shutdown.cancelled() => {}
                     }
                 }
-                Ok(_) => (trouble, claim_in_doubt) = (Backoff::default(), false),
+                Ok(_) => {
+                    (trouble, claim_in_doubt) = (Backoff::default(), false);
+                    self.ready.found(look, true);
+                    look = Look::Polled;
+                }
                 Err(error) => {
                     // Whether the engine granted something is unknown; what it did is given back first.
                     claim_in_doubt = true;
@@ -284,7 +294,7 @@ impl Work<'_> {
             let entry = Running::new(job.lease);
             self.running.add(entry.clone());
             self.tasks
-                .spawn(task::run(queue.clone(), handler, job, entry, self.running.clone()));
+                .spawn(task::run(self.endings.clone(), handler, job, entry, self.running.clone()));
         }
         Ok(count)
     }
@@ -328,12 +338,12 @@ impl Work<'_> {
 
 /// Growing waits with spread, for a database that is away.
 #[derive(Default)]
-struct Backoff {
+pub(crate) struct Backoff {
     failures: u32,
 }
 
 impl Backoff {
-    fn next(&mut self) -> Duration {
+    pub(crate) fn next(&mut self) -> Duration {
         let full = Duration::from_millis(100) * 2u32.pow(self.failures.min(5));
         self.failures += 1;
         full.mul_f64(rand::rng().random_range(0.5..=1.0))
@@ -341,6 +351,6 @@ impl Backoff {
 }
 
 /// `time` and up to a quarter more, so that workers do not poll in step.
-fn spread(time: Duration) -> Duration {
+pub(crate) fn spread(time: Duration) -> Duration {
     time.mul_f64(rand::rng().random_range(1.0..=1.25))
 }

@@ -55,7 +55,7 @@ impl Running {
 
 /// All running jobs of a runner, by token.
 #[derive(Default)]
-pub(super) struct RunningJobs {
+pub(crate) struct RunningJobs {
     jobs: Mutex<HashMap<i64, Running>>,
     /// Asks for a heartbeat now.
     pub(super) beat_now: Notify,

@@ -16,7 +16,7 @@ const SWEEP_LIMIT: usize = 100;
 const GAP_INTERVALS: u32 = 4;
 
 /// Sweeps until `end`.
-pub(super) async fn run(queue: Queue, config: RunnerConfig, end: CancellationToken) {
+pub(crate) async fn run(queue: Queue, config: RunnerConfig, end: CancellationToken) {
     let gap = (config.sweep * GAP_INTERVALS).max(Duration::from_secs(2));
     let mut next_maintenance = Instant::now();
     loop {

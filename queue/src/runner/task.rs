@@ -6,11 +6,11 @@ use std::sync::Arc;
 use futures_util::FutureExt;
 
 use super::context::{JobContext, StopReason};
+use super::endings::Endings;
 use super::running::{Running, RunningJobs};
 use super::{Backoff, Ending, Handler};
 use crate::error::Result;
 use crate::job::{Blame, Claimed, JobFailure, JobState, Lease};
-use crate::queue::Queue;
 
 /// Longest panic message kept.
 const PANIC_MESSAGE_CHARS: usize = 2000;
@@ -21,7 +21,7 @@ pub(super) struct Delivered(pub(super) bool);
 /// Runs a job and delivers its ending. The job stays in the table of running jobs, and so is kept
 /// alive by heartbeats, until the engine has acknowledged the ending.
 pub(super) async fn run(
-    queue: Queue,
+    endings: Endings,
     handler: Arc<dyn Handler>,
     job: Claimed,
     entry: Running,
@@ -29,7 +29,7 @@ pub(super) async fn run(
 ) -> Delivered {
     let lease = job.lease;
     let kind = job.kind.clone();
-    let context = JobContext::new(job, queue.clone(), entry.clone());
+    let context = JobContext::new(job, endings.queue().clone(), entry.clone());
     let ending = match AssertUnwindSafe(async { handler.run(context).await })
         .catch_unwind()
         .await
@@ -37,7 +37,7 @@ pub(super) async fn run(
         Ok(ending) => ending,
         Err(panic) => Ending::Fail(panic_failure(panic.as_ref())),
     };
-    let delivered = deliver(&queue, &entry, ending).await;
+    let delivered = deliver(&endings, &entry, ending).await;
     running.remove(lease.token);
     match delivered {
         Some(state) => tracing::debug!(job_id = %lease.job_id, kind, %state, "run ended"),
@@ -47,17 +47,17 @@ pub(super) async fn run(
 }
 
 /// Repeats the ending until the engine has an answer to it; `None` if the lease is lost.
-async fn deliver(queue: &Queue, entry: &Running, mut ending: Ending) -> Option<JobState> {
+async fn deliver(endings: &Endings, entry: &Running, mut ending: Ending) -> Option<JobState> {
     let mut trouble = Backoff::default();
     loop {
         // An ending that goes back to waiting leaves the latest progress for the next run, also where a beat has just taken
         // it along: that beat may arrive too late. When this one fails, the ending is repeated, and so is this.
         if let (Some(progress), false) = (entry.latest_progress(), matches!(ending, Ending::Complete(_)))
-            && let Err(error) = queue.heartbeat(&[(entry.lease, Some(progress))]).await
+            && let Err(error) = endings.queue().heartbeat(&[(entry.lease, Some(progress))]).await
         {
             tracing::debug!(job_id = %entry.lease.job_id, %error, "the latest progress is not delivered yet");
         }
-        match send(queue, &entry.lease, &ending).await {
+        match send(endings, &entry.lease, &ending).await {
             Ok(state) => return Some(state),
             Err(error) if error.is_lost() => {
                 entry.stop.fire(StopReason::Lost);
@@ -82,9 +82,10 @@ async fn deliver(queue: &Queue, entry: &Running, mut ending: Ending) -> Option<J
 
 const REFUSED: &str = "QUEUE_ENDING_REFUSED";
 
-async fn send(queue: &Queue, lease: &Lease, ending: &Ending) -> Result<JobState> {
+async fn send(endings: &Endings, lease: &Lease, ending: &Ending) -> Result<JobState> {
+    let queue = endings.queue();
     match ending {
-        Ending::Complete(result) => queue.complete(lease, result).await,
+        Ending::Complete(result) => endings.complete(lease, result).await,
         Ending::Fail(failure) => queue.fail(lease, failure, None).await,
         Ending::FailUntil(failure, delay) => queue.fail(lease, failure, Some(*delay)).await,
         Ending::Snooze(delay, reason) => queue.snooze(lease, *delay, Some(reason)).await,
@@ -92,7 +93,7 @@ async fn send(queue: &Queue, lease: &Lease, ending: &Ending) -> Result<JobState>
     }
 }
 
-fn panic_failure(panic: &(dyn std::any::Any + Send)) -> JobFailure {
+pub(crate) fn panic_failure(panic: &(dyn std::any::Any + Send)) -> JobFailure {
     let told = panic
         .downcast_ref::<&str>()
         .map(|text| (*text).to_owned())

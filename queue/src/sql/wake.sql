@@ -1,1 +1,1 @@
-select pg_notify('brightrun_ready', '')
+select set_config('synchronous_commit', 'off', true), pg_notify('brightrun_ready', '')

@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod access;
+mod bulk;
 mod cancel;
 mod claim;
 mod connect;
 mod enqueue;
 mod fencing;
 mod invariants;
+mod lane;
 mod lease_expiry;
 mod lock_order;
 mod outbox;

@@ -143,7 +143,7 @@ impl CheckpointFolder {
     /// Opens a folder, creating it where there is none.
     ///
     /// # Errors
-    /// `CHECKPOINT_WRITE`.
+    /// `STORAGE_DISK_FULL`, `STORAGE_FOLDER_UNWRITABLE`.
     pub fn open(directory: &Path) -> Result<Self> {
         std::fs::create_dir_all(directory).map_err(|error| write_failure(directory, &error))?;
         Ok(Self {
@@ -154,7 +154,7 @@ impl CheckpointFolder {
     /// Writes a checkpoint, and removes all but the newest ones. Gives its path.
     ///
     /// # Errors
-    /// `CHECKPOINT_WRITE` (disk full, no permission); the backend's own. What was there before is then still there.
+    /// `STORAGE_DISK_FULL`, `STORAGE_FOLDER_UNWRITABLE`; the backend's own. What was there before is then still there.
     pub fn save<B: Backend>(
         &self,
         device: &B,
@@ -389,7 +389,5 @@ fn stored(dtype: DType) -> StoredDtype {
 }
 
 fn write_failure(path: &Path, error: &std::io::Error) -> Failure {
-    Failure::platform("CHECKPOINT_WRITE", format!("The checkpoint cannot be written: {error}"))
-        .at(path.display().to_string())
-        .hint("Free space on this disk, or make the folder writable")
+    crate::storage::disk_failure(error, path)
 }

@@ -151,7 +151,7 @@ pub struct TrainSummary {
 /// Trains `request.lora`.
 ///
 /// # Errors
-/// `SPEC_OUT_OF_RANGE`, `TRAIN_EMPTY`, `TRAIN_EXAMPLE`, `TRAIN_NON_FINITE`, `CHECKPOINT_MISMATCH`, `CHECKPOINT_WRITE`; the
+/// `SPEC_OUT_OF_RANGE`, `TRAIN_EMPTY`, `TRAIN_EXAMPLE`, `TRAIN_NON_FINITE`, `CHECKPOINT_MISMATCH`, `STORAGE_DISK_FULL`; the
 /// backend's own, `COMPUTE_OUT_OF_MEMORY` only before the first step.
 pub fn run<B: Backend>(request: TrainRequest<'_, B>, events: &mut dyn TrainEvents) -> Result<TrainSummary> {
     let mut run = Run::prepare(request)?;

@@ -1,0 +1,148 @@
+//! Compiling the engine and the kernels with the machine's C++ compiler, once for each text of theirs.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::error::{Error, Result};
+use crate::gpu::cache;
+use crate::gpu::{Source, sources};
+
+const ENGINE_HEADER: (&str, &str) = ("cuda_emu.h", include_str!("../../emu/cuda_emu.h"));
+const ENGINE: (&str, &str) = ("cuda_emu.cpp", include_str!("../../emu/cuda_emu.cpp"));
+/// The environment variable that names the compiler.
+pub const VARIABLE: &str = "BRIGHTRUN_EMULATION_CXX";
+
+/// A C++ compiler and how it is called.
+pub(super) struct Compiler {
+    program: PathBuf,
+    /// What it says of itself: part of every digest.
+    version: String,
+    flags: Vec<&'static str>,
+    folder: PathBuf,
+}
+
+impl Compiler {
+    /// The compiler of this machine.
+    pub(super) fn find() -> Result<Self> {
+        let named = std::env::var_os(VARIABLE).map(PathBuf::from);
+        let candidates = match named {
+            Some(named) => vec![named],
+            None => ["g++", "clang++", "c++"].map(PathBuf::from).to_vec(),
+        };
+        for program in candidates {
+            let Ok(output) = Command::new(&program).arg("--version").output() else {
+                continue;
+            };
+            if output.status.success() {
+                return Ok(Self {
+                    program,
+                    version: String::from_utf8_lossy(&output.stdout).into_owned(),
+                    flags: flags(),
+                    folder: cache::folder().join("emulated"),
+                });
+            }
+        }
+        Err(Error::Unsupported {
+            op: "emulation",
+            backend: "emulated",
+            reason: format!("no C++ compiler (g++, clang++ or c++ on the path, or {VARIABLE})"),
+        })
+    }
+
+    /// The engine's library.
+    pub(super) fn engine(&self) -> Result<PathBuf> {
+        self.library("engine", &[ENGINE_HEADER], ENGINE)
+    }
+
+    /// The library of one source's kernels, whose doors are named `emu_entry_…`.
+    pub(super) fn source(&self, source: &'static Source) -> Result<PathBuf> {
+        let file = format!("{}.cu", source.name);
+        let mut main = format!("#include \"{file}\"\n");
+        for entry in sources::entries(source) {
+            main.push_str(&format!("EMU_ENTRY({entry})\n"));
+        }
+        let mut includes = vec![ENGINE_HEADER, (&file, source.text)];
+        includes.extend(sources::HEADERS);
+        self.library(source.name, &includes, ("main.cpp", &main))
+    }
+
+    fn library(&self, name: &str, includes: &[(&str, &str)], main: (&str, &str)) -> Result<PathBuf> {
+        let texts = includes.iter().chain([&main]).flat_map(|(name, text)| [*name, *text]);
+        let digest = cache::digest(
+            [self.version.as_str()]
+                .into_iter()
+                .chain(self.flags.iter().copied())
+                .chain(texts),
+        );
+        let path = self.folder.join(format!("{name}-{digest}.so"));
+        if path.exists() {
+            return Ok(path);
+        }
+        let mut failure = None;
+        let published = cache::publish(&path, |library| {
+            let build = library.with_extension("build");
+            std::fs::create_dir_all(&build)?;
+            let done = self.compile(&build, includes, main, library);
+            std::fs::remove_dir_all(&build)?;
+            done.map(|message| failure = message)
+        });
+        match (failure, published) {
+            (Some(message), _) => Err(failed(name, message)),
+            (None, Err(error)) => Err(failed(name, format!("{}: {error}", path.display()))),
+            (None, Ok(())) => Ok(path),
+        }
+    }
+
+    /// Compiles `main` in a folder of its own; the compiler's complaints, if it has any.
+    fn compile(
+        &self,
+        build: &Path,
+        includes: &[(&str, &str)],
+        main: (&str, &str),
+        library: &Path,
+    ) -> std::io::Result<Option<String>> {
+        for (name, text) in includes.iter().chain([&main]) {
+            std::fs::write(build.join(name), text)?;
+        }
+        let output = Command::new(&self.program)
+            .current_dir(build)
+            .args(&self.flags)
+            .arg("-o")
+            .arg(std::path::absolute(library)?)
+            .arg(main.0)
+            .output()?;
+        if output.status.success() {
+            return Ok(None);
+        }
+        std::fs::write(library, "")?; // so that there is something to rename or remove
+        Ok(Some(String::from_utf8_lossy(&output.stderr).into_owned()))
+    }
+}
+
+fn failed(name: &str, message: String) -> Error {
+    Error::Device {
+        op: "emulation",
+        message: format!("compiling {name}: {message}"),
+    }
+}
+
+/// How sources are compiled: as C++17 without the freedom to change arithmetic beyond fusing multiply and add, which NVRTC has
+/// too.
+fn flags() -> Vec<&'static str> {
+    let mut flags = vec![
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-shared",
+        "-pthread",
+        "-ffp-contract=fast",
+        "-fno-strict-aliasing",
+        "-Wno-unknown-pragmas",
+        "-DBRIGHTRUN_EMULATED",
+    ];
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
+        flags.extend(["-mavx2", "-mfma", "-mf16c"]);
+    }
+    flags
+}

@@ -1,0 +1,226 @@
+//! The door to the compiled engine and kernels: the only `unsafe` of the emulation.
+//!
+//! What holds throughout: the engine's functions have the types written here (`emu/cuda_emu.cpp` ends with them); the libraries
+//! are never closed; memory lives as long as its [`Memory`]; and the launches of a device follow each other, because
+//! [`Emulation`](super::Emulation) holds its lock for each.
+
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_NOW, Symbol};
+
+use crate::error::{Error, Result};
+use crate::gpu::{Launch, Value};
+
+/// `emu_entry_…`: calls a kernel with the arguments the array points to.
+type Entry = unsafe extern "C" fn(*mut *mut c_void);
+type LaunchFunction = unsafe extern "C" fn(Entry, *mut *mut c_void, *const Geometry, *mut c_char, usize) -> c_int;
+
+/// `emu::Launch`.
+#[repr(C)]
+struct Geometry {
+    kernel: *const c_char,
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: usize,
+    workers: u32,
+    ranges: *const Range,
+    range_count: usize,
+}
+
+/// `emu::Range`: memory that a launch may touch.
+#[repr(C)]
+struct Range {
+    begin: *const u8,
+    bytes: usize,
+}
+
+/// The engine's functions.
+pub(super) struct Engine {
+    allocate: unsafe extern "C" fn(usize) -> *mut c_void,
+    free: unsafe extern "C" fn(*mut c_void, usize),
+    launch: LaunchFunction,
+}
+
+/// The compiled kernels of one source.
+pub(super) struct Library {
+    handle: Handle,
+}
+
+fn unusable(error: impl std::fmt::Display) -> Error {
+    Error::Device {
+        op: "emulation",
+        message: format!("loading compiled kernels: {error}"),
+    }
+}
+
+fn open(path: &Path) -> Result<Handle> {
+    // SAFETY: the file was compiled from this crate's own sources, named by their digest; its initialisers are those of C++'s
+    // standard library.
+    unsafe { Handle::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(unusable)
+}
+
+fn symbol<T: Copy>(handle: &Handle, name: &str) -> Result<T> {
+    // SAFETY: the caller names `T` as the type the sources give this symbol.
+    let symbol: Symbol<T> = unsafe { handle.get(name.as_bytes()) }.map_err(unusable)?;
+    Ok(*symbol)
+}
+
+impl Engine {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let handle = open(path)?;
+        let engine = Self {
+            allocate: symbol(&handle, "emu_allocate")?,
+            free: symbol(&handle, "emu_free")?,
+            launch: symbol(&handle, "emu_launch")?,
+        };
+        std::mem::forget(handle); // its functions are called as long as the process lives
+        Ok(engine)
+    }
+
+    /// Runs one grid to its end.
+    pub(super) fn launch(&self, library: &Library, launch: &Launch<'_, Memory>, workers: u32) -> Result<()> {
+        let entry: Entry = symbol(&library.handle, &format!("emu_entry_{}", launch.entry))?;
+        let failed = |message: &str| Error::Device {
+            op: "emulation",
+            message: format!(
+                "{} in {}.cu, grid {:?} of {} threads: {message}",
+                launch.entry, launch.source.name, launch.grid, launch.threads
+            ),
+        };
+        let kernel = CString::new(launch.entry).map_err(|error| failed(&error.to_string()))?;
+        // Each value lies in a place of its own, eight bytes wide, that `pointers` points to: as cuLaunchKernel has it.
+        let mut places: Vec<u64> = launch.values.iter().map(place).collect();
+        let mut pointers: Vec<*mut c_void> = places
+            .iter_mut()
+            .map(|place| std::ptr::from_mut(place).cast())
+            .collect();
+        let ranges: Vec<Range> = launch.values.iter().filter_map(range).collect();
+        let geometry = Geometry {
+            kernel: kernel.as_ptr(),
+            grid: launch.grid,
+            block: [launch.threads, 1, 1],
+            shared_bytes: launch.shared_bytes as usize,
+            workers,
+            ranges: ranges.as_ptr(),
+            range_count: ranges.len(),
+        };
+        let mut message = [0u8; 1024];
+        // SAFETY: `entry` takes as many arguments of such types as there are `values` (`Gpu::launch` compared them with the
+        // descriptor, a test compares that with the source). The memory they name lives in `launch`, and what is written is
+        // borrowed mutably by the caller. All other pointers are to locals that outlive the call, which keeps none.
+        let code = unsafe {
+            (self.launch)(
+                entry,
+                pointers.as_mut_ptr(),
+                &raw const geometry,
+                message.as_mut_ptr().cast(),
+                message.len(),
+            )
+        };
+        if code == 0 {
+            return Ok(());
+        }
+        let length = message.iter().position(|byte| *byte == 0).unwrap_or(message.len());
+        Err(failed(&String::from_utf8_lossy(&message[..length])))
+    }
+}
+
+/// A value as it lies in memory, little-endian and padded.
+fn place(value: &Value<'_, Memory>) -> u64 {
+    match value {
+        Value::Memory(None) => 0,
+        Value::Memory(Some((memory, _))) => memory.address.as_ptr() as u64,
+        Value::I32(value) => u64::from(value.cast_unsigned()),
+        Value::I64(value) => value.cast_unsigned(),
+        Value::F32(value) => u64::from(value.to_bits()),
+    }
+}
+
+fn range(value: &Value<'_, Memory>) -> Option<Range> {
+    match value {
+        Value::Memory(Some((memory, bytes))) => Some(Range {
+            begin: memory.address.as_ptr(),
+            bytes: *bytes,
+        }),
+        _ => None,
+    }
+}
+
+impl Library {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        Ok(Self { handle: open(path)? })
+    }
+}
+
+/// A block of emulated device memory, which ends at a protected page.
+pub struct Memory {
+    address: NonNull<u8>,
+    bytes: usize,
+    engine: Arc<Engine>,
+}
+
+// SAFETY: the memory is plain bytes that nothing else owns. Shared access from several threads is ordered by the lock of the
+// device, which every method's caller and every launch holds.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    pub(super) fn allocate(engine: &Arc<Engine>, bytes: usize) -> Option<Self> {
+        // SAFETY: `allocate` takes any size and answers null or memory of that size.
+        let address = unsafe { (engine.allocate)(bytes) };
+        Some(Self {
+            address: NonNull::new(address.cast())?,
+            bytes,
+            engine: Arc::clone(engine),
+        })
+    }
+
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.holds(bytes.len())?;
+        // SAFETY: the block has that many bytes, `bytes` is a host slice apart from it, and the lock of the device is held.
+        unsafe {
+            self.address
+                .copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len())
+        };
+        Ok(())
+    }
+
+    pub(super) fn read(&self, bytes: &mut [u8]) -> Result<()> {
+        self.holds(bytes.len())?;
+        let count = bytes.len();
+        // SAFETY: as for `write`, the other way. Device memory is initialised: the system hands out zeroed pages.
+        unsafe { self.address.copy_to_nonoverlapping(NonNull::from(bytes).cast(), count) };
+        Ok(())
+    }
+
+    pub(super) fn fill(&self, byte: u8, bytes: usize) -> Result<()> {
+        self.holds(bytes)?;
+        // SAFETY: the block has that many bytes, and the lock of the device is held.
+        unsafe { self.address.write_bytes(byte, bytes) };
+        Ok(())
+    }
+
+    fn holds(&self, bytes: usize) -> Result<()> {
+        if bytes <= self.bytes {
+            return Ok(());
+        }
+        Err(Error::Device {
+            op: "emulation",
+            message: format!("{bytes} bytes of a block of {}", self.bytes),
+        })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: `address` came from `allocate` with this size and is freed once; no launch is running that was given it,
+        // since launches end before they return.
+        unsafe { (self.engine.free)(self.address.as_ptr().cast(), self.bytes) };
+    }
+}

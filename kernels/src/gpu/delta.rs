@@ -1,0 +1,23 @@
+//! The gated delta rule, which has no kernel yet.
+
+use super::{Gpu, Runtime};
+use crate::error::Result;
+use crate::ops::{DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaOps};
+
+impl<R: Runtime> DeltaOps for Gpu<R> {
+    fn delta_rule_forward(&self, _: DeltaForward<'_, Self>) -> Result<()> {
+        self.absent("delta_rule_forward")
+    }
+
+    fn delta_rule_backward(&self, _: DeltaBackward<'_, Self>) -> Result<()> {
+        self.absent("delta_rule_backward")
+    }
+
+    fn delta_gates_forward(&self, _: DeltaGatesForward<'_, Self>) -> Result<()> {
+        self.absent("delta_gates_forward")
+    }
+
+    fn delta_gates_backward(&self, _: DeltaGatesBackward<'_, Self>) -> Result<()> {
+        self.absent("delta_gates_backward")
+    }
+}

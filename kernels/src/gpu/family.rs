@@ -1,0 +1,34 @@
+//! The op families: which source has their kernels, and which ops they carry out.
+
+use super::kernel::Kernel;
+use super::sources::Source;
+use super::{elementwise, norm, optimizer, quantize, rows};
+use crate::ops::{Op, Support};
+
+/// The reason why an op is not supported.
+pub(super) const NO_KERNEL: &str = "it has no kernel yet";
+
+/// The kernels of one source and the ops made of them.
+pub(crate) struct Family {
+    pub(crate) source: &'static Source,
+    pub(crate) kernels: &'static [&'static Kernel],
+    pub(crate) ops: &'static [Op],
+}
+
+/// Every family with kernels. Adding one here makes its ops supported, its source compiled and its signatures checked.
+pub(crate) static FAMILIES: &[&Family] = &[
+    &elementwise::FAMILY,
+    &norm::FAMILY,
+    &rows::FAMILY,
+    &optimizer::FAMILY,
+    &quantize::FAMILY,
+    #[cfg(test)]
+    &crate::emu::defects::FAMILY,
+];
+
+pub(super) fn supports(op: Op) -> Support {
+    if FAMILIES.iter().any(|family| family.ops.contains(&op)) {
+        return Support::Full;
+    }
+    Support::Absent(NO_KERNEL.to_owned())
+}

@@ -1,0 +1,95 @@
+//! Data on the device that breaks an op's contract.
+//!
+//! Whether an id lies in its table is only known on the device, and asking would stall the queue in every op. A kernel that
+//! meets such data notes it (`report_fault` in `common.cuh`) and goes on without touching memory it should not; the backend
+//! looks at the note when it next reads a tensor.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::Runtime;
+use crate::error::{Error, Result};
+
+/// What a kernel may note; its code is its place here, counted from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// `gather_rows`: an id outside the table.
+    Id = 1,
+    /// `rope`: a position outside the angles.
+    Position = 2,
+    /// `linear_cross_entropy`: a label that is neither −100 nor in the vocabulary.
+    Label = 3,
+}
+
+impl Fault {
+    const ALL: [Self; 3] = [Self::Id, Self::Position, Self::Label];
+
+    /// As kernels get it.
+    pub(super) fn code(self) -> i32 {
+        self as i32
+    }
+
+    fn error(self, value: i32) -> Error {
+        let (op, argument, problem) = match self {
+            Self::Id => ("gather_rows", "ids", "which is not a row of the table"),
+            Self::Position => ("rope", "positions", "which is beyond the table"),
+            Self::Label => (
+                "linear_cross_entropy",
+                "labels",
+                "which is neither -100 nor in the vocabulary",
+            ),
+        };
+        Error::Value {
+            op,
+            argument,
+            problem: format!("has {value}, {problem}"),
+        }
+    }
+}
+
+/// Code and culprit, as two i32.
+const NOTE_BYTES: usize = 8;
+
+/// The note on the device.
+pub(super) struct Faults<R: Runtime> {
+    note: R::Memory,
+    /// A kernel that may write the note was launched since it was last read.
+    armed: AtomicBool,
+    /// Held while the note is read and cleared.
+    clearing: Mutex<()>,
+}
+
+impl<R: Runtime> Faults<R> {
+    pub(super) fn new(runtime: &R) -> Result<Self> {
+        let mut note = runtime.allocate(NOTE_BYTES.next_multiple_of(R::GRANULE))?;
+        runtime.fill(&mut note, 0, NOTE_BYTES)?;
+        Ok(Self {
+            note,
+            armed: AtomicBool::new(false),
+            clearing: Mutex::new(()),
+        })
+    }
+
+    /// The note's memory, for a launch.
+    pub(super) fn arm(&self) -> (&R::Memory, usize) {
+        self.armed.store(true, Ordering::Release);
+        (&self.note, NOTE_BYTES)
+    }
+
+    /// The fault since the last check, if there was one.
+    pub(super) fn check(&self, runtime: &R) -> Result<()> {
+        let _guard = self.clearing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.armed.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        let mut note = [0; 2];
+        runtime.read(&self.note, bytemuck::cast_slice_mut(&mut note))?;
+        let [code, value] = note;
+        let Some(fault) = Fault::ALL.into_iter().find(|fault| fault.code() == code) else {
+            return Ok(());
+        };
+        runtime.clear(&self.note, NOTE_BYTES)?;
+        Err(fault.error(value))
+    }
+}

@@ -1,0 +1,51 @@
+//! The texts of `kernels/cu/`, part of the binary: what NVRTC and the emulation compile.
+
+/// One translation unit: a family of kernels.
+#[derive(Debug)]
+pub struct Source {
+    /// The file's name without `.cu`.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
+}
+
+impl PartialEq for Source {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+macro_rules! source {
+    ($name:literal) => {
+        Source {
+            name: $name,
+            text: include_str!(concat!("../../cu/", $name, ".cu")),
+        }
+    };
+}
+
+pub(crate) static ELEMENTWISE: Source = source!("elementwise");
+pub(crate) static NORM: Source = source!("norm");
+pub(crate) static ROWS: Source = source!("rows");
+pub(crate) static OPTIMIZER: Source = source!("optimizer");
+pub(crate) static NF4: Source = source!("nf4");
+
+/// What the sources include, by name.
+pub const HEADERS: &[(&str, &str)] = &[
+    ("common.cuh", include_str!("../../cu/common.cuh")),
+    ("nf4.cuh", include_str!("../../cu/nf4.cuh")),
+];
+
+/// The names of a source's entries.
+pub fn entries(source: &Source) -> Vec<String> {
+    let kernels = super::FAMILIES.iter().flat_map(|family| family.kernels);
+    kernels
+        .filter(|kernel| kernel.source == source)
+        .flat_map(|kernel| kernel.instances().into_iter().map(|types| kernel.entry(&types)))
+        .collect()
+}
+
+/// Every source.
+pub fn all() -> impl Iterator<Item = &'static Source> {
+    super::FAMILIES.iter().map(|family| family.source)
+}

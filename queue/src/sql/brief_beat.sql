@@ -1,0 +1,1 @@
+select brightrun.brief_beat($1)

@@ -1,0 +1,1 @@
+select brightrun.brief_redrive($1, $2)

@@ -1,0 +1,1 @@
+select brightrun.brief_release($1)

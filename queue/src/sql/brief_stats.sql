@@ -1,0 +1,1 @@
+select lane, ready, scheduled, running, expired, dead from brightrun.brief_stats()

@@ -1,0 +1,1 @@
+select job_id, token, state, refused from brightrun.complete_many($1, $2, $3)
