@@ -23,7 +23,10 @@ fn best(mut pass: impl FnMut() -> Times) -> Times {
     pass();
     let rounds: Vec<Times> = (0..5).map(|_| pass()).collect();
     let least = |way: usize, time: fn(&(f64, f64)) -> f64| {
-        rounds.iter().map(|times| time(&times[way])).fold(f64::INFINITY, f64::min)
+        rounds
+            .iter()
+            .map(|times| time(&times[way]))
+            .fold(f64::INFINITY, f64::min)
     };
     [0, 1].map(|way| (least(way, |time| time.0), least(way, |time| time.1)))
 }
@@ -42,7 +45,15 @@ fn one_layer(device: &Cpu, dtype: BaseDtype) -> Model<Cpu> {
     if let Some(delta) = &mut config.delta {
         delta.layers = vec![0];
     }
-    skeleton_with(device, config, LoadOptions::from(dtype), DType::BF16, 1024, Contents::Random(7)).unwrap()
+    skeleton_with(
+        device,
+        config,
+        LoadOptions::from(dtype),
+        DType::BF16,
+        1024,
+        Contents::Random(7),
+    )
+    .unwrap()
 }
 
 fn noise(device: &Cpu, shape: [usize; 2], seed: u64) -> Tensor<Cpu> {
@@ -103,7 +114,9 @@ fn measure(tokens: usize, name: &str, dtype: BaseDtype) {
         let mut gradient = copy(&device, &dy);
         let backward = timed(&device, || {
             let trace = kept.take().unwrap();
-            layer.backward(&pass, &mut gradients, trace, &mut gradient, true).unwrap();
+            layer
+                .backward(&pass, &mut gradients, trace, &mut gradient, true)
+                .unwrap();
         });
         [forward, backward]
     });
@@ -111,11 +124,22 @@ fn measure(tokens: usize, name: &str, dtype: BaseDtype) {
 }
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with("--")).collect();
-    let tokens = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(256);
-    for (name, dtype) in [("bf16", BaseDtype::Bf16), ("nf4", BaseDtype::Nf4), ("f32", BaseDtype::F32)] {
+    let arguments: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|argument| !argument.starts_with("--"))
+        .collect();
+    let tokens = arguments
+        .iter()
+        .find_map(|argument| argument.parse().ok())
+        .unwrap_or(256);
+    for (name, dtype) in [
+        ("bf16", BaseDtype::Bf16),
+        ("nf4", BaseDtype::Nf4),
+        ("f32", BaseDtype::F32),
+    ] {
         let is_wanted = |argument: &String| argument == name || argument.parse::<usize>().is_ok();
-        if arguments.is_empty() || arguments.iter().any(|argument| argument == name) || arguments.iter().all(is_wanted) {
+        if arguments.is_empty() || arguments.iter().any(|argument| argument == name) || arguments.iter().all(is_wanted)
+        {
             measure(tokens, name, dtype);
         }
     }
