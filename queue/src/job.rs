@@ -47,6 +47,48 @@ pub struct NewJob {
     /// whole server, so this is for rare jobs; [`Queue::enqueue`](crate::Queue::enqueue) sends a
     /// shared hint afterwards anyway, and workers poll in any case.
     pub notify: bool,
+    /// At most one *live* job of a kind has this key: enqueueing again returns it, until it has ended.
+    pub live_key: Option<String>,
+    /// Jobs with the same key share a limit on how many run at once: 1, unless [`Queue::set_limit`](crate::Queue::set_limit) says
+    /// otherwise.
+    pub concurrency_key: Option<String>,
+    /// What it needs of a machine; workers that promise less never get it.
+    pub requires: Option<Requirements>,
+    /// Not before all of these have completed; cancelled if one of them fails or is cancelled.
+    pub after: Vec<Uuid>,
+    /// What all its runs together may cost; at that moment it is stopped and fails as `QUEUE_BUDGET_EXCEEDED`. Needs a price: the
+    /// job's or the machine's.
+    pub budget: Option<f64>,
+    /// Price of an hour, where the machine tells none.
+    pub price_per_hour: Option<f64>,
+}
+
+/// What a job needs of a machine. The default needs nothing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Requirements {
+    /// Memory of each GPU, in MB.
+    pub vram_mb: u32,
+    /// Classes that will do, such as `H100`; empty: any.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gpu_classes: Vec<String>,
+    /// So many GPUs.
+    pub gpu_count: u32,
+    /// An hour must not cost more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_price: Option<f64>,
+}
+
+/// What a machine promises. The default promises nothing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Machine {
+    /// Memory of each GPU, in MB.
+    pub vram_mb: u32,
+    /// The class of its GPUs, such as `H100`; compared without regard to case.
+    pub gpu_class: Option<String>,
+    /// So many GPUs.
+    pub gpu_count: u32,
+    /// What an hour of it costs; jobs with a budget are stopped by it, and runs are metered with it.
+    pub price_per_hour: Option<f64>,
 }
 
 impl NewJob {
@@ -66,6 +108,12 @@ impl NewJob {
             hard_deadline: None,
             external_id: None,
             notify: false,
+            live_key: None,
+            concurrency_key: None,
+            requires: None,
+            after: Vec::new(),
+            budget: None,
+            price_per_hour: None,
         }
     }
 }
@@ -103,6 +151,8 @@ pub struct Claimed {
     pub claims: i32,
     /// The last progress of an earlier run: where to resume.
     pub progress: Option<Value>,
+    /// The last checkpoint of an earlier run, said by [`Queue::checkpoint`](crate::Queue::checkpoint).
+    pub checkpoint: Option<Value>,
     /// When it was enqueued, by the database's clock.
     pub created_at: DateTime<Utc>,
     /// How long the lease lasts without a heartbeat, from now.
@@ -128,6 +178,7 @@ impl Claimed {
             max_attempts: read.get("max_attempts")?,
             claims: read.get("claims")?,
             progress: read.get("progress")?,
+            checkpoint: read.get("checkpoint")?,
             created_at: read.get("created_at")?,
             lease_left: duration(read.get("lease_seconds")?),
             deadline_left: read.get::<Option<f64>>("deadline_seconds")?.map(duration),
@@ -400,6 +451,8 @@ pub struct JobEvent {
     pub token: Option<i64>,
     /// By whom.
     pub worker: Option<String>,
+    /// `debug`, `info`, `warn` or `error`.
+    pub level: String,
     /// More about it.
     pub detail: Value,
 }
@@ -414,6 +467,7 @@ impl JobEvent {
             attempt: read.get("attempt")?,
             token: read.get("token")?,
             worker: read.get("worker")?,
+            level: read.get("level")?,
             detail: read.get("detail")?,
         })
     }

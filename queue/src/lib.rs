@@ -24,6 +24,7 @@ mod connection;
 mod error;
 mod job;
 mod lane;
+mod operate;
 mod outbox;
 pub mod private_server;
 mod queue;
@@ -35,9 +36,11 @@ mod wake;
 pub use config::QueueConfig;
 pub use error::{Error, Place, Result};
 pub use job::{
-    Blame, CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, NewJob,
+    Blame, CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, Machine, NewJob,
+    Requirements,
 };
 pub use lane::{Batch, BatchJob, BatchPlace, Lane, LaneConfig, LaneHandler, LaneReport, LaneRunner, LaneStats};
+pub use operate::{Alarm, Finding, Schedule, Scope, TopJob};
 pub use outbox::OutboxMessage;
 pub use queue::{ClaimRequest, ENGINE_VERSION, Queue};
 pub use runner::{Ending, Handler, JobContext, Runner, RunnerConfig, RunnerReport, StopReason, StopSignal};

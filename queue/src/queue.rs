@@ -13,7 +13,7 @@ use crate::config::QueueConfig;
 use crate::connection::{self, Parameter};
 use crate::error::{Error, Place, Result};
 use crate::job::{
-    CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, NewJob, Reader,
+    CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, Machine, NewJob, Reader,
 };
 use crate::sql;
 use crate::wake::{Hint, WakeWindow};
@@ -34,6 +34,8 @@ pub struct ClaimRequest {
     pub limit: usize,
     /// How long a lease lasts without a heartbeat.
     pub lease: Duration,
+    /// What the machine promises: without it, only jobs that need nothing of a machine are granted.
+    pub machine: Option<Machine>,
 }
 
 /// A handle to the engine in one database. Cheap to clone; clones share the connections.
@@ -247,6 +249,7 @@ impl Queue {
     pub async fn claim(&self, request: &ClaimRequest) -> Result<Vec<Claimed>> {
         let limit = i32::try_from(request.limit).unwrap_or(i32::MAX);
         let lease = request.lease.as_secs_f64();
+        let machine = request.machine.as_ref().map(as_json).transpose()?;
         let rows = self
             .query(
                 sql::CLAIM,
@@ -256,6 +259,7 @@ impl Queue {
                     (&limit, Type::INT4),
                     (&lease, Type::FLOAT8),
                     (&request.queue, Type::TEXT),
+                    (&machine, Type::JSONB),
                 ],
             )
             .await?;
@@ -462,6 +466,13 @@ impl Queue {
     }
 }
 
+/// Plain data as JSON.
+fn as_json(value: &impl serde::Serialize) -> Result<Value> {
+    serde_json::to_value(value).map_err(|error| Error::Rejected {
+        message: error.to_string(),
+    })
+}
+
 /// The one value of a one-row, one-column answer.
 fn only_value<T: FromSqlOwned>(rows: &[Row]) -> Result<T> {
     let row = rows.first().ok_or_else(|| Error::Answer {
@@ -478,6 +489,8 @@ async fn enqueue_with(client: &impl GenericClient, place: &Place, job: &NewJob, 
     let priority = i32::from(job.priority);
     let delay = job.delay.map(|delay| delay.as_secs_f64());
     let hard_deadline = job.hard_deadline.map(|deadline| deadline.as_secs_f64());
+    let requires = job.requires.as_ref().map(as_json).transpose()?;
+    let after = (!job.after.is_empty()).then_some(&job.after);
     let rows = connection::query(
         client,
         place,
@@ -496,6 +509,12 @@ async fn enqueue_with(client: &impl GenericClient, place: &Place, job: &NewJob, 
             (&hard_deadline, Type::FLOAT8),
             (&job.external_id, Type::TEXT),
             (&notify, Type::BOOL),
+            (&job.live_key, Type::TEXT),
+            (&job.concurrency_key, Type::TEXT),
+            (&requires, Type::JSONB),
+            (&after, Type::UUID_ARRAY),
+            (&job.budget, Type::FLOAT8),
+            (&job.price_per_hour, Type::FLOAT8),
         ],
     )
     .await?;

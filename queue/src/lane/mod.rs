@@ -117,7 +117,8 @@ impl Lane {
         &self.name
     }
 
-    pub(crate) fn queue(&self) -> &Queue {
+    /// The queue it belongs to.
+    pub fn queue(&self) -> &Queue {
         &self.queue
     }
 

@@ -137,6 +137,26 @@ impl JobContext {
         }
     }
 
+    /// Writes a line of the run's log, which the job's owner can read: a level (`debug`, `info`, `warn`, `error`), a short type such
+    /// as `loss`, a sentence, and data.
+    ///
+    /// # Errors
+    /// As [`Self::report`]; a broken connection is not waited for.
+    pub async fn log(&self, level: &str, kind: &str, message: &str, data: Option<&Value>) -> Result<()> {
+        let told = self.queue.log(&self.job.lease, level, kind, message, data).await;
+        told.map_err(|error| self.noted(error))
+    }
+
+    /// Says where the next run is to resume, once what that names is safely stored. Unlike progress it does not travel with a beat:
+    /// when this returns, it is kept. The next run finds it in [`Claimed::checkpoint`].
+    ///
+    /// # Errors
+    /// As [`Self::report`]; a broken connection is not waited for.
+    pub async fn checkpoint(&self, checkpoint: &Value) -> Result<()> {
+        let told = self.queue.checkpoint(&self.job.lease, checkpoint).await;
+        told.map_err(|error| self.noted(error))
+    }
+
     async fn pause(&self, time: Duration) {
         tokio::select! {
             () = tokio::time::sleep(time) => {}

@@ -31,11 +31,12 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use rand::RngExt;
 use serde_json::Value;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Result};
-use crate::job::JobFailure;
+use crate::job::{JobFailure, Machine};
 use crate::queue::{ClaimRequest, Queue};
 use crate::wake::{Look, WakeUp};
 
@@ -82,6 +83,12 @@ pub struct RunnerConfig {
     pub queue: String,
     /// How many jobs run at once.
     pub slots: usize,
+    /// What this machine promises to jobs with requirements; without it, only jobs that need nothing are claimed.
+    pub machine: Option<Machine>,
+    /// How many more it may claim ahead of a free slot, for jobs so short that a claim for each would show; 0 by default, so that a
+    /// job of hours never waits behind another while some other worker is idle. Claimed jobs are kept alive by the same heartbeats,
+    /// and given back uncounted at shutdown.
+    pub prefetch: usize,
     /// How long a lease lasts without a heartbeat.
     pub lease: Duration,
     /// Time between heartbeats; a lease should span four or more.
@@ -107,6 +114,8 @@ impl Default for RunnerConfig {
             worker: format!("{}-{}", std::process::id(), uuid::Uuid::new_v4().simple()),
             queue: "default".into(),
             slots: 1,
+            machine: None,
+            prefetch: 0,
             lease: Duration::from_secs(120),
             heartbeat: Duration::from_secs(10),
             poll: Duration::from_secs(1),
@@ -184,6 +193,7 @@ impl Runner {
             running: &running,
             ready: &ready,
             endings: endings::Endings::start(self.queue.clone()),
+            slots: Arc::new(Semaphore::new(self.config.slots.max(1))),
             tasks: JoinSet::new(),
             report: RunnerReport::default(),
         };
@@ -203,6 +213,7 @@ impl Runner {
             kinds: self.handlers.keys().cloned().collect(),
             limit: free,
             lease: self.config.lease,
+            machine: self.config.machine.clone(),
         }
     }
 }
@@ -213,13 +224,14 @@ struct Work<'a> {
     running: &'a Arc<RunningJobs>,
     ready: &'a Arc<WakeUp>,
     endings: endings::Endings,
+    slots: Arc<Semaphore>,
     tasks: JoinSet<task::Delivered>,
     report: RunnerReport,
 }
 
 impl Work<'_> {
     async fn claim_until(&mut self, shutdown: &CancellationToken) {
-        let slots = self.runner.config.slots.max(1);
+        let slots = self.runner.config.slots.max(1) + self.runner.config.prefetch;
         let mut trouble = Backoff::default();
         let mut claim_in_doubt = false;
         let mut look = Look::Polled;
@@ -228,7 +240,7 @@ impl Work<'_> {
                 self.count(ended);
             }
             let free = slots.saturating_sub(self.tasks.len());
-            if free == 0 {
+            if free <= self.runner.config.prefetch / 2 {
                 tokio::select! {
                     ended = self.tasks.join_next() => { if let Some(ended) = ended { self.count(ended); } }
                     () = shutdown.cancelled() => {}
@@ -294,7 +306,7 @@ impl Work<'_> {
             let entry = Running::new(job.lease);
             self.running.add(entry.clone());
             self.tasks
-                .spawn(task::run(self.endings.clone(), handler, job, entry, self.running.clone()));
+                .spawn(task::run(self.endings.clone(), self.slots.clone(), handler, job, entry, self.running.clone()));
         }
         Ok(count)
     }

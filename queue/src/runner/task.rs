@@ -4,6 +4,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use futures_util::FutureExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::context::{JobContext, StopReason};
 use super::endings::Endings;
@@ -22,6 +23,7 @@ pub(super) struct Delivered(pub(super) bool);
 /// alive by heartbeats, until the engine has acknowledged the ending.
 pub(super) async fn run(
     endings: Endings,
+    slots: Arc<Semaphore>,
     handler: Arc<dyn Handler>,
     job: Claimed,
     entry: Running,
@@ -30,12 +32,12 @@ pub(super) async fn run(
     let lease = job.lease;
     let kind = job.kind.clone();
     let context = JobContext::new(job, endings.queue().clone(), entry.clone());
-    let ending = match AssertUnwindSafe(async { handler.run(context).await })
-        .catch_unwind()
-        .await
-    {
-        Ok(ending) => ending,
-        Err(panic) => Ending::Fail(panic_failure(panic.as_ref())),
+    let ending = match slot(&slots, &entry).await {
+        None => Ending::Release("it had not begun".into()),
+        Some(_slot) => match AssertUnwindSafe(async { handler.run(context).await }).catch_unwind().await {
+            Ok(ending) => ending,
+            Err(panic) => Ending::Fail(panic_failure(panic.as_ref())),
+        },
     };
     let delivered = deliver(&endings, &entry, ending).await;
     running.remove(lease.token);
@@ -44,6 +46,15 @@ pub(super) async fn run(
         None => tracing::warn!(job_id = %lease.job_id, kind, "run ended, but its lease was lost"),
     }
     Delivered(delivered.is_some())
+}
+
+/// A slot to run in; `None` if the job is to stop before it gets one.
+async fn slot(slots: &Arc<Semaphore>, entry: &Running) -> Option<OwnedSemaphorePermit> {
+    tokio::select! {
+        biased;
+        permit = slots.clone().acquire_owned() => permit.ok().filter(|_| entry.stop.requested().is_none()),
+        _ = entry.stop.stopped() => None,
+    }
 }
 
 /// Repeats the ending until the engine has an answer to it; `None` if the lease is lost.

@@ -1,3 +1,3 @@
-select job_id, token, kind, queue, payload, owner, external_id, attempt, max_attempts, claims, progress, created_at,
+select job_id, token, kind, queue, payload, owner, external_id, attempt, max_attempts, claims, progress, checkpoint, created_at,
        lease_seconds, deadline_seconds
-from brightrun.claim($1, $2, $3, make_interval(secs => $4), $5)
+from brightrun.claim($1, $2, $3, make_interval(secs => $4), $5, $6)

@@ -185,7 +185,7 @@ async fn the_claim_reads_the_head_of_its_index_past_ineligible_rows() {
     let rows = client
         .query(
             "explain select job_id from brightrun.ready
-             where queue = 'default' and kind = 'work' and ready_seq is not null
+             where queue = 'default' and kind = 'work' and requirement_id = 0 and ready_seq is not null and share_id is null
              order by priority, ready_seq limit 10 for update skip locked",
             &[],
         )
@@ -193,7 +193,7 @@ async fn the_claim_reads_the_head_of_its_index_past_ineligible_rows() {
         .unwrap();
     let plan: String = rows.iter().map(|row| row.get::<_, String>(0) + "\n").collect();
     assert!(
-        plan.contains("Index Scan using ready_claim") && !plan.contains("Sort"),
+        plan.contains("Index Scan using ready_claim_open") && !plan.contains("Sort"),
         "{plan}"
     );
 }

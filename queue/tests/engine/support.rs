@@ -170,6 +170,7 @@ pub fn request(worker: &str, kinds: &[&str], limit: usize) -> ClaimRequest {
         kinds: kinds.iter().map(|kind| (*kind).to_owned()).collect(),
         limit,
         lease: LONG,
+        machine: None,
     }
 }
 

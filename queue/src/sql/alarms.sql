@@ -1,0 +1,1 @@
+select alarm, message, hint from brightrun.alarms()

@@ -1,0 +1,1 @@
+select brightrun.checkpoint($1, $2, $3)

@@ -1,0 +1,1 @@
+select item, ok, message, hint from brightrun.doctor()

@@ -1,0 +1,1 @@
+select brightrun.drop_schedule($1)

@@ -1,0 +1,1 @@
+select brightrun.explain($1)

@@ -1,0 +1,1 @@
+select brightrun.log($1, $2, $3, $4, $5, $6)

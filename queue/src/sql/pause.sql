@@ -1,0 +1,1 @@
+select brightrun.pause($1, $2)

@@ -1,0 +1,1 @@
+select brightrun.prune(make_interval(secs => $1), $2)

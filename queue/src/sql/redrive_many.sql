@@ -1,0 +1,1 @@
+select brightrun.redrive_many($1, $2, $3)

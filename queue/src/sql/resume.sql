@@ -1,0 +1,1 @@
+select brightrun.resume($1)
