@@ -210,6 +210,21 @@ DEVICE T block_sum(T value) {
     return sum;
 }
 
+// The largest of a block's values, in every thread; NaN is passed over.
+template <i32 THREADS>
+DEVICE f32 block_max(f32 value) {
+    constexpr i32 WARPS = THREADS / WARP_LANES;
+    SHARED(f32, partial, WARPS);
+    value = warp_max(value);
+    __syncthreads();  // the last call's readers are done
+    if (lane_index() == 0) partial[warp_index()] = value;
+    __syncthreads();
+    f32 largest = partial[0];
+#pragma unroll
+    for (i32 i = 1; i < WARPS; i++) largest = partial[i] > largest ? partial[i] : largest;
+    return largest;
+}
+
 // The sum over the GROUP threads (a warp, or a whole block) that share a row.
 template <i32 GROUP, class T>
 DEVICE T group_sum(T value) {
