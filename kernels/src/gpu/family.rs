@@ -2,7 +2,7 @@
 
 use super::kernel::Kernel;
 use super::sources::Source;
-use super::{elementwise, norm, optimizer, quantize, rows};
+use super::{attention_kernels, elementwise, norm, optimizer, quantize, rows};
 use crate::ops::{Op, Support};
 
 /// The reason why an op is not supported.
@@ -22,6 +22,8 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &rows::FAMILY,
     &optimizer::FAMILY,
     &quantize::FAMILY,
+    &attention_kernels::FAMILY,
+    &attention_kernels::TENSOR_FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,
 ];
