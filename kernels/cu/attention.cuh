@@ -41,21 +41,3 @@ DEVICE HeadRows<A> head_rows(A* tensor, i32 heads, i32 dim, i32 head, i32 start,
     i64 stride = i64(heads) * dim;
     return HeadRows<A>{tensor + start * stride + i64(head) * dim, stride, count, dim};
 }
-
-// The largest of the lanes that differ in their lowest bits only; GROUP is a power of two.
-template <i32 GROUP>
-DEVICE f32 lanes_max(f32 value) {
-#pragma unroll
-    for (i32 step = GROUP / 2; step > 0; step /= 2) {
-        f32 other = __shfl_xor_sync(FULL_WARP, value, step);
-        value = other > value ? other : value;
-    }
-    return value;
-}
-
-template <i32 GROUP>
-DEVICE f32 lanes_sum(f32 value) {
-#pragma unroll
-    for (i32 step = GROUP / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
-    return value;
-}

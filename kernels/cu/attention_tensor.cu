@@ -387,7 +387,7 @@ DEVICE void attention_backward_keys(const bf16* q, const bf16* k, const bf16* v,
 #pragma unroll
             for (i32 e = 0; e < 4; e++) {
                 i32 column = 8 * i + lane_column(e);
-                f32 query_lse = __shfl_sync(FULL_WARP, lane_lse, column);
+                f32 query_lse = from_lane(lane_lse, column);
                 bool seen = !masked || tile.first + own_row + lane_row(e) <= query + column;
                 scores[i][e] = seen ? power_of_two(scores[i][e] * (scale * LOG2_E) - query_lse) : 0.0f;
             }
@@ -401,7 +401,7 @@ DEVICE void attention_backward_keys(const bf16* q, const bf16* k, const bf16* v,
             for (i32 i = 0; i < N / 8; i++) {
 #pragma unroll
                 for (i32 e = 0; e < 4; e++)
-                    scores[i][e] *= slopes[i][e] - __shfl_sync(FULL_WARP, lane_delta, 8 * i + lane_column(e));
+                    scores[i][e] *= slopes[i][e] - from_lane(lane_delta, 8 * i + lane_column(e));
             }
             add_weighted<HEAD, N>(key_result, scores, query_tile);
         }

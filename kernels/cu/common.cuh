@@ -33,8 +33,8 @@ struct f16 {
 };
 
 #define DEVICE __device__ __forceinline__
-// An entry of at most `threads` threads a block.
-#define ENTRY(threads) extern "C" __global__ void __launch_bounds__(threads)
+// An entry of at most so many threads a block, and, if given, of which at least so many blocks share a multiprocessor.
+#define ENTRY(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 constexpr u32 FULL_WARP = 0xffffffffu;
 constexpr i32 WARP_LANES = 32;
@@ -186,14 +186,32 @@ DEVICE T warp_sum(T value) {
     return value;
 }
 
-DEVICE f32 warp_max(f32 value) {
+// The largest over GROUP neighbouring lanes (a power of two of them), in each of them.
+template <i32 GROUP>
+DEVICE f32 lanes_max(f32 value) {
 #pragma unroll
-    for (i32 step = WARP_LANES / 2; step > 0; step /= 2) {
+    for (i32 step = GROUP / 2; step > 0; step /= 2) {
         f32 other = __shfl_xor_sync(FULL_WARP, value, step);
         value = other > value ? other : value;
     }
     return value;
 }
+
+// The sum over GROUP neighbouring lanes, in each of them.
+template <i32 GROUP>
+DEVICE f32 lanes_sum(f32 value) {
+#pragma unroll
+    for (i32 step = GROUP / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    return value;
+}
+
+DEVICE f32 warp_max(f32 value) { return lanes_max<WARP_LANES>(value); }
+
+// The value of another lane of the warp. All lanes call it.
+DEVICE f32 from_lane(f32 value, i32 lane) { return __shfl_sync(FULL_WARP, value, lane); }
+
+// Which lanes of the warp say yes, lane 0 in the lowest bit. All lanes call it.
+DEVICE u32 lanes_saying(bool yes) { return __ballot_sync(FULL_WARP, yes); }
 
 // The sum over a block of THREADS threads, in every thread. All threads call it; two calls may follow each other directly.
 template <i32 THREADS, class T>
@@ -208,6 +226,21 @@ DEVICE T block_sum(T value) {
 #pragma unroll
     for (i32 i = 1; i < WARPS; i++) sum += partial[i];
     return sum;
+}
+
+// The largest over a block of THREADS threads, as `block_sum`.
+template <i32 THREADS>
+DEVICE f32 block_max(f32 value) {
+    constexpr i32 WARPS = THREADS / WARP_LANES;
+    SHARED(f32, partial, WARPS);
+    value = warp_max(value);
+    __syncthreads();  // the last call's readers are done
+    if (lane_index() == 0) partial[warp_index()] = value;
+    __syncthreads();
+    f32 largest = partial[0];
+#pragma unroll
+    for (i32 i = 1; i < WARPS; i++) largest = partial[i] > largest ? partial[i] : largest;
+    return largest;
 }
 
 // The sum over the GROUP threads (a warp, or a whole block) that share a row.

@@ -2,7 +2,7 @@
 
 use super::kernel::Kernel;
 use super::sources::Source;
-use super::{attention_kernels, elementwise, norm, optimizer, quantize, rows};
+use super::{attention_kernels, elementwise, loss, matmul, norm, optimizer, quantize, rows};
 use crate::ops::{Op, Support};
 
 /// The reason why an op is not supported.
@@ -24,6 +24,9 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &quantize::FAMILY,
     &attention_kernels::FAMILY,
     &attention_kernels::TENSOR_FAMILY,
+    &matmul::TENSOR_FAMILY,
+    &matmul::EXACT_FAMILY,
+    &loss::FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,
 ];
