@@ -186,14 +186,32 @@ DEVICE T warp_sum(T value) {
     return value;
 }
 
-DEVICE f32 warp_max(f32 value) {
+// The largest over GROUP neighbouring lanes (a power of two of them), in each of them.
+template <i32 GROUP>
+DEVICE f32 lanes_max(f32 value) {
 #pragma unroll
-    for (i32 step = WARP_LANES / 2; step > 0; step /= 2) {
+    for (i32 step = GROUP / 2; step > 0; step /= 2) {
         f32 other = __shfl_xor_sync(FULL_WARP, value, step);
         value = other > value ? other : value;
     }
     return value;
 }
+
+// The sum over GROUP neighbouring lanes, in each of them.
+template <i32 GROUP>
+DEVICE f32 lanes_sum(f32 value) {
+#pragma unroll
+    for (i32 step = GROUP / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    return value;
+}
+
+DEVICE f32 warp_max(f32 value) { return lanes_max<WARP_LANES>(value); }
+
+// The value of another lane of the warp. All lanes call it.
+DEVICE f32 from_lane(f32 value, i32 lane) { return __shfl_sync(FULL_WARP, value, lane); }
+
+// Which lanes of the warp say yes, lane 0 in the lowest bit. All lanes call it.
+DEVICE u32 lanes_saying(bool yes) { return __ballot_sync(FULL_WARP, yes); }
 
 // The sum over a block of THREADS threads, in every thread. All threads call it; two calls may follow each other directly.
 template <i32 THREADS, class T>
@@ -345,6 +363,17 @@ DEVICE i32 swizzled(i32 row, i32 chunk) {
 
 // 1 / (1 + e^−x). expf is good to 2 units in the last place on a device; it overflows to ∞ for x < −88, which gives 0.
 DEVICE f32 logistic(f32 x) { return 1.0f / (1.0f + expf(-x)); }
+
+// 2^x, good to 2 units in the last place of f32; results below 2⁻¹²⁶ are zero on a device.
+DEVICE f32 power_of_two(f32 x) {
+#ifdef BRIGHTRUN_EMULATED
+    return exp2f(x);
+#else
+    f32 power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#endif
+}
 
 // ---- faults --------------------------------------------------------------------------------------------------------
 

@@ -59,17 +59,6 @@ struct Epilogue {
     }
 };
 
-DEVICE DenseRight right_factor(const bf16* weight, Nf4Scales, i64 rows, i64 width) { return {{weight, rows, width}}; }
-
-DEVICE Nf4Right right_factor(const u8* codes, Nf4Scales scales, i64 rows, i64 width) {
-    SHARED(f32, table, 16);
-    nf4_table(table);
-    __syncthreads();
-    Nf4Right right;
-    right.codes = codes, right.scales = scales, right.count = rows, right.width = width, right.table = table;
-    return right;
-}
-
 template <class T, bool COLUMNS, class W, class OUT>
 DEVICE void product(const bf16* left, const W* weight, Nf4Scales scales, const bf16* left2, const bf16* right2,
                     Epilogue<OUT> epilogue, i32 depth, i32 depth2) {

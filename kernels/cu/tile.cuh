@@ -173,6 +173,18 @@ struct Nf4Right {
     }
 };
 
+// A frozen matrix as a right factor: bf16 elements, or codes. All threads call it.
+DEVICE DenseRight right_factor(const bf16* weight, Nf4Scales, i64 rows, i64 width) { return {{weight, rows, width}}; }
+
+DEVICE Nf4Right right_factor(const u8* codes, Nf4Scales scales, i64 rows, i64 width) {
+    SHARED(f32, table, 16);
+    nf4_table(table);
+    __syncthreads();
+    Nf4Right right;
+    right.codes = codes, right.scales = scales, right.count = rows, right.width = width, right.table = table;
+    return right;
+}
+
 // ---- fragments -----------------------------------------------------------------------------------------------------
 
 // Rows `m .. m + 16`, depth `k .. k + 16` of the left tile.

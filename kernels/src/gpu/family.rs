@@ -2,7 +2,7 @@
 
 use super::kernel::Kernel;
 use super::sources::Source;
-use super::{elementwise, matmul, norm, optimizer, quantize, rows};
+use super::{attention_kernels, elementwise, loss, matmul, norm, optimizer, quantize, rows};
 use crate::ops::{Op, Support};
 
 /// The reason why an op is not supported.
@@ -23,8 +23,11 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &optimizer::FAMILY,
     &quantize::FAMILY,
     &quantize::DECODE_FAMILY,
+    &attention_kernels::FAMILY,
+    &attention_kernels::TENSOR_FAMILY,
     &matmul::TENSOR_FAMILY,
     &matmul::EXACT_FAMILY,
+    &loss::FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,
 ];

@@ -1,11 +1,522 @@
-//! Cross-entropy, which has no kernel yet.
+//! The head and cross-entropy, a chunk of rows at a time: `cross_entropy.cu`.
+//!
+//! On tensor cores the number of supervised rows stays on the device; in the reference precision the host asks for it once, and
+//! the products are those of linear layers.
 
-use super::{Gpu, Runtime};
+use super::elementwise::ACTIVATION;
+use super::family::Family;
+use super::faults::Fault;
+use super::kernel::Parameter::{F32, I32, I64, In, Out};
+use super::matmul::tensor::{LARGE, weight_arguments, weight_type};
+use super::matmul::{Product, Reads, Right};
+use super::sources::CROSS_ENTROPY;
+use super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
+use crate::contract::{self, LinearSizes};
+use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{LinearCrossEntropy, LossOps};
+use crate::ops::{Device, LinearCrossEntropy, LossOps, Op, Precision, Write};
+use crate::tensor::Tensor;
+
+pub(super) static FAMILY: Family = Family {
+    source: &CROSS_ENTROPY,
+    kernels: &[&SUPERVISED_ROWS, &LOGITS, &SOFTMAX, &GRADIENT, &SCATTER, &GATHER],
+    ops: &[Op::LinearCrossEntropy],
+};
+
+/// Bytes of logits and their gradients that exist at once: 294 rows of 151 936 entries, of which 256 are used.
+const CHUNK_BYTES: usize = 256 << 20;
+/// A chunk on tensor cores is a multiple of so many rows, and a part of the vocabulary of so many entries.
+const CHUNK_ROWS: usize = LARGE.rows;
+const PART_ENTRIES: usize = 64;
+/// Blocks of the product with the head's columns, for each tile of rows: two waves of a large device at two tiles of rows.
+const GRADIENT_BLOCKS: usize = 256;
+/// The most parts of the vocabulary: their sums take `4 · parts · C` bytes a row.
+const MOST_PARTS: usize = 16;
+
+const THREADS: u32 = 256;
+const SOFTMAX_THREADS: u32 = 512;
+const SCAN_THREADS: u32 = 1024;
+const A: Element = Element::Type(0);
+const INTEGER: Element = Element::Is(DType::I32);
+const SINGLE: Element = Element::Is(DType::F32);
+const HALF: Element = Element::Is(DType::BF16);
+const BYTE: Element = Element::Is(DType::U8);
+
+static SUPERVISED_ROWS: Kernel = Kernel {
+    source: &CROSS_ENTROPY,
+    stem: "supervised_rows",
+    types: &[],
+    threads: SCAN_THREADS,
+    parameters: &[
+        ("labels", In(INTEGER)),
+        ("rows", Out(INTEGER)),
+        ("count", Out(INTEGER)),
+        ("tokens", I64),
+        ("vocabulary", I32),
+        ("faults", Out(INTEGER)),
+        ("fault", I32),
+    ],
+};
+
+static LOGITS: Kernel = Kernel {
+    source: &CROSS_ENTROPY,
+    stem: "cross_entropy_logits",
+    types: &[&[DType::BF16, DType::U8]],
+    threads: LARGE.threads(),
+    parameters: &[
+        ("x", In(HALF)),
+        ("head", In(A)),
+        ("absmax", In(SINGLE)),
+        ("nested_codes", In(BYTE)),
+        ("nested_map", In(SINGLE)),
+        ("offset", F32),
+        ("rows", In(INTEGER)),
+        ("count", In(INTEGER)),
+        ("out", Out(SINGLE)),
+        ("first", I64),
+        ("chunk", I32),
+        ("width", I32),
+        ("vocabulary", I32),
+        ("pitch", I64),
+    ],
+};
+
+static SOFTMAX: Kernel = Kernel {
+    source: &CROSS_ENTROPY,
+    stem: "cross_entropy_softmax",
+    types: &[ACTIVATION],
+    threads: SOFTMAX_THREADS,
+    parameters: &[
+        ("logits", In(SINGLE)),
+        ("labels", In(INTEGER)),
+        ("rows", In(INTEGER)),
+        ("count", In(INTEGER)),
+        ("losses", Out(SINGLE)),
+        ("gradient", Out(A)),
+        ("first", I64),
+        ("chunk", I32),
+        ("vocabulary", I32),
+        ("pitch", I64),
+        ("factor", F32),
+    ],
+};
+
+static GRADIENT: Kernel = Kernel {
+    source: &CROSS_ENTROPY,
+    stem: "cross_entropy_gradient",
+    types: &[&[DType::BF16, DType::U8]],
+    threads: LARGE.threads(),
+    parameters: &[
+        ("dz", In(HALF)),
+        ("head", In(A)),
+        ("absmax", In(SINGLE)),
+        ("nested_codes", In(BYTE)),
+        ("nested_map", In(SINGLE)),
+        ("offset", F32),
+        ("count", In(INTEGER)),
+        ("parts", Out(SINGLE)),
+        ("first", I64),
+        ("chunk", I32),
+        ("width", I32),
+        ("vocabulary", I32),
+        ("pitch", I64),
+        ("part", I32),
+    ],
+};
+
+static SCATTER: Kernel = Kernel {
+    source: &CROSS_ENTROPY,
+    stem: "cross_entropy_scatter",
+    types: &[ACTIVATION],
+    threads: THREADS,
+    parameters: &[
+        ("parts", In(SINGLE)),
+        ("rows", In(INTEGER)),
+        ("count", In(INTEGER)),
+        ("dx", Out(A)),
+        ("first", I64),
+        ("chunk", I32),
+        ("width", I32),
+        ("parts_count", I32),
+    ],
+};
+
+static GATHER: Kernel = Kernel {
+    source: &CROSS_ENTROPY,
+    stem: "cross_entropy_gather",
+    types: &[ACTIVATION],
+    threads: THREADS,
+    parameters: &[
+        ("x", In(A)),
+        ("rows", In(INTEGER)),
+        ("count", In(INTEGER)),
+        ("hidden", Out(SINGLE)),
+        ("first", I64),
+        ("chunk", I32),
+        ("width", I32),
+    ],
+};
+
+/// Supervised positions in rising order `[T]`, and how many `[1]`, on the device.
+struct Supervised<R: Runtime> {
+    rows: Tensor<Gpu<R>>,
+    count: Tensor<Gpu<R>>,
+}
+
+/// Logits `[R, P]` of a chunk and, if wanted, their gradients.
+struct Workspace<R: Runtime> {
+    logits: Tensor<Gpu<R>>,
+    gradient: Option<Tensor<Gpu<R>>>,
+    /// `R`.
+    chunk: usize,
+    /// `P`.
+    pitch: usize,
+}
+
+/// Entries of a part of the vocabulary; a function of `V` and `C` alone, because it decides the order of sums.
+fn part_entries(vocabulary: usize, width: usize) -> usize {
+    let parts = (GRADIENT_BLOCKS / width.div_ceil(LARGE.columns).max(1)).clamp(1, MOST_PARTS);
+    vocabulary.div_ceil(parts).next_multiple_of(PART_ENTRIES)
+}
 
 impl<R: Runtime> LossOps for Gpu<R> {
-    fn linear_cross_entropy(&self, _: LinearCrossEntropy<'_, Self>) -> Result<()> {
-        self.absent("linear_cross_entropy")
+    fn linear_cross_entropy(&self, call: LinearCrossEntropy<'_, Self>) -> Result<()> {
+        self.cross_entropy(call, CHUNK_BYTES)
+    }
+}
+
+impl<R: Runtime> Gpu<R> {
+    fn cross_entropy(&self, mut call: LinearCrossEntropy<'_, Self>, chunk_bytes: usize) -> Result<()> {
+        let sizes = contract::linear_cross_entropy(&call)?;
+        self.fill_zero(call.losses)?;
+        if let Some((dx, _)) = &mut call.dx {
+            self.fill_zero(dx)?;
+        }
+        if sizes.tokens == 0 {
+            return Ok(());
+        }
+        let supervised = self.supervised(call.labels, sizes)?;
+        match call.precision {
+            Precision::F32 => self.exact_cross_entropy(call, &supervised, sizes, chunk_bytes),
+            Precision::Bf16 => self.tensor_cross_entropy(call, &supervised, sizes, chunk_bytes),
+        }
+    }
+
+    fn supervised(&self, labels: &Tensor<Self>, sizes: LinearSizes) -> Result<Supervised<R>> {
+        let mut rows = self.alloc(DType::I32, [sizes.tokens])?;
+        let mut count = self.alloc(DType::I32, [1])?;
+        let arguments = [
+            Argument::In(labels),
+            Argument::Out(&mut rows),
+            Argument::Out(&mut count),
+            Argument::Size(sizes.tokens),
+            Argument::Size(sizes.outputs),
+            Argument::Faults,
+            Argument::I32(Fault::Label.code()),
+        ];
+        self.launch(&SUPERVISED_ROWS, &[], Geometry::grid([1, 1, 1]), &arguments)?;
+        Ok(Supervised { rows, count })
+    }
+
+    /// Room for as many of `rows` rows as the bytes allow.
+    fn workspace(
+        &self,
+        (rows, pitch): (usize, usize),
+        gradient: Option<DType>,
+        chunk_bytes: usize,
+    ) -> Result<Workspace<R>> {
+        let row_bytes = pitch * (DType::F32.size_bytes() + gradient.map_or(0, DType::size_bytes));
+        let fitting = chunk_bytes / row_bytes.max(1) / CHUNK_ROWS * CHUNK_ROWS;
+        let chunk = fitting.clamp(CHUNK_ROWS, rows.next_multiple_of(CHUNK_ROWS)).min(rows);
+        Ok(Workspace {
+            logits: self.alloc(DType::F32, [chunk, pitch])?,
+            gradient: gradient.map(|dtype| self.alloc(dtype, [chunk, pitch])).transpose()?,
+            chunk,
+            pitch,
+        })
+    }
+
+    /// Any encoding of the head, products on tensor cores, no wait for the device.
+    fn tensor_cross_entropy(
+        &self,
+        mut call: LinearCrossEntropy<'_, Self>,
+        supervised: &Supervised<R>,
+        sizes: LinearSizes,
+        chunk_bytes: usize,
+    ) -> Result<()> {
+        let pitch = sizes.outputs.next_multiple_of(PART_ENTRIES);
+        let gradient = call.dx.is_some().then_some(DType::BF16);
+        let mut workspace = self.workspace((sizes.tokens, pitch), gradient, chunk_bytes)?;
+        let part = part_entries(sizes.outputs, sizes.inputs);
+        let parts_count = pitch.div_ceil(part);
+        let parts_rows = if call.dx.is_some() { workspace.chunk } else { 0 };
+        let mut parts = self.alloc(DType::F32, [parts_count, parts_rows, sizes.inputs])?;
+        let x = self.held(call.x, DType::BF16)?;
+        let head = self.right(call.head, Precision::Bf16)?;
+        let factor = call.dx.as_ref().map_or(0.0, |(_, factor)| *factor);
+        for first in (0..sizes.tokens).step_by(workspace.chunk) {
+            self.logits(&x, &head, supervised, (first, sizes), &mut workspace)?;
+            self.softmax(
+                (call.labels, factor),
+                supervised,
+                (first, sizes),
+                &mut workspace,
+                call.losses,
+            )?;
+            if let (Some((dx, _)), Some(dz)) = (&mut call.dx, &workspace.gradient) {
+                let [weight, absmax, nested, map, offset] = weight_arguments(&head);
+                let arguments = [
+                    Argument::In(dz),
+                    weight,
+                    absmax,
+                    nested,
+                    map,
+                    offset,
+                    Argument::In(&supervised.count),
+                    Argument::Out(&mut parts),
+                    Argument::Size(first),
+                    Argument::Size(workspace.chunk),
+                    Argument::Size(sizes.inputs),
+                    Argument::Size(sizes.outputs),
+                    Argument::Size(workspace.pitch),
+                    Argument::Size(part),
+                ];
+                let geometry = LARGE.geometry(workspace.chunk, sizes.inputs, parts_count);
+                self.launch(&GRADIENT, &[weight_type(&head)], geometry, &arguments)?;
+                self.scatter(
+                    &parts,
+                    supervised,
+                    dx,
+                    [first, workspace.chunk, sizes.inputs, parts_count],
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    fn logits(
+        &self,
+        x: &Tensor<Self>,
+        head: &Right<'_, R>,
+        supervised: &Supervised<R>,
+        (first, sizes): (usize, LinearSizes),
+        workspace: &mut Workspace<R>,
+    ) -> Result<()> {
+        let [weight, absmax, nested, map, offset] = weight_arguments(head);
+        let arguments = [
+            Argument::In(x),
+            weight,
+            absmax,
+            nested,
+            map,
+            offset,
+            Argument::In(&supervised.rows),
+            Argument::In(&supervised.count),
+            Argument::Out(&mut workspace.logits),
+            Argument::Size(first),
+            Argument::Size(workspace.chunk),
+            Argument::Size(sizes.inputs),
+            Argument::Size(sizes.outputs),
+            Argument::Size(workspace.pitch),
+        ];
+        let geometry = LARGE.geometry(workspace.chunk, sizes.outputs, 1);
+        self.launch(&LOGITS, &[weight_type(head)], geometry, &arguments)
+    }
+
+    /// Losses of a chunk of logits, and their gradients.
+    fn softmax(
+        &self,
+        (labels, factor): (&Tensor<Self>, f32),
+        supervised: &Supervised<R>,
+        (first, sizes): (usize, LinearSizes),
+        workspace: &mut Workspace<R>,
+        losses: &mut Tensor<Self>,
+    ) -> Result<()> {
+        let dtype = workspace.gradient.as_ref().map_or(DType::F32, Tensor::dtype);
+        let arguments = [
+            Argument::In(&workspace.logits),
+            Argument::In(labels),
+            Argument::In(&supervised.rows),
+            Argument::In(&supervised.count),
+            Argument::Out(losses),
+            Argument::OptionalOut(workspace.gradient.as_mut()),
+            Argument::Size(first),
+            Argument::Size(workspace.chunk),
+            Argument::Size(sizes.outputs),
+            Argument::Size(workspace.pitch),
+            Argument::F32(factor),
+        ];
+        self.launch(&SOFTMAX, &[dtype], Geometry::cover(workspace.chunk, 1), &arguments)
+    }
+
+    /// `sizes` are the chunk's first row, its rows, `C`, and the number of parts.
+    fn scatter(
+        &self,
+        parts: &Tensor<Self>,
+        supervised: &Supervised<R>,
+        dx: &mut Tensor<Self>,
+        [first, chunk, width, count]: [usize; 4],
+    ) -> Result<()> {
+        let dtype = dx.dtype();
+        let arguments = [
+            Argument::In(parts),
+            Argument::In(&supervised.rows),
+            Argument::In(&supervised.count),
+            Argument::Out(dx),
+            Argument::Size(first),
+            Argument::Size(chunk),
+            Argument::Size(width),
+            Argument::Size(count),
+        ];
+        let geometry = Geometry::cover(chunk * width, THREADS as usize);
+        self.launch(&SCATTER, &[dtype], geometry, &arguments)
+    }
+
+    /// The reference: products in f32. Waits for the number of supervised rows.
+    fn exact_cross_entropy(
+        &self,
+        mut call: LinearCrossEntropy<'_, Self>,
+        supervised: &Supervised<R>,
+        sizes: LinearSizes,
+        chunk_bytes: usize,
+    ) -> Result<()> {
+        let count: Vec<i32> = bytemuck::allocation::pod_collect_to_vec(&self.read(&supervised.count)?);
+        let rows = count.first().map_or(0, |count| count.unsigned_abs() as usize);
+        if rows == 0 {
+            return Ok(());
+        }
+        let (width, vocabulary) = (sizes.inputs, sizes.outputs);
+        let gradient = call.dx.is_some().then_some(DType::F32);
+        let mut workspace = self.workspace((rows, vocabulary), gradient, chunk_bytes)?;
+        let mut hidden = self.alloc(DType::F32, [workspace.chunk, width])?;
+        let head = self.right(call.head, Precision::F32)?;
+        let factor = call.dx.as_ref().map_or(0.0, |(_, factor)| *factor);
+        for first in (0..rows).step_by(workspace.chunk) {
+            let here = workspace.chunk.min(rows - first);
+            self.gather(call.x, supervised, &mut hidden, [first, workspace.chunk, width])?;
+            let product = plain(
+                &hidden,
+                (&head, Reads::Rows),
+                &mut workspace.logits,
+                [here, vocabulary, width, 0],
+            );
+            self.product(Precision::F32, product)?;
+            self.softmax(
+                (call.labels, factor),
+                supervised,
+                (first, sizes),
+                &mut workspace,
+                call.losses,
+            )?;
+            if let (Some((dx, _)), Some(dz)) = (&mut call.dx, &workspace.gradient) {
+                let product = plain(dz, (&head, Reads::Columns), &mut hidden, [here, width, vocabulary, 0]);
+                self.product(Precision::F32, product)?;
+                self.scatter(&hidden, supervised, dx, [first, workspace.chunk, width, 1])?;
+            }
+        }
+        Ok(())
+    }
+
+    fn gather(
+        &self,
+        x: &Tensor<Self>,
+        supervised: &Supervised<R>,
+        hidden: &mut Tensor<Self>,
+        [first, chunk, width]: [usize; 3],
+    ) -> Result<()> {
+        let arguments = [
+            Argument::In(x),
+            Argument::In(&supervised.rows),
+            Argument::In(&supervised.count),
+            Argument::Out(hidden),
+            Argument::Size(first),
+            Argument::Size(chunk),
+            Argument::Size(width),
+        ];
+        let geometry = Geometry::cover(chunk * width, THREADS as usize);
+        self.launch(&GATHER, &[x.dtype()], geometry, &arguments)
+    }
+}
+
+/// `out = left · right` and nothing else.
+fn plain<'a, R: Runtime>(
+    left: &'a Tensor<Gpu<R>>,
+    (right, reads): (&'a Right<'a, R>, Reads),
+    out: &'a mut Tensor<Gpu<R>>,
+    sizes: [usize; 4],
+) -> Product<'a, R> {
+    Product {
+        left,
+        right,
+        reads,
+        second: None,
+        bias: None,
+        out: Some((out, Write::Overwrite)),
+        copy: None,
+        sizes,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+    use crate::emu::{Emulated, emulated};
+    use crate::testing::Random;
+    use crate::weight::Weight;
+
+    const TOKENS: usize = 400;
+    const WIDTH: usize = 8;
+    const VOCABULARY: usize = 70;
+
+    fn bits(device: &Emulated, precision: Precision, chunk_bytes: usize) -> [Vec<u8>; 2] {
+        let mut random = Random::new(3);
+        let x = device
+            .upload_f32([TOKENS, WIDTH], &random.normal(TOKENS * WIDTH))
+            .unwrap();
+        let head = device
+            .upload_f32([VOCABULARY, WIDTH], &random.normal(VOCABULARY * WIDTH))
+            .unwrap();
+        let labels: Vec<i32> = (0..TOKENS)
+            .map(|t| if t % 7 == 3 { -100 } else { (t % VOCABULARY) as i32 })
+            .collect();
+        let labels = device.upload_i32([TOKENS], &labels).unwrap();
+        let mut losses = device.alloc(DType::F32, [TOKENS]).unwrap();
+        let mut dx = device.alloc(DType::F32, [TOKENS, WIDTH]).unwrap();
+        let call = LinearCrossEntropy {
+            x: &x,
+            head: &Weight::Dense(head),
+            labels: &labels,
+            precision,
+            losses: &mut losses,
+            dx: Some((&mut dx, 0.5)),
+        };
+        device.cross_entropy(call, chunk_bytes).unwrap();
+        [device.read(&losses).unwrap(), device.read(&dx).unwrap()]
+    }
+
+    #[test]
+    fn chunks_of_rows_change_no_bit() {
+        let Ok(device) = emulated(Some(2)) else {
+            println!("emulated: absent (not tested)");
+            return;
+        };
+        for precision in [Precision::F32, Precision::Bf16] {
+            let [losses, dx] = bits(&device, precision, 0);
+            assert_eq!([losses, dx], bits(&device, precision, CHUNK_BYTES), "{precision:?}");
+        }
+    }
+
+    #[test]
+    fn parts_of_the_vocabulary_cover_it() {
+        for (vocabulary, width) in [(1, 1), (151_936, 2_048), (151_936, 5_120), (70, 8), (32_000, 100_000)] {
+            let part = part_entries(vocabulary, width);
+            let parts = vocabulary.next_multiple_of(PART_ENTRIES).div_ceil(part);
+            assert!(
+                part % PART_ENTRIES == 0 && (1..=MOST_PARTS).contains(&parts),
+                "{vocabulary} × {width}"
+            );
+        }
     }
 }

@@ -16,6 +16,7 @@
 //! table) is therefore reported by the next read, not by the op.
 
 mod attention;
+mod attention_kernels;
 pub(crate) mod cache;
 mod convolution;
 mod delta;

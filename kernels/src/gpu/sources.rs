@@ -30,13 +30,17 @@ pub(crate) static ROWS: Source = source!("rows");
 pub(crate) static OPTIMIZER: Source = source!("optimizer");
 pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static QUANTIZE: Source = source!("quantize");
+pub(crate) static ATTENTION: Source = source!("attention");
+pub(crate) static ATTENTION_TENSOR: Source = source!("attention_tensor");
 pub(crate) static MATMUL: Source = source!("matmul");
 pub(crate) static MATMUL_F32: Source = source!("matmul_f32");
+pub(crate) static CROSS_ENTROPY: Source = source!("cross_entropy");
 
 /// What the sources include, by name.
 pub const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../cu/common.cuh")),
     ("nf4.cuh", include_str!("../../cu/nf4.cuh")),
+    ("attention.cuh", include_str!("../../cu/attention.cuh")),
     ("tile.cuh", include_str!("../../cu/tile.cuh")),
 ];
 

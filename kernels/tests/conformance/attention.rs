@@ -1,6 +1,6 @@
 //! Attention, forward and backward.
 
-use brightrun_kernels::ops::{AttentionBackward, AttentionForward, AttentionOps, Device, Precision};
+use brightrun_kernels::ops::{AttentionBackward, AttentionForward, Precision};
 use brightrun_kernels::oracle::{Heads, attention_backward, attention_forward};
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Segments};
@@ -38,12 +38,19 @@ const SHAPES: &[Shape] = &[
     shape(&[3, 130], 0, 6, 2, 20),
     shape(&[129], 0, 2, 1, 65),
     shape(&[33, 66], 0, 1, 1, 128),
+    shape(&[3, 1, 2, 5, 1, 1, 4, 7, 2, 1], 0, 4, 1, 64),
+    shape(&[65], 0, 2, 1, 80),
+    shape(&[31, 2], 0, 2, 2, 96),
+    shape(&[72], 0, 4, 1, 256),
+    shape(&[9], 0, 2, 1, 300),
 ];
 
 const CACHED: &[Shape] = &[
     shape(&[1], 70, 4, 2, 16),
     shape(&[2, 1, 5], 3, 2, 2, 9),
     shape(&[65], 64, 3, 3, 64),
+    shape(&[1, 3], 130, 4, 1, 128),
+    shape(&[17], 32, 2, 1, 256),
 ];
 
 impl Shape {
@@ -65,7 +72,7 @@ impl Shape {
     }
 }
 
-fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision, spread: f32) {
+fn forward<B: Traits>(run: &mut Run<'_, B>, dtype: DType, shape: &Shape, precision: Precision, spread: f32) {
     let (queries, keys, heads) = (shape.queries(), shape.keys(), shape.heads());
     let mut random = Random::new(shape.dim as u64);
     let mut values = |tokens: usize, heads: usize| -> Vec<f32> {
@@ -75,7 +82,7 @@ fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision,
             .map(|v| spread * v)
             .collect()
     };
-    let q = values(queries.tokens(), shape.heads);
+    let mut q = values(queries.tokens(), shape.heads);
     // One row more than there are keys: it must be ignored.
     let (mut k, mut v) = (
         values(keys.tokens() + 1, shape.kv_heads),
@@ -85,16 +92,10 @@ fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision,
     k[used..].fill(f32::NAN);
     v[used..].fill(f32::NAN);
     let device = run.backend;
-    let q_t = device
-        .upload_f32([queries.tokens(), shape.heads, shape.dim], &q)
-        .unwrap();
-    let kv = |values: &[f32]| {
-        device
-            .upload_f32([keys.tokens() + 1, shape.kv_heads, shape.dim], values)
-            .unwrap()
-    };
-    let (k_t, v_t) = (kv(&k), kv(&v));
-    let mut out = device.alloc(DType::F32, q_t.shape()).unwrap();
+    let kv_shape = [keys.tokens() + 1, shape.kv_heads, shape.dim];
+    let q_t = run.upload(dtype, [queries.tokens(), shape.heads, shape.dim], &mut q);
+    let (k_t, v_t) = (run.upload(dtype, kv_shape, &mut k), run.upload(dtype, kv_shape, &mut v));
+    let mut out = device.alloc(dtype, q_t.shape()).unwrap();
     let mut lse = device.alloc(DType::F32, [queries.tokens(), shape.heads]).unwrap();
     let call = AttentionForward {
         q: &q_t,
@@ -120,22 +121,25 @@ fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision,
         vec![wide(out), wide(lse)]
     });
     let mut case = run.case(
-        format_args!("attention_forward {shape:?} {precision:?} ×{spread}"),
+        format_args!("attention_forward {shape:?} {dtype} {precision:?} ×{spread}"),
         shape.dim + keys.longest(),
     );
     case.compare("out", &out, &plain[0], &oracle[0]);
     case.compare("lse", &lse, &plain[1], &oracle[1]);
 }
 
-fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision) {
+fn backward<B: Traits>(run: &mut Run<'_, B>, dtype: DType, shape: &Shape, precision: Precision) {
     let (segments, heads) = (shape.queries(), shape.heads());
     let mut random = Random::new(shape.dim as u64);
     let mut values = |heads: usize| random.normal(segments.tokens() * heads * shape.dim);
-    let (q, k, v, dout) = (
-        values(shape.heads),
-        values(shape.kv_heads),
-        values(shape.kv_heads),
-        values(shape.heads),
+    let (h, kv) = (shape.heads, shape.kv_heads);
+    let (mut q, mut k, mut v, mut dout) = (values(h), values(kv), values(kv), values(h));
+    let upload = |values: &mut [f32], heads: usize| run.upload(dtype, [segments.tokens(), heads, shape.dim], values);
+    let (q_t, k_t, v_t, dout_t) = (
+        upload(&mut q, h),
+        upload(&mut k, kv),
+        upload(&mut v, kv),
+        upload(&mut dout, h),
     );
     // The forward pass's results, rounded to f32 once for everybody.
     let (out, lse) = attention_forward(
@@ -147,25 +151,13 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision
         &heads,
     );
     let round = |values: Vec<f64>| -> Vec<f32> { values.into_iter().map(|v| v as f32).collect() };
-    let (out, lse) = (round(out), round(lse));
+    let (mut out, lse) = (round(out), round(lse));
+    let out_t = upload(&mut out, h);
     let device = run.backend;
-    let upload = |values: &[f32], heads: usize| {
-        device
-            .upload_f32([segments.tokens(), heads, shape.dim], values)
-            .unwrap()
-    };
-    let (h, kv) = (shape.heads, shape.kv_heads);
-    let (q_t, k_t, v_t, out_t, dout_t) = (
-        upload(&q, h),
-        upload(&k, kv),
-        upload(&v, kv),
-        upload(&out, h),
-        upload(&dout, h),
-    );
     let lse_t = device.upload_f32([segments.tokens(), h], &lse).unwrap();
-    let mut dq = device.alloc(DType::F32, q_t.shape()).unwrap();
-    let mut dk = device.alloc(DType::F32, k_t.shape()).unwrap();
-    let mut dv = device.alloc(DType::F32, k_t.shape()).unwrap();
+    let mut dq = device.alloc(dtype, q_t.shape()).unwrap();
+    let mut dk = device.alloc(dtype, k_t.shape()).unwrap();
+    let mut dv = device.alloc(dtype, k_t.shape()).unwrap();
     let call = AttentionBackward {
         q: &q_t,
         k: &k_t,
@@ -191,7 +183,7 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision
     let largest = |values: &[f32]| values.iter().fold(0.0f64, |a, b| a.max(f64::from(b.abs())));
     let cancelling = shape.dim as f64 * largest(&dout) * largest(&out) * largest(&k).max(largest(&q));
     let mut case = run
-        .case(format_args!("attention_backward {shape:?} {precision:?}"), length)
+        .case(format_args!("attention_backward {shape:?} {dtype} {precision:?}"), length)
         .cancelling(cancelling * f64::from(heads.scale));
     for (i, (name, tensor)) in [("dq", &dq), ("dk", &dk), ("dv", &dv)].into_iter().enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);
@@ -201,12 +193,14 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, precision: Precision
 #[test]
 fn attention_forward_agrees_with_the_oracle() {
     on_every_backend!("attention_forward", [AttentionForward], |run| {
-        for precision in PRECISIONS {
-            for shape in SHAPES.iter().chain(CACHED) {
-                forward(run, shape, precision, 1.0);
+        for dtype in run.activations() {
+            for precision in PRECISIONS {
+                for shape in SHAPES.iter().chain(CACHED) {
+                    forward(run, *dtype, shape, precision, 1.0);
+                }
+                // Sharp: scores far apart, so that the running maximum moves.
+                forward(run, *dtype, &SHAPES[6], precision, 4.0);
             }
-            // Sharp: scores far apart, so that the running maximum moves.
-            forward(run, &SHAPES[6], precision, 4.0);
         }
     });
 }
@@ -214,8 +208,10 @@ fn attention_forward_agrees_with_the_oracle() {
 #[test]
 fn attention_backward_agrees_with_the_oracle() {
     on_every_backend!("attention_backward", [AttentionBackward], |run| {
-        for precision in PRECISIONS {
-            SHAPES.iter().for_each(|shape| backward(run, shape, precision));
+        for dtype in run.activations() {
+            for precision in PRECISIONS {
+                SHAPES.iter().for_each(|shape| backward(run, *dtype, shape, precision));
+            }
         }
     });
 }
@@ -223,41 +219,62 @@ fn attention_backward_agrees_with_the_oracle() {
 #[test]
 fn packed_documents_give_what_they_give_alone() {
     on_every_backend!("packed = separate", [AttentionForward, AttentionBackward], |run| {
-        let device = run.backend;
-        let (lengths, dim) = ([37, 1, 70], 16);
-        let values = Random::new(9).normal(108 * dim);
-        let attend = |values: &[f32], segments: &Segments| {
-            let x = device.upload_f32([segments.tokens(), 1, dim], values).unwrap();
-            let mut out = device.alloc(DType::F32, x.shape()).unwrap();
-            let mut lse = device.alloc(DType::F32, [segments.tokens(), 1]).unwrap();
-            let call = AttentionForward {
-                q: &x,
-                k: &x,
-                v: &x,
-                query_segments: segments,
-                key_segments: segments,
-                scale: 0.25,
-                precision: Precision::Bf16,
-                out: &mut out,
-                lse: &mut lse,
-            };
-            device.attention_forward(call).unwrap();
-            device.read_f32(&out).unwrap()
-        };
-        let packed = Segments::from_lengths(lengths);
-        let together = attend(&values, &packed);
-        let apart: Vec<f32> = packed
-            .ranges()
-            .flat_map(|rows| {
-                let segments = Segments::from_lengths([rows.len()]);
-                attend(&values[rows.start * dim..rows.end * dim], &segments)
-            })
-            .collect();
-        assert!(
-            together.iter().zip(&apart).all(|(a, b)| a.to_bits() == b.to_bits()),
-            "on {}",
-            run.name
-        );
+        for dtype in run.activations() {
+            packed(run, *dtype);
+        }
         run.case("packed = separate", 0);
     });
+}
+
+/// Forward and backward over documents together and one by one: the same bits.
+fn packed<B: Traits>(run: &Run<'_, B>, dtype: DType) {
+    let (device, dim) = (run.backend, 16);
+    let packed = Segments::from_lengths([37, 1, 70]);
+    let mut values = Random::new(9).normal(packed.tokens() * dim);
+    let mut dout = Random::new(10).normal(packed.tokens() * dim);
+    let mut attend = |rows: std::ops::Range<usize>, segments: &Segments| {
+        let shape = [rows.len(), 1, dim];
+        let x = run.upload(dtype, shape, &mut values[rows.start * dim..rows.end * dim]);
+        let dout = run.upload(dtype, shape, &mut dout[rows.start * dim..rows.end * dim]);
+        let mut out = device.alloc(dtype, shape).unwrap();
+        let mut lse = device.alloc(DType::F32, [rows.len(), 1]).unwrap();
+        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| device.alloc(dtype, shape).unwrap());
+        let call = AttentionForward {
+            q: &x,
+            k: &x,
+            v: &x,
+            query_segments: segments,
+            key_segments: segments,
+            scale: 0.25,
+            precision: Precision::Bf16,
+            out: &mut out,
+            lse: &mut lse,
+        };
+        device.attention_forward(call).unwrap();
+        let call = AttentionBackward {
+            q: &x,
+            k: &x,
+            v: &x,
+            out: &out,
+            lse: &lse,
+            dout: &dout,
+            segments,
+            scale: 0.25,
+            precision: Precision::Bf16,
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+        };
+        device.attention_backward(call).unwrap();
+        [&out, &lse, &dq, &dk, &dv].map(|tensor| device.read(tensor).unwrap())
+    };
+    let together = attend(0..packed.tokens(), &packed);
+    let mut apart: [Vec<u8>; 5] = Default::default();
+    for rows in packed.ranges() {
+        let alone = Segments::from_lengths([rows.len()]);
+        for (all, part) in apart.iter_mut().zip(attend(rows, &alone)) {
+            all.extend(part);
+        }
+    }
+    assert!(together == apart, "on {} in {dtype}", run.name);
 }

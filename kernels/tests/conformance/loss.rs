@@ -14,10 +14,10 @@ type Shape = (usize, usize, usize, usize);
 
 const FACTOR: f32 = 0.125;
 
-fn check<B: Traits>(run: &mut Run<'_, B>, shape: Shape, encoding: Encoding, precision: Precision) {
+fn check<B: Traits>(run: &mut Run<'_, B>, dtype: DType, shape: Shape, encoding: Encoding, precision: Precision) {
     let (tokens, width, vocabulary, one_in) = shape;
     let mut random = Random::new(vocabulary as u64);
-    let x = random.normal(tokens * width);
+    let mut x = random.normal(tokens * width);
     let values: Vec<f32> = random.normal(vocabulary * width).into_iter().map(|v| 0.3 * v).collect();
     let label = |random: &mut Random| {
         if random.below(one_in) == 0 {
@@ -29,11 +29,11 @@ fn check<B: Traits>(run: &mut Run<'_, B>, shape: Shape, encoding: Encoding, prec
     let labels: Vec<i32> = (0..tokens).map(|_| label(&mut random)).collect();
     let device = run.backend;
     let (head, values) = weight(device, encoding, [vocabulary, width], &values);
-    let x_t = device.upload_f32([tokens, width], &x).unwrap();
+    let x_t = run.upload(dtype, [tokens, width], &mut x);
     let labels_t = device.upload_i32([tokens], &labels).unwrap();
     let mut losses = device.alloc(DType::F32, [tokens]).unwrap();
     let mut only_losses = device.alloc(DType::F32, [tokens]).unwrap();
-    let mut dx = device.alloc(DType::F32, [tokens, width]).unwrap();
+    let mut dx = run.output(dtype, [tokens, width]);
     for (losses, dx) in [(&mut losses, Some((&mut dx, FACTOR))), (&mut only_losses, None)] {
         let call = LinearCrossEntropy {
             x: &x_t,
@@ -51,7 +51,7 @@ fn check<B: Traits>(run: &mut Run<'_, B>, shape: Shape, encoding: Encoding, prec
         vec![wide(losses), wide(dx)]
     });
     let mut case = run.case(
-        format_args!("linear_cross_entropy {shape:?} {encoding:?} {precision:?}"),
+        format_args!("linear_cross_entropy {shape:?} {encoding:?} {dtype} {precision:?}"),
         width + vocabulary,
     );
     case.compare("losses", &losses, &plain[0], &oracle[0]);
@@ -62,19 +62,25 @@ fn check<B: Traits>(run: &mut Run<'_, B>, shape: Shape, encoding: Encoding, prec
 #[test]
 fn linear_cross_entropy_agrees_with_the_oracle() {
     on_every_backend!("linear_cross_entropy", [LinearCrossEntropy], |run| {
-        for precision in PRECISIONS {
-            for encoding in ENCODINGS {
-                check(run, (9, 33, 130, 2), encoding, precision);
-            }
-            for shape in [
-                (0, 4, 4, 1),
-                (1, 1, 1, 1),
-                (5, 8, 3, 1),
-                (17, 64, 257, 3),
-                (6, 16, 2_500, 1),
-                (4, 8, 8, 1_000_000),
-            ] {
-                check(run, shape, Encoding::Bf16, precision);
+        for dtype in run.activations() {
+            for precision in PRECISIONS {
+                for encoding in ENCODINGS {
+                    // Rows of NF4 that no kernel can read as they lie, and such that one can.
+                    check(run, *dtype, (9, 33, 130, 2), encoding, precision);
+                    check(run, *dtype, (9, 64, 70, 2), encoding, precision);
+                }
+                for shape in [
+                    (0, 4, 4, 1),
+                    (1, 1, 1, 1),
+                    (5, 8, 3, 1),
+                    (17, 64, 257, 3),
+                    (6, 16, 2_500, 1),
+                    (129, 8, 20, 1),
+                    (1_100, 3, 5, 9),
+                    (4, 8, 8, 1_000_000),
+                ] {
+                    check(run, *dtype, shape, Encoding::Bf16, precision);
+                }
             }
         }
     });
@@ -109,17 +115,19 @@ fn a_label_outside_the_vocabulary_is_refused() {
         let (head, _) = weight(device, Encoding::F32, [2, 1], &[1.0, 2.0]);
         let x = device.upload_f32([1, 1], &[1.0]).unwrap();
         let mut losses = device.alloc(DType::F32, [1]).unwrap();
-        for label in [2, -1, -101] {
+        for (label, precision) in [2, -1, -101].into_iter().flat_map(|label| PRECISIONS.map(|precision| (label, precision))) {
             let labels = device.upload_i32([1], &[label]).unwrap();
             let call = LinearCrossEntropy {
                 x: &x,
                 head: &head,
                 labels: &labels,
-                precision: Precision::F32,
+                precision,
                 losses: &mut losses,
                 dx: None,
             };
-            let error = device.linear_cross_entropy(call).unwrap_err();
+            // At the latest when the result is read.
+            let done = device.linear_cross_entropy(call).and_then(|()| device.read(&losses));
+            let error = done.unwrap_err();
             assert!(matches!(error, Error::Value { argument: "labels", .. }), "{error}");
         }
         run.case("labels", 0);

@@ -6,7 +6,7 @@
 //! multiples of 32 elements.
 
 mod exact;
-mod tensor;
+pub(super) mod tensor;
 
 use std::ops::Deref;
 
@@ -32,7 +32,7 @@ pub(super) static EXACT_FAMILY: Family = Family {
 };
 
 /// A tensor that was there already, or one made for the occasion.
-enum Held<'a, R: Runtime> {
+pub(super) enum Held<'a, R: Runtime> {
     Borrowed(&'a Tensor<Gpu<R>>),
     Made(Tensor<Gpu<R>>),
 }
@@ -49,14 +49,14 @@ impl<R: Runtime> Deref for Held<'_, R> {
 }
 
 /// A frozen factor, ready for a product.
-enum Right<'a, R: Runtime> {
+pub(super) enum Right<'a, R: Runtime> {
     Dense(Held<'a, R>),
     Nf4(&'a Nf4Weight<Gpu<R>>),
 }
 
 /// How a product reads its right factor, which is row-major.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Reads {
+pub(super) enum Reads {
     /// `[N, K]`: a row is a column of the result, as `W` in `x · Wᵀ`.
     Rows,
     /// `[K, N]`, as `W` in `dy · W`.
@@ -64,21 +64,21 @@ enum Reads {
 }
 
 /// `out = left · right + left2 · right2 + bias`; see the kernels' heads.
-struct Product<'a, R: Runtime> {
+pub(super) struct Product<'a, R: Runtime> {
     /// `[M, K]` in the precision's dtype.
-    left: &'a Tensor<Gpu<R>>,
-    right: &'a Right<'a, R>,
-    reads: Reads,
+    pub(super) left: &'a Tensor<Gpu<R>>,
+    pub(super) right: &'a Right<'a, R>,
+    pub(super) reads: Reads,
     /// `[M, R]`, and `[N, R]` or `[R, N]` as `right`, in the precision's dtype.
-    second: Option<(&'a Tensor<Gpu<R>>, &'a Tensor<Gpu<R>>)>,
+    pub(super) second: Option<(&'a Tensor<Gpu<R>>, &'a Tensor<Gpu<R>>)>,
     /// f32 or bf16 `[N]`.
-    bias: Option<&'a Tensor<Gpu<R>>>,
+    pub(super) bias: Option<&'a Tensor<Gpu<R>>>,
     /// `[M, N]`, and how it is written.
-    out: Option<(&'a mut Tensor<Gpu<R>>, Write)>,
+    pub(super) out: Option<(&'a mut Tensor<Gpu<R>>, Write)>,
     /// The result times a factor, in the precision's dtype, to be a factor itself.
-    copy: Option<(&'a mut Tensor<Gpu<R>>, f32)>,
+    pub(super) copy: Option<(&'a mut Tensor<Gpu<R>>, f32)>,
     /// `M`, `N`, `K`, and `R` of the second term, or 0.
-    sizes: [usize; 4],
+    pub(super) sizes: [usize; 4],
 }
 
 /// `gradient += scale · leftᵀ · right`, or the transposed sum.
@@ -96,7 +96,7 @@ struct Outer<'a, R: Runtime> {
 }
 
 /// What factors are kept in.
-fn factors(precision: Precision) -> DType {
+pub(super) fn factors(precision: Precision) -> DType {
     match precision {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
@@ -105,7 +105,7 @@ fn factors(precision: Precision) -> DType {
 
 impl<R: Runtime> Gpu<R> {
     /// A tensor in another dtype, or itself.
-    fn held<'a>(&self, tensor: &'a Tensor<Self>, dtype: DType) -> Result<Held<'a, R>> {
+    pub(super) fn held<'a>(&self, tensor: &'a Tensor<Self>, dtype: DType) -> Result<Held<'a, R>> {
         if tensor.dtype() == dtype {
             return Ok(Held::Borrowed(tensor));
         }
@@ -115,7 +115,7 @@ impl<R: Runtime> Gpu<R> {
     }
 
     /// A frozen weight as the precision's products read it.
-    fn right<'a>(&self, weight: &'a Weight<Self>, precision: Precision) -> Result<Right<'a, R>> {
+    pub(super) fn right<'a>(&self, weight: &'a Weight<Self>, precision: Precision) -> Result<Right<'a, R>> {
         match (weight, precision) {
             (Weight::Dense(tensor), Precision::F32) => Ok(Right::Dense(Held::Borrowed(tensor))),
             (Weight::Dense(tensor), Precision::Bf16) => Ok(Right::Dense(self.held(tensor, DType::BF16)?)),
@@ -128,7 +128,7 @@ impl<R: Runtime> Gpu<R> {
         }
     }
 
-    fn product(&self, precision: Precision, product: Product<'_, R>) -> Result<()> {
+    pub(super) fn product(&self, precision: Precision, product: Product<'_, R>) -> Result<()> {
         match precision {
             Precision::F32 => self.exact_product(product),
             Precision::Bf16 => self.tensor_product(product),

@@ -16,14 +16,14 @@ pub(super) const NF4_ROW: usize = 32;
 
 /// A tile of `tile.cuh`, by the same numbers as in `matmul.cu`.
 #[derive(Clone, Copy)]
-struct Tile {
-    rows: usize,
-    columns: usize,
+pub(in crate::gpu) struct Tile {
+    pub(in crate::gpu) rows: usize,
+    pub(in crate::gpu) columns: usize,
     warps: u32,
     stages: usize,
 }
 
-const LARGE: Tile = Tile {
+pub(in crate::gpu) const LARGE: Tile = Tile {
     rows: 128,
     columns: 128,
     warps: 8,
@@ -41,7 +41,7 @@ const SMALL: Tile = Tile {
 const DEPTH: usize = 64;
 
 impl Tile {
-    const fn threads(self) -> u32 {
+    pub(in crate::gpu) const fn threads(self) -> u32 {
         self.warps * 32
     }
 
@@ -52,7 +52,7 @@ impl Tile {
         if ring > result { ring } else { result }
     }
 
-    fn geometry(self, rows: usize, columns: usize, parts: usize) -> Geometry {
+    pub(in crate::gpu) fn geometry(self, rows: usize, columns: usize, parts: usize) -> Geometry {
         Geometry::grid([rows.div_ceil(self.rows), columns.div_ceil(self.columns), parts])
             .with_shared(self.shared_bytes())
     }
@@ -164,7 +164,7 @@ pub(super) const KERNELS: &[&Kernel] = &[
 const PART: usize = 512;
 
 /// A weight's pointers, as all products take them: elements or codes, scales, nested codes, their map, offset.
-pub(super) fn weight_arguments<'a, R: Runtime>(right: &'a Right<'_, R>) -> [Argument<'a, R>; 5] {
+pub(in crate::gpu) fn weight_arguments<'a, R: Runtime>(right: &'a Right<'_, R>) -> [Argument<'a, R>; 5] {
     match right {
         Right::Dense(tensor) => [
             Argument::In(tensor),
@@ -208,7 +208,7 @@ pub(super) fn bias_arguments<R: Runtime>(bias: Option<&Tensor<Gpu<R>>>) -> [Argu
 }
 
 /// What a right factor is called in an entry's name.
-pub(super) fn weight_type<R: Runtime>(right: &Right<'_, R>) -> DType {
+pub(in crate::gpu) fn weight_type<R: Runtime>(right: &Right<'_, R>) -> DType {
     match right {
         Right::Dense(tensor) => tensor.dtype(),
         Right::Nf4(_) => DType::U8,
