@@ -15,6 +15,7 @@
 //! | [`stack`] | the same for all experts of a layer |
 //! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
 //! | [`gpu`] | the GPU backend: every op as launches of the CUDA kernels in `kernels/cu` |
+//! | [`cuda`] | that backend on an NVIDIA device, through the CUDA driver |
 //! | [`emu`] | the same kernels on a CPU, each thread a fiber |
 //! | [`oracle`] | float64, naive loops: the judge of every backend |
 //! | [`testing`] | what the conformance suites share |
@@ -36,6 +37,7 @@
 
 mod contract;
 pub mod cpu;
+pub mod cuda;
 pub mod dtype;
 pub mod emu;
 pub mod error;
