@@ -33,8 +33,8 @@ struct f16 {
 };
 
 #define DEVICE __device__ __forceinline__
-// An entry of at most `threads` threads a block.
-#define ENTRY(threads) extern "C" __global__ void __launch_bounds__(threads)
+// An entry of at most so many threads a block, and, if given, of which at least so many blocks share a multiprocessor.
+#define ENTRY(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 constexpr u32 FULL_WARP = 0xffffffffu;
 constexpr i32 WARP_LANES = 32;
