@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use brightrun_kernels::cuda::entries;
+use brightrun_kernels::cuda::{Entry, entries};
 
+use crate::expected::matrix;
 use crate::occupancy::occupancy;
 use crate::sass::Counts;
 use crate::tools::{Tools, root};
@@ -49,7 +50,7 @@ fn render(tools: &Tools, readings: &Readings) -> String {
             let _ = write!(page, "\n{target}:\n\n{COLUMNS}");
             for entry in entries().iter().filter(|entry| entry.source == source) {
                 if let Some(read) = read.get(&entry.name) {
-                    page.push_str(&row(target, &entry.name, entry.threads as usize, read));
+                    page.push_str(&row(target, entry, read));
                 }
             }
         }
@@ -62,13 +63,14 @@ const COLUMNS: &str = "\
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 ";
 
-fn row(target: &str, name: &str, threads: usize, read: &Read) -> String {
-    let resources = &read.resources;
-    let (blocks, share) = occupancy(target, resources, threads, 0);
+fn row(target: &str, entry: &Entry, read: &Read) -> String {
+    let (name, threads, resources) = (&entry.name, entry.threads as usize, &read.resources);
+    let launched_bytes = matrix(entry.kernel).map_or(0, |matrix| matrix.shared_bytes);
+    let (blocks, share) = occupancy(target, resources, threads, launched_bytes);
     let mut row = format!(
         "| `{name}` | {threads} | {} | {} | {blocks} | {:.0}% | {} |",
         resources.registers,
-        resources.shared_bytes,
+        resources.shared_bytes + launched_bytes,
         100.0 * share,
         read.code.whole.all,
     );
@@ -124,13 +126,13 @@ BRIGHTRUN_UPDATE_PAGES=1 cargo test --release -p brightrun-kernels --test machin
 ```
 
 and compared by the same test without the variable. That test fails when a matrix kernel has no tensor-core instruction, when a
-kernel spills registers or keeps anything in local memory unexplained, and when an entry does not compile for a target that the
-compiler knows from sm_80 on.
+kernel spills registers or keeps anything in local memory unexplained, and when an entry does not compile for sm_80, sm_86, sm_89,
+sm_90a, sm_100 or sm_120 (with `BRIGHTRUN_EVERY_TARGET=1`: for any target from sm_80 on that the compiler knows).
 
 | column | what |
 |---|---|
-| registers, shared | of a thread; of a block, in bytes, without what a launch adds |
-| blocks, warps | blocks that fit on a multiprocessor by registers, threads and that shared memory; the share of its warps they are |
+| registers, shared | of a thread; of a block, in bytes, with what launches of matrix kernels add |
+| blocks, warps | blocks that fit on a multiprocessor by registers, threads and shared memory; the share of its warps they are |
 | code | instructions of the entry; the columns from here on count instructions too |
 | tensor … local | of the loop with the tensor-core instructions, where there is one; otherwise of the whole entry |
 | float, decode, integer | f32 arithmetic; picking bits apart and converting; integers, mostly addresses |

@@ -49,14 +49,14 @@ pub fn parse(text: &str) -> BTreeMap<String, Code> {
     let mut current: Option<&mut Function<'_>> = None;
     for line in text.lines() {
         let trimmed = line.trim();
-        if let Some(name) = trimmed.strip_prefix(".section").and_then(|rest| rest.trim().strip_prefix(".text.")) {
+        if let Some(name) = trimmed.strip_prefix(".section\t").and_then(|rest| rest.trim().strip_prefix(".text.")) {
             let name = name.split(',').next().unwrap().to_owned();
             let empty = Function {
                 instructions: Vec::new(),
                 labels: BTreeMap::new(),
             };
             current = Some(functions.entry(name).or_insert(empty));
-        } else if trimmed.starts_with(".section") {
+        } else if trimmed.starts_with(".section\t") {
             current = None;
         } else if let Some(function) = &mut current {
             if let Some(label) = trimmed.strip_suffix(':') {
@@ -170,6 +170,7 @@ fn width(opcode: &str) -> usize {
 fn instructions_are_counted_by_kind_and_in_the_loop_that_does_the_work() {
     let text = r#"
 	.section	.text.product_bf16,"ax",@progbits
+	.sectioninfo	@"SHI_REGISTERS=32"
         .global         product_bf16
 product_bf16:
 .text.product_bf16:
