@@ -16,6 +16,7 @@
 //! | [`dynamic`] | bitsandbytes' 8-bit maps, which nested scales and 8-bit optimizer states use |
 //! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
 //! | [`gpu`] | the GPU backend: every op as launches of the CUDA kernels in `kernels/cu` |
+//! | [`cuda`] | that backend on an NVIDIA device, through the CUDA driver |
 //! | [`emu`] | the same kernels on a CPU, each thread a fiber |
 //! | [`counting`] | no arithmetic, exact accounts: plans of memory and time |
 //! | [`oracle`] | float64, naive loops: the judge of every backend |
@@ -39,6 +40,7 @@
 mod contract;
 pub mod counting;
 pub mod cpu;
+pub mod cuda;
 pub mod dtype;
 pub mod dynamic;
 pub mod emu;

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use brightrun_kernels::cpu::{Cpu, SimdLevel};
+use brightrun_kernels::cuda::{self, Cuda};
 use brightrun_kernels::emu::{self, Emulated};
 use brightrun_kernels::ops::{Backend, Precision};
 use brightrun_kernels::oracle::{Real, cast};
@@ -32,6 +33,10 @@ macro_rules! on_every_backend {
             Ok(backend) => report.run("emulated", &backend, |$run| $cases),
             Err(reason) => report.absent("emulated", &reason),
         }
+        match $crate::backends::cuda() {
+            Ok(backend) => report.run("cuda", &backend, |$run| $cases),
+            Err(reason) => report.absent("cuda", &reason),
+        }
         report.finish();
     }};
 }
@@ -47,6 +52,15 @@ pub fn cpus() -> Vec<(String, Cpu)> {
 /// The kernels, emulated; or why they cannot be.
 pub fn emulated() -> Result<Emulated, String> {
     match emu::emulated(Some(2)) {
+        Ok(backend) => Ok(backend),
+        Err(Error::Unsupported { reason, .. }) => Err(reason),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The first NVIDIA device; or why there is none.
+pub fn cuda() -> Result<Cuda, String> {
+    match cuda::cuda(0) {
         Ok(backend) => Ok(backend),
         Err(Error::Unsupported { reason, .. }) => Err(reason),
         Err(error) => panic!("{error}"),
@@ -138,6 +152,11 @@ impl Traits for Cpu {
 impl Traits for Emulated {
     const ACTIVATIONS: &'static [DType] = &[DType::F32, DType::BF16];
     const MOST_WORK: usize = EMULATED_WORK;
+}
+
+impl Traits for Cuda {
+    const ACTIVATIONS: &'static [DType] = &[DType::F32, DType::BF16];
+    const MOST_WORK: usize = usize::MAX;
 }
 
 /// The cases of one op on one backend.

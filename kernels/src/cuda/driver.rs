@@ -1,0 +1,280 @@
+//! The runtime: one context, one compute stream, modules loaded when first used.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::result::DriverError;
+use cudarc::driver::sys::{CUevent_flags, CUfunction_attribute, CUresult};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr};
+use cudarc::nvrtc::Ptx;
+
+use super::cubins::Cubins;
+use super::launch;
+use super::presence::{DeviceInfo, Presence, probe};
+use super::staging::Staging;
+use crate::error::{Error, Result};
+use crate::gpu::{Gpu, Launch, Runtime, Source};
+
+/// The environment variable that, when set to `1`, makes every launch wait for its end: an error then names the kernel that
+/// made it.
+pub const SYNCHRONOUS_VARIABLE: &str = "BRIGHTRUN_CUDA_SYNCHRONOUS";
+
+/// Dynamic shared memory that a kernel may have without being asked for more, on every device.
+const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
+
+/// An NVIDIA device. Everything runs on one stream, in the order of the calls.
+pub struct Driver {
+    info: DeviceInfo,
+    context: Arc<CudaContext>,
+    compute: Arc<CudaStream>,
+    staging: Mutex<Staging>,
+    cubins: Cubins,
+    code: Mutex<Code>,
+    synchronous: bool,
+}
+
+/// What was loaded so far.
+#[derive(Default)]
+struct Code {
+    modules: HashMap<&'static str, Arc<CudaModule>>,
+    /// By source and entry.
+    functions: HashMap<&'static str, HashMap<String, Function>>,
+}
+
+#[derive(Clone)]
+struct Function {
+    function: CudaFunction,
+    /// Dynamic shared memory it was allowed.
+    shared_bytes: u32,
+}
+
+/// A block of device memory.
+pub struct Memory {
+    slice: CudaSlice<u8>,
+}
+
+/// A point in the device's queue, for measuring.
+pub struct Mark {
+    event: CudaEvent,
+}
+
+/// A backend on a device, by its ordinal, with the kernels and the compiler of this machine.
+///
+/// # Errors
+/// [`Error::Unsupported`] where there is no such device, with the reason; [`Error::Device`], [`Error::OutOfMemory`].
+pub fn cuda(ordinal: usize) -> Result<super::Cuda> {
+    let absent = |reason: String| Error::Unsupported {
+        op: "training",
+        backend: "cuda",
+        reason,
+    };
+    let devices = match probe() {
+        Presence::Present { devices, .. } => devices,
+        Presence::Absent(reason) => return Err(absent(reason)),
+    };
+    let count = devices.len();
+    let info = devices.into_iter().nth(ordinal);
+    let info = info.ok_or_else(|| absent(format!("there is no device {ordinal}, only {count}")))?;
+    Gpu::new(Driver::new(info, Cubins::of_machine())?)
+}
+
+impl Driver {
+    fn new(info: DeviceInfo, cubins: Cubins) -> Result<Self> {
+        let failed = |error| failure("opening the device", error);
+        let context = launch::context(info.ordinal).map_err(failed)?;
+        let compute = context.new_stream().map_err(failed)?;
+        Ok(Self {
+            info,
+            staging: Mutex::new(Staging::new(&context).map_err(failed)?),
+            context,
+            compute,
+            cubins,
+            code: Mutex::default(),
+            synchronous: std::env::var(SYNCHRONOUS_VARIABLE).is_ok_and(|value| value == "1"),
+        })
+    }
+
+    /// The device.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// Bytes of device memory that are free and that there are, as the device counts them, for all its users.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn free_and_total_bytes(&self) -> Result<(u64, u64)> {
+        let (free, total) = self.context.mem_get_info().map_err(|error| failure("asking for free memory", error))?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// Marks this point in the queue.
+    ///
+    /// # Errors
+    /// [`Error::Device`].
+    pub fn mark(&self) -> Result<Mark> {
+        let event = self.compute.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let event = event.map_err(|error| failure("marking a point in time", error))?;
+        Ok(Mark { event })
+    }
+
+    /// The function of an entry, allowed that much dynamic shared memory.
+    fn function(&self, source: &'static Source, entry: &str, shared_bytes: u32) -> Result<CudaFunction> {
+        let mut code = self.code();
+        let loaded = code.functions.entry(source.name).or_default();
+        if let Some(known) = loaded.get(entry)
+            && known.shared_bytes >= shared_bytes
+        {
+            return Ok(known.function.clone());
+        }
+        let module = self.module(&mut code, source)?;
+        let what = || format!("{entry} in {}.cu", source.name);
+        let function = module.load_function(entry).map_err(|error| failure(&format!("finding {}", what()), error))?;
+        if shared_bytes > SHARED_WITHOUT_ASKING {
+            let wanted = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(wanted, shared_bytes.cast_signed()).map_err(|error| {
+                failure(&format!("asking for {shared_bytes} bytes of shared memory for {}", what()), error)
+            })?;
+        }
+        let known = Function {
+            function: function.clone(),
+            shared_bytes: shared_bytes.max(SHARED_WITHOUT_ASKING),
+        };
+        code.functions.entry(source.name).or_default().insert(entry.to_owned(), known);
+        Ok(function)
+    }
+
+    fn module(&self, code: &mut Code, source: &'static Source) -> Result<Arc<CudaModule>> {
+        if let Some(module) = code.modules.get(source.name) {
+            return Ok(Arc::clone(module));
+        }
+        let target = self.info.target();
+        let module = self.cubins.load(source, target, |cubin| {
+            let module = self.context.load_module(Ptx::from_binary(cubin.to_vec()));
+            module.map_err(|error| failure(&format!("loading {}.cu for {target}", source.name), error))
+        })?;
+        code.modules.insert(source.name, Arc::clone(&module));
+        Ok(module)
+    }
+
+    /// Both locks guard tables that are whole after every statement, so a poisoned one is still good.
+    fn code(&self) -> MutexGuard<'_, Code> {
+        self.code.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn holds(memory: &Memory, bytes: usize) -> Result<()> {
+        if bytes <= memory.slice.len() {
+            return Ok(());
+        }
+        Err(Error::Device {
+            op: "cuda",
+            message: format!("{bytes} bytes of a block of {}", memory.slice.len()),
+        })
+    }
+}
+
+impl Memory {
+    /// Its address, for a launch on the stream it belongs to.
+    pub(super) fn address(&self, stream: &CudaStream) -> u64 {
+        self.slice.device_ptr(stream).0
+    }
+}
+
+impl Drop for Memory {
+    /// Freeing needs the context, and tensors are dropped on any thread.
+    fn drop(&mut self) {
+        let _ = self.slice.context().bind_to_thread();
+    }
+}
+
+impl Mark {
+    /// Milliseconds from this mark to a later one; waits for both.
+    ///
+    /// # Errors
+    /// [`Error::Device`]: of anything that was queued before.
+    pub fn milliseconds_until(&self, later: &Self) -> Result<f32> {
+        let elapsed = self.event.synchronize().and_then(|()| self.event.elapsed_ms(&later.event));
+        elapsed.map_err(|error| failure("measuring", error))
+    }
+}
+
+impl Runtime for Driver {
+    type Memory = Memory;
+
+    /// What the driver rounds to anyway; keeps tensors aligned to whole cache lines.
+    const GRANULE: usize = 512;
+    const POISONS: bool = false;
+
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<Memory> {
+        let slice = launch::allocate(&self.compute, bytes).map_err(|error| match error.0 {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory {
+                backend: "cuda",
+                requested_bytes: bytes as u64,
+                in_use_bytes: 0,
+            },
+            _ => failure(&format!("allocating {bytes} bytes"), error),
+        })?;
+        Ok(Memory { slice })
+    }
+
+    fn write(&self, memory: &mut Memory, bytes: &[u8]) -> Result<()> {
+        Self::holds(memory, bytes.len())?;
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let uploaded = staging.upload(&self.compute, &mut memory.slice, bytes);
+        uploaded.map_err(|error| failure(&format!("writing {} bytes", bytes.len()), error))
+    }
+
+    fn read(&self, memory: &Memory, bytes: &mut [u8]) -> Result<()> {
+        Self::holds(memory, bytes.len())?;
+        let view = memory.slice.slice(..bytes.len());
+        let copied = self.compute.memcpy_dtoh(&view, bytes).and_then(|()| self.compute.synchronize());
+        copied.map_err(|error| failure(&format!("reading {} bytes", bytes.len()), error))
+    }
+
+    fn fill(&self, memory: &mut Memory, byte: u8, bytes: usize) -> Result<()> {
+        Self::holds(memory, bytes)?;
+        launch::fill(&self.compute, &memory.slice, byte, bytes)
+            .map_err(|error| failure(&format!("setting {bytes} bytes"), error))
+    }
+
+    fn clear(&self, memory: &Memory, bytes: usize) -> Result<()> {
+        Self::holds(memory, bytes)?;
+        launch::fill(&self.compute, &memory.slice, 0, bytes)
+            .map_err(|error| failure(&format!("clearing {bytes} bytes"), error))
+    }
+
+    fn launch(&self, launch: &Launch<'_, Memory>) -> Result<()> {
+        let failed = |error| {
+            let shape = format!(
+                "{} in {}.cu, grid {:?} of {} threads with {} bytes of shared memory",
+                launch.entry, launch.source.name, launch.grid, launch.threads, launch.shared_bytes
+            );
+            failure(&shape, error)
+        };
+        let bound = self.context.bind_to_thread();
+        bound.map_err(failed)?;
+        let function = self.function(launch.source, launch.entry, launch.shared_bytes)?;
+        launch::launch(&self.compute, &function, launch).map_err(failed)?;
+        if self.synchronous {
+            self.compute.synchronize().map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    fn synchronise(&self) -> Result<()> {
+        self.compute.synchronize().map_err(|error| failure("waiting", error))
+    }
+}
+
+/// The driver's words, and what was being done. Errors of kernels arrive with later calls, so this names the call that
+/// noticed; [`SYNCHRONOUS_VARIABLE`] makes both the same.
+fn failure(doing: &str, error: DriverError) -> Error {
+    Error::Device {
+        op: "cuda",
+        message: format!("{doing}: {error}"),
+    }
+}
