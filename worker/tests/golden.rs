@@ -27,6 +27,9 @@ mod twin;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use brightrun_kernels::cpu::Cpu;
+use brightrun_kernels::{Backend, Error, emu};
+
 /// A quantity's worst error beside its bound.
 pub struct Check {
     /// What was compared.
@@ -57,6 +60,22 @@ impl Check {
 
 #[test]
 fn golden_cases_agree_with_the_peers() {
+    all_agree(&Cpu::new(None).unwrap());
+}
+
+/// The CUDA kernels' own sources, run on this machine's CPU.
+#[test]
+fn golden_cases_agree_on_the_emulated_device() {
+    match emu::emulated(None) {
+        Ok(device) => all_agree(&device),
+        Err(Error::Unsupported { reason, .. }) => {
+            say(&format!("golden on `emulated`: absent ({reason}); nothing was tested"))
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn all_agree<B: Backend>(device: &B) {
     let root = std::env::var_os("BRIGHTRUN_GOLDEN_DIR").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/golden"),
         PathBuf::from,
@@ -69,11 +88,11 @@ fn golden_cases_agree_with_the_peers() {
     folders.sort();
     let (mut cases, mut failed) = (0, Vec::new());
     for folder in folders {
-        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let name = format!("{} on {}", folder.file_name().unwrap().to_string_lossy(), device.name());
         let result = if folder.join("nf4.json").is_file() {
-            nf4_case::run(&folder)
+            nf4_case::run(&folder, device)
         } else if folder.join("expected.json").is_file() && folder.join("model").is_dir() {
-            model_case::run(&folder)
+            model_case::run(&folder, device)
         } else {
             say(&format!("golden {name}: holds no case of this test"));
             continue;

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use brightrun_kernels::Backend;
 use brightrun_kernels::cpu::Cpu;
-use brightrun_kernels::ops::{Device, Precision};
+use brightrun_kernels::ops::Precision;
 use brightrun_worker::artifact::{AdapterDtype, encode_tensors, tensors_of};
 use brightrun_worker::error::Failure;
 use brightrun_worker::model::tensor_file::TensorFile;
@@ -51,9 +52,9 @@ struct Hyper {
     schedule: String,
 }
 
-struct Case<'a> {
+struct Case<'a, B: Backend> {
     folder: &'a Path,
-    device: Cpu,
+    device: B,
     settings: Expected,
     tensors: TensorFile,
     examples: Vec<EncodedExample>,
@@ -62,8 +63,8 @@ struct Case<'a> {
 }
 
 /// Runs the case in a folder with `model/`, `expected.json` and `expected.safetensors`.
-pub fn run(folder: &Path) -> CaseResult {
-    checks(folder).map_err(|failure| failure.to_string())
+pub fn run<B: Backend>(folder: &Path, device: &B) -> CaseResult {
+    checks(folder, device).map_err(|failure| failure.to_string())
 }
 
 /// What a quantity was computed to be, and how it is compared.
@@ -102,11 +103,11 @@ impl Measured {
     }
 }
 
-/// Errors against bounds. With twins, two right computations may lie as far apart as twins do, each on its own side; and what
-/// training once threw apart stays apart, so that a step's bound is no less than that of the same number a step before.
-fn judged(measured: Vec<Measured>, twins: &[Vec<Measured>]) -> Vec<Check> {
+/// How far apart the twins of a model lie in each of its numbers, in their order. What training once threw apart stays apart, so
+/// that a step's spread is no less than that of the same number a step before.
+fn spreads(own: &[Measured], twins: &[Vec<Measured>]) -> Vec<f64> {
     let mut widest: HashMap<String, f64> = HashMap::new();
-    let judge = |(place, one): (usize, Measured)| {
+    let spread = |(place, one): (usize, &Measured)| {
         let twins: Vec<&Measured> = twins.iter().filter_map(|twin| twin.get(place)).collect();
         let mut apart = one.apart(&twins);
         if let Some((number, _)) = one.quantity.split_once(" of step ") {
@@ -114,49 +115,66 @@ fn judged(measured: Vec<Measured>, twins: &[Vec<Measured>]) -> Vec<Check> {
             apart = apart.max(*before);
             *before = apart;
         }
-        Check::new(&one.quantity, one.error(), one.bound.max(2.0 * apart))
+        apart
     };
-    measured.into_iter().enumerate().map(judge).collect()
+    own.iter().enumerate().map(spread).collect()
 }
 
-fn checks(folder: &Path) -> Result<Vec<Check>, Failure> {
-    let device = Cpu::new(None)?;
-    let (case, model) = case_and_model(folder, device)?;
+/// Errors against bounds. Two right computations may lie as far apart as twins do, each on its own side.
+fn judged(measured: &[Measured], spreads: &[f64]) -> Vec<Check> {
+    let spread = |place: usize| spreads.get(place).copied().unwrap_or(0.0);
+    let judge =
+        |(place, one): (usize, &Measured)| Check::new(&one.quantity, one.error(), one.bound.max(2.0 * spread(place)));
+    measured.iter().enumerate().map(judge).collect()
+}
+
+fn checks<B: Backend>(folder: &Path, device: &B) -> Result<Vec<Check>, Failure> {
+    let (case, model) = case_and_model(folder, device.clone())?;
     let mut measured = case.measured(&model)?;
-    let mut twins = Vec::new();
-    if model.config().delta.is_some() {
-        for seed in twin::SEEDS {
-            let twin = twin::write(&folder.join("model"), case.bounds.one_sum(), seed)?;
-            let twin = Model::load(&case.device, twin.path(), case.options, &mut |_| {})?;
-            twins.push(case.measured(&twin)?);
-        }
-    }
+    let spreads = match model.config().delta {
+        Some(_) => twin_spreads(folder, case.options, case.bounds.one_sum())?,
+        None => Vec::new(),
+    };
     if case.tensors.tensors().contains_key("base.nf4_logits") {
         measured.extend(case.quantised()?);
     }
-    let mut checks = judged(measured, &twins);
+    let mut checks = judged(&measured, &spreads);
     if case.settings.rank.is_some() {
         checks.extend(case.exact(&model)?);
     }
     Ok(checks)
 }
 
+/// A property of the model and its numbers, so it is measured on the CPU whichever device is judged.
+fn twin_spreads(folder: &Path, options: LoadOptions, relative: f64) -> Result<Vec<f64>, Failure> {
+    let device = Cpu::new(None)?;
+    let load = |folder: &Path| Model::load(&device, folder, options, &mut |_| {});
+    let own = load(&folder.join("model"))?;
+    let case = Case::read(folder, device.clone(), &own)?;
+    let own = case.measured(&own)?;
+    let mut twins = Vec::new();
+    for seed in twin::SEEDS {
+        let twin = twin::write(&folder.join("model"), relative, seed)?;
+        twins.push(case.measured(&load(twin.path())?)?);
+    }
+    Ok(spreads(&own, &twins))
+}
+
 /// Loads the model as the peer held it. The peers' cases come in two kinds: made by a model loaded in float32, or by one that
 /// was cast to bfloat16 as a whole and back, which leaves its rotary frequencies rounded to bfloat16 (checked with transformers
 /// itself: so rounded, it gives the recorded logits bit for bit). Nothing in a case says which; its base logits do: the nearer
 /// ones are right. Everything else must then agree under the same choice.
-fn case_and_model(folder: &Path, device: Cpu) -> Result<(Case<'_>, Model<Cpu>), Failure> {
+fn case_and_model<B: Backend>(folder: &Path, device: B) -> Result<(Case<'_, B>, Model<B>), Failure> {
     let options = |rope_frequencies| LoadOptions {
         encoding: Encoding::Stored,
         precision: Precision::F32,
         rope_frequencies,
     };
-    let load =
-        |device: &Cpu, frequencies| Model::load(device, &folder.join("model"), options(frequencies), &mut |_| {});
+    let load = |device: &B, frequencies| Model::load(device, &folder.join("model"), options(frequencies), &mut |_| {});
     let exact = load(&device, RopeFrequencies::F32)?;
     let mut case = Case::read(folder, device, &exact)?;
     let rounded = load(&case.device, RopeFrequencies::Bf16)?;
-    let error = |model: &Model<Cpu>| Ok::<_, Failure>(case.logits("base.logits", model, None)?.error());
+    let error = |model: &Model<B>| Ok::<_, Failure>(case.logits("base.logits", model, None)?.error());
     let rounded_is_nearer = error(&rounded)? < error(&exact)?;
     case.options = options(match rounded_is_nearer {
         true => RopeFrequencies::Bf16,
@@ -165,8 +183,8 @@ fn case_and_model(folder: &Path, device: Cpu) -> Result<(Case<'_>, Model<Cpu>), 
     Ok((case, if rounded_is_nearer { rounded } else { exact }))
 }
 
-impl<'a> Case<'a> {
-    fn read(folder: &'a Path, device: Cpu, model: &Model<Cpu>) -> Result<Self, Failure> {
+impl<'a, B: Backend> Case<'a, B> {
+    fn read(folder: &'a Path, device: B, model: &Model<B>) -> Result<Self, Failure> {
         let text = std::fs::read_to_string(folder.join("expected.json")).map_err(|error| broken(error.to_string()))?;
         let settings = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
         let tensors = TensorFile::open(&folder.join("expected.safetensors"))?;
@@ -204,7 +222,7 @@ impl<'a> Case<'a> {
         brightrun_worker::train::step::packed(&self.examples)
     }
 
-    fn all_logits(&self, model: &Model<Cpu>, lora: Option<&LoraSet<Cpu>>) -> Result<Vec<f32>, Failure> {
+    fn all_logits(&self, model: &Model<B>, lora: Option<&LoraSet<B>>) -> Result<Vec<f32>, Failure> {
         let mut logits = Vec::new();
         for batch in self.separate() {
             logits.extend(model.logits(lora, &batch)?);
@@ -212,13 +230,13 @@ impl<'a> Case<'a> {
         Ok(logits)
     }
 
-    fn logits(&self, name: &str, model: &Model<Cpu>, lora: Option<&LoraSet<Cpu>>) -> Result<Measured, Failure> {
+    fn logits(&self, name: &str, model: &Model<B>, lora: Option<&LoraSet<B>>) -> Result<Measured, Failure> {
         let (got, expected) = (self.all_logits(model, lora)?, self.expected(name)?);
         Ok(Measured::logits(name, got, expected, self.bounds.forward()))
     }
 
     /// Everything that a model of this case computes, in an order that does not depend on the model.
-    fn measured(&self, model: &Model<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn measured(&self, model: &Model<B>) -> Result<Vec<Measured>, Failure> {
         let mut list = vec![self.logits("base.logits", model, None)?];
         if self.tensors.tensors().contains_key("base.token_loss") {
             list.push(self.token_losses("base.token_loss", model, None)?);
@@ -251,7 +269,7 @@ impl<'a> Case<'a> {
         ])
     }
 
-    fn adapted(&self, model: &Model<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn adapted(&self, model: &Model<B>) -> Result<Vec<Measured>, Failure> {
         let lora = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let mut list = vec![
             self.logits("lora.logits", model, Some(&lora))?,
@@ -263,7 +281,7 @@ impl<'a> Case<'a> {
     }
 
     /// What is held to its bound whatever the model does with errors: packing, coverage, the schedule.
-    fn exact(&self, model: &Model<Cpu>) -> Result<Vec<Check>, Failure> {
+    fn exact(&self, model: &Model<B>) -> Result<Vec<Check>, Failure> {
         let lora = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let named = self.tensors.tensors().keys().filter(|name| name.starts_with("grad."));
         let uncovered = named.count() as f64 - 2.0 * lora.pairs().len() as f64;
@@ -292,7 +310,7 @@ impl<'a> Case<'a> {
     }
 
     /// The last position of a sequence predicts nothing and has no loss in the peer's `[N, T − 1]`.
-    fn token_losses(&self, name: &str, model: &Model<Cpu>, lora: Option<&LoraSet<Cpu>>) -> Result<Measured, Failure> {
+    fn token_losses(&self, name: &str, model: &Model<B>, lora: Option<&LoraSet<B>>) -> Result<Measured, Failure> {
         let mut got = Vec::new();
         for batch in self.separate() {
             let losses = model.forward_losses(lora, &batch)?;
@@ -303,7 +321,7 @@ impl<'a> Case<'a> {
     }
 
     /// Both sequences in one row give the logits that each gives alone.
-    fn packed_is_separate(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Check, Failure> {
+    fn packed_is_separate(&self, model: &Model<B>, lora: &LoraSet<B>) -> Result<Check, Failure> {
         let alone = self.all_logits(model, Some(lora))?;
         let together = model.logits(Some(lora), &self.packed())?;
         Ok(Check::new(
@@ -314,7 +332,7 @@ impl<'a> Case<'a> {
     }
 
     /// The gradient of the mean loss over both sequences, packed into one row.
-    fn gradients(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn gradients(&self, model: &Model<B>, lora: &LoraSet<B>) -> Result<Vec<Measured>, Failure> {
         let batch = self.packed();
         let settings = BackwardSettings {
             gradient_scale: 1.0 / batch.supervised_tokens() as f32,
@@ -342,7 +360,7 @@ impl<'a> Case<'a> {
     }
 
     /// The optimizer steps, through the very code that trains.
-    fn training(&self, model: &Model<Cpu>, mut lora: LoraSet<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn training(&self, model: &Model<B>, mut lora: LoraSet<B>) -> Result<Vec<Measured>, Failure> {
         let hyper = self.hyper()?;
         let spec = spec(hyper)?;
         let rate = LearningRate::new(&spec, hyper.steps);
@@ -391,12 +409,15 @@ impl<'a> Case<'a> {
     }
 
     /// The trained factors, as they would be saved, by how far they moved.
-    fn final_adapter(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn final_adapter(&self, model: &Model<B>, lora: &LoraSet<B>) -> Result<Vec<Measured>, Failure> {
         let first = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let last = TensorFile::open(&self.folder.join("adapter_final/adapter_model.safetensors"))?;
         let saved = tempfile::NamedTempFile::new().map_err(|error| broken(error.to_string()))?;
-        std::fs::write(saved.path(), encode_tensors(&tensors_of(&self.device, lora)?, AdapterDtype::F32)?)
-            .map_err(|error| broken(error.to_string()))?;
+        std::fs::write(
+            saved.path(),
+            encode_tensors(&tensors_of(&self.device, lora)?, AdapterDtype::F32)?,
+        )
+        .map_err(|error| broken(error.to_string()))?;
         let saved = TensorFile::open(saved.path())?;
         let mut list = Vec::new();
         for pair in first.pairs() {

@@ -2,16 +2,14 @@
 
 use std::path::Path;
 
-use brightrun_kernels::cpu::Cpu;
-use brightrun_kernels::ops::{Device, QuantizeOps};
-use brightrun_kernels::{DType, Nf4Scales, Nf4Weight, Shape, Weight};
+use brightrun_kernels::{Backend, DType, Nf4Scales, Nf4Weight, Shape, Weight};
 use brightrun_worker::model::tensor_file::TensorFile;
 use serde_json::Value;
 
 use crate::{CaseResult, Check};
 
 /// Runs the case in a folder with `nf4.json` and `nf4.safetensors`.
-pub fn run(folder: &Path) -> CaseResult {
+pub fn run<B: Backend>(folder: &Path, device: &B) -> CaseResult {
     let settings: Value =
         serde_json::from_str(&std::fs::read_to_string(folder.join("nf4.json")).map_err(|e| e.to_string())?)
             .map_err(|error| error.to_string())?;
@@ -30,7 +28,7 @@ pub fn run(folder: &Path) -> CaseResult {
         return Err("nf4.safetensors holds no `….weight`".to_owned());
     }
     let case = Case {
-        device: Cpu::new(None).map_err(|error| error.to_string())?,
+        device: device.clone(),
         file: &file,
         settings: &settings,
     };
@@ -51,13 +49,13 @@ impl ConcatChecks for Vec<Vec<Check>> {
     }
 }
 
-struct Case<'a> {
-    device: Cpu,
+struct Case<'a, B: Backend> {
+    device: B,
     file: &'a TensorFile,
     settings: &'a Value,
 }
 
-impl Case<'_> {
+impl<B: Backend> Case<'_, B> {
     /// Quantises one matrix and compares everything bitsandbytes stores for it. The "error" is the number of differing bytes.
     fn matrix(&self, name: &str) -> CaseResult {
         let source = self
@@ -86,7 +84,7 @@ impl Case<'_> {
         Ok(checks)
     }
 
-    fn scales(&self, name: &str, weight: &Nf4Weight<Cpu>) -> CaseResult {
+    fn scales(&self, name: &str, weight: &Nf4Weight<B>) -> CaseResult {
         match &weight.scales {
             Nf4Scales::Flat(absmax) => Ok(vec![self.same(name, "absmax", self.read(absmax)?)?]),
             Nf4Scales::Nested {
@@ -113,7 +111,7 @@ impl Case<'_> {
         }
     }
 
-    fn read(&self, tensor: &brightrun_kernels::Tensor<Cpu>) -> Result<Vec<u8>, String> {
+    fn read(&self, tensor: &brightrun_kernels::Tensor<B>) -> Result<Vec<u8>, String> {
         self.device.read(tensor).map_err(|error| error.to_string())
     }
 
