@@ -1465,7 +1465,7 @@ begin
     if v_outcome is not null then
         update brightrun.job
         set outcome = v_outcome, attempt = p_lease.attempt, started_at = p_lease.started_at,
-            finished_at = greatest(brightrun.now(), p_lease.started_at), final_token = p_lease.token,
+            finished_at = greatest(brightrun.now(), p_lease.started_at, created_at), final_token = p_lease.token,
             result = case when v_outcome = 'completed' then p_result end,
             error = case when v_outcome = 'failed' then p_error end
         where id = p_lease.job_id;
@@ -1525,7 +1525,7 @@ begin
     delete from brightrun.lease where job_id = any (v_ids);
     update brightrun.job
     set outcome = 'completed', attempt = held.attempt, started_at = held.started_at,
-        finished_at = greatest(v_now, held.started_at), final_token = held.token, result = coalesce(held.result, '{}')
+        finished_at = greatest(v_now, held.started_at, created_at), final_token = held.token, result = coalesce(held.result, '{}')
     from rows from (pg_catalog.unnest(v_ids), pg_catalog.unnest(v_tokens), pg_catalog.unnest(v_attempts),
                     pg_catalog.unnest(v_started), pg_catalog.unnest(v_results))
          as held (job_id, token, attempt, started_at, result)
@@ -1580,7 +1580,7 @@ begin
     delete from brightrun.ready where job_id = p_job_id;
     update brightrun.job
     set outcome = 'cancelled', attempt = v_ready.attempt, started_at = v_ready.started_at,
-        finished_at = greatest(brightrun.now(), created_at), final_token = v_ready.last_token,
+        finished_at = greatest(brightrun.now(), created_at, v_ready.started_at), final_token = v_ready.last_token,
         cancel_requested_at = coalesce(cancel_requested_at, brightrun.now()),
         cancel_reason = coalesce(cancel_reason, p_reason)
     where id = p_job_id;
