@@ -7,6 +7,7 @@
 mod doctor;
 mod model;
 pub mod output;
+mod queue;
 pub mod service;
 mod validate;
 
@@ -65,6 +66,8 @@ pub enum Command {
     Generate(GenerateArguments),
     /// Check that everything this machine needs is in place
     Doctor(OutputArguments),
+    /// Look at the queue and operate it
+    Queue(queue::QueueArguments),
     /// Print every setting with its value
     Config,
 }
@@ -487,6 +490,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Eval(arguments) => tokio::task::block_in_place(|| model::eval(&config, arguments)),
         Command::Generate(arguments) => tokio::task::block_in_place(|| model::generate(&config, arguments)),
         Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
+        Command::Queue(arguments) => queue::run(arguments).await,
         Command::Config => print_config(&config),
     }
 }
@@ -510,6 +514,7 @@ fn wants_json(command: &Command) -> bool {
         | Command::Train(TrainArguments { output, .. })
         | Command::Eval(EvalArguments { output, .. })
         | Command::Generate(GenerateArguments { output, .. })
+        | Command::Queue(queue::QueueArguments { output, .. })
         | Command::Doctor(output) => output.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }
