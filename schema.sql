@@ -1465,7 +1465,7 @@ begin
     if v_outcome is not null then
         update brightrun.job
         set outcome = v_outcome, attempt = p_lease.attempt, started_at = p_lease.started_at,
-            finished_at = greatest(brightrun.now(), p_lease.started_at), final_token = p_lease.token,
+            finished_at = greatest(brightrun.now(), p_lease.started_at, created_at), final_token = p_lease.token,
             result = case when v_outcome = 'completed' then p_result end,
             error = case when v_outcome = 'failed' then p_error end
         where id = p_lease.job_id;
@@ -1525,7 +1525,7 @@ begin
     delete from brightrun.lease where job_id = any (v_ids);
     update brightrun.job
     set outcome = 'completed', attempt = held.attempt, started_at = held.started_at,
-        finished_at = greatest(v_now, held.started_at), final_token = held.token, result = coalesce(held.result, '{}')
+        finished_at = greatest(v_now, held.started_at, created_at), final_token = held.token, result = coalesce(held.result, '{}')
     from rows from (pg_catalog.unnest(v_ids), pg_catalog.unnest(v_tokens), pg_catalog.unnest(v_attempts),
                     pg_catalog.unnest(v_started), pg_catalog.unnest(v_results))
          as held (job_id, token, attempt, started_at, result)
@@ -1580,7 +1580,7 @@ begin
     delete from brightrun.ready where job_id = p_job_id;
     update brightrun.job
     set outcome = 'cancelled', attempt = v_ready.attempt, started_at = v_ready.started_at,
-        finished_at = greatest(brightrun.now(), created_at), final_token = v_ready.last_token,
+        finished_at = greatest(brightrun.now(), created_at, v_ready.started_at), final_token = v_ready.last_token,
         cancel_requested_at = coalesce(cancel_requested_at, brightrun.now()),
         cancel_reason = coalesce(cancel_reason, p_reason)
     where id = p_job_id;
@@ -4224,6 +4224,40 @@ language sql stable security definer set search_path = '' as $$
    order by event.seq
 $$;
 
+-- The whole of it, with levels and data, for the owner of each job: what its worker logged, its series of progress, its transitions.
+-- The caller's rights and policies apply; of the engine's job table a user may see two columns of his own rows, which the policy needs.
+drop policy if exists "Users can view own jobs" on brightrun.job;
+create policy "Users can view own jobs" on brightrun.job for select to authenticated using (owner = (select auth.uid()));
+drop policy if exists "Users can view own job events" on brightrun.event;
+create policy "Users can view own job events" on brightrun.event for select to authenticated
+  using (exists (select from brightrun.job where job.id = event.job_id and job.owner = (select auth.uid())));
+
+create or replace view public.job_events with (security_invoker = true) as
+  select job_id, seq, at, coalesce(level, 'info') as level, regexp_replace(event, '^log\.', '') as type, attempt::integer as attempt,
+         coalesce(detail ->> 'message', detail ->> 'reason', detail ->> 'stage') as message,
+         case when event like 'log.%' then detail -> 'data'
+              when event in ('progress', 'checkpoint') then detail - 'worker' - 'attempt' end as data
+    from brightrun.event;
+
+-- Realtime tells subscribers of changed rows, each as far as the policies let him see it. Only where the publication exists and is
+-- ours to change; one that is for all tables has them already.
+do $$
+declare
+  v_table text;
+begin
+  if not exists (select from pg_publication where pubname = 'supabase_realtime' and not puballtables) then
+    return;
+  end if;
+  foreach v_table in array array['training_jobs', 'datasets', 'notifications'] loop
+    if not exists (select from pg_publication_tables
+                    where pubname = 'supabase_realtime' and schemaname = 'public' and tablename = v_table) then
+      execute format('alter publication supabase_realtime add table public.%I', v_table);
+    end if;
+  end loop;
+exception when insufficient_privilege then
+  raise notice 'the publication supabase_realtime belongs to somebody else; add training_jobs to it in the dashboard';
+end $$;
+
 -- ---------------------------------------------------------------------------------------------------------------------
 -- 4.7  Registration, and the rows that waited before this file came
 -- ---------------------------------------------------------------------------------------------------------------------
@@ -4256,6 +4290,10 @@ revoke execute on all functions in schema brightrun from public;
 revoke all on all tables in schema brightrun from public, anon, authenticated;
 grant usage on schema brightrun to authenticated, service_role;
 grant select on brightrun.dataset_issue to authenticated;
+grant select (id, owner) on brightrun.job to authenticated;
+grant select (job_id, seq, at, level, event, attempt, detail) on brightrun.event to authenticated;
+revoke all on public.job_events from anon, authenticated;
+grant select on public.job_events to authenticated, service_role;
 grant select on all tables in schema brightrun to service_role;
 revoke all on public.dataset_issues from anon, authenticated;
 grant select on public.dataset_issues to authenticated, service_role;

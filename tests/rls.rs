@@ -7,6 +7,7 @@
 mod database;
 
 use database::{Api, Database, sqlstate};
+use tokio_postgres::Client;
 use uuid::Uuid;
 
 /// What became of a statement about a row of user A.
@@ -507,4 +508,246 @@ async fn the_history_of_a_job_is_readable_by_its_owner() {
         .await
         .unwrap_err();
     assert_eq!(sqlstate(&refused), "42501");
+}
+
+/// What a role gets for a verb on a table, of rows of its own (if it can have any) and of somebody else's.
+struct Cell {
+    own: Answer,
+    others: Answer,
+}
+
+impl Cell {
+    fn word(&self) -> &'static str {
+        match (self.own, self.others) {
+            (Done, Done) => "all",
+            (Done, _) => "own",
+            (Nothing, Nothing) | (Nothing, Refused) | (Refused, Nothing) => "none",
+            (Refused, Refused) => "–",
+            (_, Done) => "others",
+        }
+    }
+}
+
+/// One statement in a transaction that is rolled back. A violated key comes after the policies: it counts as allowed.
+async fn probe(api: &Client, role: &str, user: Option<Uuid>, statement: &str) -> Answer {
+    let claims = user.map_or_else(
+        || format!("{{\"role\": \"{role}\"}}"),
+        |user| format!("{{\"role\": \"{role}\", \"sub\": \"{user}\"}}"),
+    );
+    api.batch_execute(&format!(
+        "begin; set local role {role}; select set_config('request.jwt.claims', '{claims}', true)"
+    ))
+    .await
+    .unwrap();
+    let told = match api.execute(statement, &[]).await {
+        Ok(0) => Nothing,
+        Ok(_) => Done,
+        Err(error) if sqlstate(&error) == "42501" => Refused,
+        Err(error) if sqlstate(&error).starts_with("23") => Done,
+        Err(error) => panic!("{role}: {statement}: {error:?}"),
+    };
+    api.batch_execute("rollback").await.unwrap();
+    told
+}
+
+/// The page says what the database does: every role, table and verb is tried on rows of two users, and the table of answers must be
+/// the one in `docs/reference/rls.md`. `BRIGHTRUN_BLESS=1` writes the page.
+#[tokio::test]
+async fn the_matrix_of_rights_is_the_one_in_the_documents() {
+    let database = Database::migrated().await;
+    let owners = [owner_of_rows(&database).await, owner_of_rows(&database).await];
+    let rows = database
+        .owner
+        .query(
+            "select table_schema || '.' || table_name, table_type = 'VIEW' from information_schema.tables
+             where (table_schema = 'public' or table_schema = 'brightrun') and table_name !~ '^event_'
+             order by table_schema desc, table_name",
+            &[],
+        )
+        .await
+        .unwrap();
+    let roles = ["anon", "authenticated", "service_role", "brightrun_worker"];
+    let mut page = String::from(
+        "# Who may do what to which table\n\nWritten by the test `the_matrix_of_rights_is_the_one_in_the_documents`, which tries every cell on rows of two users, as PostgREST\n\
+         does: `set local role`, `request.jwt.claims`. Not to be edited by hand: `BRIGHTRUN_BLESS=1 cargo test --release -p brightrun-worker --test rls matrix`.\n\n\
+         s, i, u, d: select, insert, update, delete. **all**: of any row; **own**: of the caller's rows; **none**: it runs and touches nothing; –: refused.\n\
+         Engine tables are written through functions only.\n\n",
+    );
+    page.push_str(&format!(
+        "| table | {} |\n|---|{}\n",
+        roles.join(" | "),
+        "---|".repeat(roles.len())
+    ));
+    for row in rows {
+        let (table, is_view): (String, bool) = (row.get(0), row.get(1));
+        let mut line = format!("| `{}` ", table.trim_start_matches("public."));
+        for role in roles {
+            let words = cells(&database.owner, &table, is_view, role, &owners).await;
+            let all_refused = words.iter().all(|(_, word)| *word == "–");
+            let told = words
+                .iter()
+                .map(|(verb, word)| format!("{verb} {word}"))
+                .collect::<Vec<_>>()
+                .join(", ");
+            line.push_str(&format!("| {} ", if all_refused { "–" } else { &told }));
+        }
+        page.push_str(&line);
+        page.push_str("|\n");
+    }
+    let place = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/rls.md");
+    if std::env::var_os("BRIGHTRUN_BLESS").is_some() {
+        std::fs::write(place, &page).unwrap();
+    }
+    let written = std::fs::read_to_string(place).unwrap_or_default();
+    assert!(
+        written == page,
+        "docs/reference/rls.md does not say what the database does:\n{page}"
+    );
+}
+
+async fn cells(
+    owner: &Client,
+    table: &str,
+    is_view: bool,
+    role: &'static str,
+    owners: &[Owner; 2],
+) -> Vec<(&'static str, &'static str)> {
+    let user = (role == "authenticated").then_some(owners[0].user);
+    let columns: Vec<String> = owner
+        .query("select column_name::text from information_schema.columns where table_schema || '.' || table_name = $1 and is_generated = 'NEVER'
+                and not (is_identity = 'YES' and identity_generation = 'ALWAYS')", &[&table])
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    // Which rows are whose: by the user's column, or by the job or data set of his.
+    let of = |whose: &Owner| {
+        let has = |column: &str| columns.iter().any(|name| name == column);
+        if has("user_id") {
+            format!("user_id = '{}'", whose.user)
+        } else if has("created_by") {
+            format!("created_by = '{}'", whose.user)
+        } else if has("job_id") {
+            format!("job_id = '{}'", whose.job)
+        } else if has("dataset_id") {
+            format!("dataset_id = '{}'", whose.dataset)
+        } else {
+            "true".to_owned()
+        }
+    };
+    let verbs: &[&str] = if is_view { &["s"] } else { &["s", "i", "u", "d"] };
+    let mut words = Vec::new();
+    for verb in verbs {
+        let mut answers = Vec::new();
+        for whose in owners {
+            let which = of(whose);
+            let column = columns.first().cloned().unwrap_or_default();
+            let statement = match *verb {
+                "s" if role == "authenticated" && table == "brightrun.job" => {
+                    format!("select id from {table} where owner = '{}'", whose.user)
+                }
+                "s" => format!("select 1 from {table} where {which}"),
+                "u" if columns.iter().any(|name| name == "name") && table == "public.datasets" => {
+                    format!("update {table} set name = name where {which}")
+                }
+                "u" => format!("update {table} set {column} = {column} where {which}"),
+                "d" => format!("delete from {table} where {which}"),
+                _ => {
+                    let sample = format!("select to_jsonb(sample)::text from {table} as sample where {which} limit 1");
+                    let row = owner.query_opt(&sample, &[]).await.unwrap();
+                    let sample: String = row.map_or_else(|| "{}".to_owned(), |row| row.get(0));
+                    let mut sample: serde_json::Value = serde_json::from_str(&sample).unwrap();
+                    if let Some(fields) = sample.as_object_mut() {
+                        if fields.contains_key("id") && table.starts_with("public.") {
+                            fields.insert("id".into(), Uuid::new_v4().to_string().into());
+                        }
+                    }
+                    let names = columns
+                        .iter()
+                        .map(|name| format!("\"{name}\""))
+                        .collect::<Vec<_>>()
+                        .join(", ");
+                    format!(
+                        "insert into {table} ({names}) select {names} from jsonb_populate_record(null::{table}, '{}')",
+                        sample.to_string().replace('\'', "''")
+                    )
+                }
+            };
+            answers.push(probe(owner, role, user, &statement).await);
+        }
+        words.push((
+            *verb,
+            Cell {
+                own: answers[0],
+                others: answers[1],
+            }
+            .word(),
+        ));
+    }
+    words
+}
+
+/// With levels and data, as its worker logged it; by nobody else.
+#[tokio::test]
+async fn the_log_of_a_job_is_readable_by_its_owner_only() {
+    let database = Database::migrated().await;
+    let (owner, stranger) = (owner_of_rows(&database).await, database.user().await);
+    database
+        .owner
+        .batch_execute(
+            "select brightrun.log(job_id, token, 'warn', 'loss', 'it rose', '{\"by\": 1}') from brightrun.claim('w', array['train'])",
+        )
+        .await
+        .unwrap();
+    let log = "select level, type, message, data::text from job_events where job_id = $1 and type = 'loss'";
+    let seen = database
+        .signed_in(owner.user)
+        .await
+        .query(log, &[&owner.job])
+        .await
+        .unwrap();
+    let words: Vec<String> = (0..4).map(|column| seen[0].get(column)).collect();
+    assert_eq!(words, ["warn", "loss", "it rose", "{\"by\": 1}"]);
+    assert!(
+        database
+            .signed_in(stranger)
+            .await
+            .query(log, &[&owner.job])
+            .await
+            .unwrap()
+            .is_empty()
+    );
+    assert!(
+        database
+            .api("anon", None)
+            .await
+            .query(log, &[&owner.job])
+            .await
+            .is_err()
+    );
+}
+
+/// A project with Supabase's publication has the job rows in it, once, however often the schema is applied.
+#[tokio::test]
+async fn job_rows_join_the_realtime_publication_where_there_is_one() {
+    let database = Database::migrated().await;
+    database
+        .owner
+        .batch_execute("do $$ begin create publication supabase_realtime; exception when duplicate_object then null; end $$")
+        .await
+        .unwrap();
+    for _ in 0..2 {
+        database.owner.batch_execute(database::SCHEMA).await.unwrap();
+    }
+    let rows = database
+        .owner
+        .query(
+            "select tablename::text from pg_publication_tables where pubname = 'supabase_realtime' order by 1",
+            &[],
+        )
+        .await
+        .unwrap();
+    let tables: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+    assert_eq!(tables, ["datasets", "notifications", "training_jobs"]);
 }

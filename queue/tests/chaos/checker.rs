@@ -1,7 +1,7 @@
 //! What must be true of every history, whatever happened in it. The checker trusts nobody's code: it reads what the actors were told,
 //! the engine's own event log, and the tables at the end.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use uuid::Uuid;
 
@@ -155,33 +155,26 @@ fn one_end_each(entries: &[Entry], remains: &Remains) -> Vec<String> {
     found
 }
 
-/// A claim that had the queue to itself took nothing while something better had been waiting.
-fn order_within_a_priority(entries: &[Entry]) -> Vec<String> {
-    let mut enqueued: BTreeMap<Uuid, (&Entry, usize, i16, bool)> = BTreeMap::new();
-    let mut first_claim: HashMap<Uuid, &Entry> = HashMap::new();
-    let mut touched: HashMap<Uuid, u64> = HashMap::new();
-    for entry in entries {
-        match &entry.call {
-            Call::Enqueue {
-                jobs,
-                priority,
-                delayed,
-            } if entry.is_accepted() => {
-                for (place, job) in jobs.iter().enumerate() {
-                    enqueued.entry(*job).or_insert((entry, place, *priority, *delayed));
-                }
-            }
-            Call::Claim { granted } if entry.is_accepted() => {
-                for (job, _) in granted {
-                    first_claim.entry(*job).or_insert(entry);
-                }
-            }
-            Call::Cancel { job } => {
-                touched.entry(*job).or_insert(entry.asked);
-            }
-            _ => {}
-        }
+/// A job as it was enqueued, and who claimed it first.
+struct Waiting<'a> {
+    job: Uuid,
+    enqueued: &'a Entry,
+    place: usize,
+    priority: i16,
+    first_claim: &'a Entry,
+    cancelled: u64,
+}
+
+impl Waiting<'_> {
+    fn is_better_than(&self, other: &Self) -> bool {
+        let one_call = std::ptr::eq(self.enqueued, other.enqueued);
+        let before = self.enqueued.answered < other.enqueued.asked || (one_call && self.place < other.place);
+        self.priority < other.priority || (self.priority == other.priority && before)
     }
+}
+
+/// The claims during which no other call was under way that can lock or move a waiting job.
+pub fn lonely_claims(entries: &[Entry]) -> Vec<&Entry> {
     let disturbs = |entry: &&Entry| {
         matches!(
             entry.call,
@@ -189,35 +182,82 @@ fn order_within_a_priority(entries: &[Entry]) -> Vec<String> {
         )
     };
     let disturbing: Vec<&Entry> = entries.iter().filter(disturbs).collect();
-    let mut found = Vec::new();
-    for claim in entries.iter().filter(|entry| entry.is_accepted()) {
-        let Call::Claim { granted } = &claim.call else { continue };
-        let alone = disturbing
-            .iter()
-            .all(|other| std::ptr::eq(*other, claim) || !other.overlaps(claim));
-        if granted.is_empty() || !alone {
-            continue;
+    let mut latest = 0;
+    let mut lonely = Vec::new();
+    for (place, entry) in disturbing.iter().enumerate() {
+        let next = disturbing.get(place + 1).map_or(u64::MAX, |next| next.asked);
+        if latest < entry.asked && entry.answered < next && entry.is_accepted() {
+            lonely.push(*entry);
         }
-        for (taken, _) in granted {
-            let Some((its, place, priority, false)) = enqueued.get(taken) else {
-                continue;
-            };
-            if first_claim.get(taken).is_none_or(|first| !std::ptr::eq(*first, claim)) {
-                continue;
+        latest = latest.max(entry.answered);
+    }
+    lonely
+}
+
+/// Every job that was ready at once, by the end of its enqueue.
+fn waiting(entries: &[Entry]) -> Vec<Waiting<'_>> {
+    let mut first_claim: HashMap<Uuid, &Entry> = HashMap::new();
+    let mut cancelled: HashMap<Uuid, u64> = HashMap::new();
+    for entry in entries {
+        match &entry.call {
+            Call::Claim { granted } => granted.iter().for_each(|(job, _)| {
+                first_claim.entry(*job).or_insert(entry);
+            }),
+            Call::Cancel { job } => {
+                cancelled.entry(*job).or_insert(entry.asked);
             }
-            for (job, (other, other_place, other_priority, delayed)) in &enqueued {
-                let waited = !delayed
-                    && other.answered < claim.asked
-                    && touched.get(job).is_none_or(|from| *from > claim.answered);
-                let later = first_claim.get(job).is_some_and(|first| first.asked > claim.answered);
-                let before = other.answered < its.asked || (std::ptr::eq(*other, *its) && other_place < place);
-                let better = other_priority < priority || (other_priority == priority && before);
-                if waited && later && better {
-                    found.push(format!(
-                        "job {taken} was claimed although job {job} had been waiting with a better place"
-                    ));
-                }
+            _ => {}
+        }
+    }
+    let mut all = Vec::new();
+    for entry in entries.iter().filter(|entry| entry.is_accepted()) {
+        let Call::Enqueue {
+            jobs,
+            priority,
+            delayed: false,
+        } = &entry.call
+        else {
+            continue;
+        };
+        for (place, job) in jobs.iter().enumerate() {
+            if let Some(first_claim) = first_claim.get(job) {
+                let cancelled = cancelled.get(job).copied().unwrap_or(u64::MAX);
+                all.push(Waiting {
+                    job: *job,
+                    enqueued: entry,
+                    place,
+                    priority: *priority,
+                    first_claim,
+                    cancelled,
+                });
             }
+        }
+    }
+    all.sort_by_key(|job| job.enqueued.answered);
+    all
+}
+
+/// A claim that had the queue to itself took nothing while something better had been waiting.
+fn order_within_a_priority(entries: &[Entry]) -> Vec<String> {
+    let all = waiting(entries);
+    let mut arriving = all.iter().peekable();
+    let mut here: Vec<&Waiting> = Vec::new();
+    let mut found = Vec::new();
+    for claim in lonely_claims(entries) {
+        while let Some(job) = arriving.next_if(|job| job.enqueued.answered < claim.asked) {
+            here.push(job);
+        }
+        here.retain(|job| job.first_claim.asked >= claim.asked && job.cancelled > claim.answered);
+        for taken in here.iter().filter(|job| std::ptr::eq(job.first_claim, claim)) {
+            let passed = here
+                .iter()
+                .filter(|job| !std::ptr::eq(job.first_claim, claim) && job.is_better_than(taken));
+            found.extend(passed.map(|job| {
+                format!(
+                    "job {} was claimed although job {} had been waiting with a better place",
+                    taken.job, job.job
+                )
+            }));
         }
     }
     found

@@ -76,10 +76,6 @@ impl Entry {
     pub fn is_accepted(&self) -> bool {
         matches!(self.answer, Answer::Accepted(_))
     }
-
-    pub fn overlaps(&self, other: &Self) -> bool {
-        self.asked <= other.answered && other.asked <= self.answered
-    }
 }
 
 /// The recorder.
@@ -96,11 +92,9 @@ impl History {
     }
 
     pub fn record(&self, asked: u64, call: Call, answer: Answer) {
-        // Whatever an unanswered call did, it may do a while after the caller gave up on it.
-        let answered = match answer {
-            Answer::Unknown => u64::MAX,
-            _ => self.now(),
-        };
+        // That holds for a call without an answer, too: calls are cut off by the server's end of the connection, and a backend that is
+        // gone does nothing any more.
+        let answered = self.now();
         let entry = Entry {
             asked,
             answered,

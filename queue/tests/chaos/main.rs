@@ -19,7 +19,9 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use tokio_postgres::{Client, NoTls};
 
-const ACTORS: u64 = 8;
+/// Enough to race. With few, many claims are alone for a moment, so that their order can be judged.
+const MANY: u64 = 8;
+const FEW: u64 = 2;
 
 fn number(variable: &str) -> Option<u64> {
     std::env::var(variable).ok()?.parse().ok()
@@ -161,7 +163,7 @@ struct Run {
     jobs: usize,
 }
 
-async fn run(seconds: u64, seed: u64, crashes: bool, plant: Option<(&str, &str, &str)>) -> Run {
+async fn run(seconds: u64, seed: u64, actors: u64, crashes: bool, plant: Option<(&str, &str, &str)>) -> Run {
     let mut server = PrivateServer::start(&Options {
         durable: true,
         ..Options::default()
@@ -185,14 +187,14 @@ async fn run(seconds: u64, seed: u64, crashes: bool, plant: Option<(&str, &str, 
         jobs: Default::default(),
     });
     let mut random = StdRng::seed_from_u64(seed);
-    let mut actors = tokio::task::JoinSet::new();
-    for _ in 0..ACTORS {
-        actors.spawn(Actor::new(world.clone(), random.random()).play());
+    let mut playing = tokio::task::JoinSet::new();
+    for _ in 0..actors {
+        playing.spawn(Actor::new(world.clone(), random.random()).play());
     }
     let until = Instant::now() + Duration::from_secs(seconds);
     let crashed = nemesis(&mut server, &world, &mut random, until, crashes).await;
     world.over.store(true, Ordering::Relaxed);
-    actors.join_all().await;
+    playing.join_all().await;
     let left = lane_left(&url).await;
     settle(&url).await;
     let remains = remains(&url, &left).await;
@@ -221,7 +223,7 @@ async fn every_promise_holds_whatever_happens() {
     let seconds = number("BRIGHTRUN_CHAOS_SECONDS").unwrap_or(60);
     let seed = number("BRIGHTRUN_CHAOS_SEED").unwrap_or_else(|| rand::rng().random());
     println!("BRIGHTRUN_CHAOS_SEED={seed} BRIGHTRUN_CHAOS_SECONDS={seconds}");
-    let run = run(seconds, seed, true, None).await;
+    let run = run(seconds, seed, MANY, true, None).await;
     let count = |what: fn(&Call) -> bool| {
         run.entries
             .iter()
@@ -246,6 +248,19 @@ async fn every_promise_holds_whatever_happens() {
     assert!(run.crashed > 0 && run.jobs > 50, "nothing happened");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_order_holds_where_it_can_be_judged() {
+    let seed = number("BRIGHTRUN_CHAOS_SEED").unwrap_or_else(|| rand::rng().random());
+    let run = run(10, seed, FEW, false, None).await;
+    let judged = checker::lonely_claims(&run.entries).len();
+    assert!(
+        run.breaches.is_empty(),
+        "seed {seed}: {:#?}",
+        &run.breaches[..run.breaches.len().min(10)]
+    );
+    assert!(judged > 20, "only {judged} claims could be judged");
+}
+
 /// A checker that finds nothing proves nothing until it has found something: each of these engines has one mistake in it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_planted_mistake_is_found() {
@@ -264,6 +279,13 @@ async fn a_planted_mistake_is_found() {
             ">= v_rule.at_most + 1",
             "its limit is",
         ),
+        // The claim takes the newest first.
+        (
+            "brightrun.claim(text,text[],integer,interval,text,jsonb)",
+            "order by priority, ready_seq limit v_left",
+            "order by priority, ready_seq desc limit v_left",
+            "with a better place",
+        ),
         // A batch can end a place twice.
         (
             "brightrun.brief_finish(bigint[],integer[],jsonb[],interval)",
@@ -272,7 +294,8 @@ async fn a_planted_mistake_is_found() {
             "done twice",
         ),
     ] {
-        let run = run(8, 7, false, Some((function, sound, broken))).await;
+        let actors = if expected.contains("better place") { FEW } else { MANY };
+        let run = run(8, 7, actors, false, Some((function, sound, broken))).await;
         assert!(
             run.breaches.iter().any(|breach| breach.contains(expected)),
             "{function} without `{sound}` was not noticed: {:?}",

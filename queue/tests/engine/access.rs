@@ -210,3 +210,59 @@ async fn a_newer_schema_is_not_touched_and_a_program_that_is_too_old_is_told() {
     let error = db.queue.check_schema().await.unwrap_err();
     assert!(matches!(error, Error::SchemaVersion { found: 99, .. }), "{error}");
 }
+
+/// The engine as it was first deployed, with a job in every place it can be.
+#[tokio::test]
+async fn a_database_of_engine_version_1_is_upgraded_with_its_jobs() {
+    let url = fresh_database("first").await.unwrap();
+    let client = connect(&url).await;
+    client
+        .batch_execute(include_str!("../fixtures/engine_v1.sql"))
+        .await
+        .unwrap();
+    client
+        .batch_execute(
+            "select brightrun.enqueue('waiting'), brightrun.enqueue('later', p_delay => '1 hour'), brightrun.enqueue('done'), brightrun.enqueue('held');
+             select brightrun.complete(job_id, token) from brightrun.claim('old', '{done}');
+             create table held as select * from brightrun.claim('old', '{held}');",
+        )
+        .await
+        .unwrap();
+    let queue = Queue::connect(&QueueConfig::new(&url).unwrap()).await.unwrap();
+    assert!(matches!(
+        queue.check_schema().await,
+        Err(Error::SchemaVersion { found: 1, .. })
+    ));
+    for _ in 0..2 {
+        queue.migrate(&engine_section()).await.unwrap();
+    }
+    queue.check_schema().await.unwrap();
+    let held = client.query_one("select job_id, token from held", &[]).await.unwrap();
+    let lease = brightrun_queue::Lease {
+        job_id: held.get(0),
+        token: held.get(1),
+    };
+    assert_eq!(
+        queue.complete(&lease, &json!({})).await.unwrap(),
+        JobState::Completed,
+        "its worker ends it"
+    );
+    let claimed = queue
+        .claim(&request("new", &["waiting", "later", "done"], 9))
+        .await
+        .unwrap();
+    assert_eq!(
+        claimed.iter().map(|job| job.kind.as_str()).collect::<Vec<_>>(),
+        ["waiting"]
+    );
+    // A program of before, which knows fewer parameters, goes on as well.
+    client
+        .batch_execute("select brightrun.enqueue('old', '{}', null, 'default', 0, null, null, 3)")
+        .await
+        .unwrap();
+    client
+        .batch_execute("select * from brightrun.claim('old', '{old}', 1, '1 minute', 'default')")
+        .await
+        .unwrap();
+    assert_eq!(queue.violations().await.unwrap(), vec![]);
+}

@@ -9,6 +9,7 @@ pub mod export;
 mod model;
 pub mod output;
 pub mod plan;
+mod queue;
 pub mod service;
 mod validate;
 
@@ -71,6 +72,8 @@ pub enum Command {
     Export(export::ExportArguments),
     /// Check that everything this machine needs is in place
     Doctor(OutputArguments),
+    /// Look at the queue and operate it
+    Queue(queue::QueueArguments),
     /// Print every setting with its value
     Config,
 }
@@ -523,6 +526,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Generate(arguments) => tokio::task::block_in_place(|| model::generate(&config, arguments)),
         Command::Export(arguments) => tokio::task::block_in_place(|| export::run(&config, arguments)),
         Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
+        Command::Queue(arguments) => queue::run(arguments).await,
         Command::Config => print_config(&config),
     }
 }
@@ -548,6 +552,7 @@ fn wants_json(command: &Command) -> bool {
         | Command::Eval(EvalArguments { output, .. })
         | Command::Generate(GenerateArguments { output, .. })
         | Command::Export(export::ExportArguments { output, .. })
+        | Command::Queue(queue::QueueArguments { output, .. })
         | Command::Doctor(output) => output.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }
