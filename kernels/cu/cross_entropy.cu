@@ -99,7 +99,7 @@ DEVICE void softmax(const f32* logits, const i32* labels, const i32* rows, const
     const f32* z = logits + row * pitch;
     i32 t = rows[first + row], label = labels[t];
     bool aligned = pitch % PACK == 0;
-    f32 largest = -__uint_as_float(F32_INFINITY_BITS), sum = 0.0f;
+    f32 largest = -infinity(), sum = 0.0f;
     for (i64 column = i64(threadIdx.x) * PACK; column < vocabulary; column += THREADS * PACK) {
         Pack pack = load_pack(z, column, vocabulary, aligned);
         i32 exist = i32(vocabulary - column < PACK ? vocabulary - column : PACK);
