@@ -24,6 +24,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &quantize::FAMILY,
     &attention_kernels::FAMILY,
     &attention_kernels::TENSOR_FAMILY,
+    &quantize::DECODE_FAMILY,
     &matmul::TENSOR_FAMILY,
     &matmul::EXACT_FAMILY,
     &loss::FAMILY,

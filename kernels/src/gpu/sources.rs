@@ -31,6 +31,7 @@ pub(crate) static OPTIMIZER: Source = source!("optimizer");
 pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static ATTENTION: Source = source!("attention");
 pub(crate) static ATTENTION_TENSOR: Source = source!("attention_tensor");
+pub(crate) static QUANTIZE: Source = source!("quantize");
 pub(crate) static MATMUL: Source = source!("matmul");
 pub(crate) static MATMUL_F32: Source = source!("matmul_f32");
 pub(crate) static CROSS_ENTROPY: Source = source!("cross_entropy");

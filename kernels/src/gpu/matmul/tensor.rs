@@ -26,7 +26,7 @@ pub(in crate::gpu) struct Tile {
 pub(in crate::gpu) const LARGE: Tile = Tile {
     rows: 128,
     columns: 128,
-    warps: 8,
+    warps: 4,
     stages: 3,
 };
 
