@@ -148,7 +148,7 @@ DEVICE void attention_forward(const A* q, const A* k, const A* v, const i32* til
     i32 here = min(TILE, queries.count);
     i32 visible = tile.first + here + tile.extra_keys();
     Result result = no_result();
-    f32 largest[2] = {-__uint_as_float(F32_INFINITY_BITS), -__uint_as_float(F32_INFINITY_BITS)}, sum[2] = {0.0f, 0.0f};
+    f32 largest[2] = {-infinity(), -infinity()}, sum[2] = {0.0f, 0.0f};
     for (i32 key = 0; key < visible; key += TILE) {
         f32 scores[2][2] = {};
         add_scores(scores, queries, keys.from(key), left, right, round);
@@ -159,7 +159,7 @@ DEVICE void attention_forward(const A* q, const A* k, const A* v, const i32* til
 #pragma unroll
             for (i32 b = 0; b < 2; b++) {
                 bool seen = key + thread_column() + b * SIDE <= last;
-                masked[b] = seen ? scores[a][b] * scale : -__uint_as_float(F32_INFINITY_BITS);
+                masked[b] = seen ? scores[a][b] * scale : -infinity();
             }
             // Every row sees key 0, so that the maximum is never −∞ after the first tile.
             f32 highest = lanes_max<SIDE>(max(largest[a], max(masked[0], masked[1])));

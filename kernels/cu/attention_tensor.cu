@@ -12,8 +12,9 @@
 // tensor cores at any length beyond a few hundred.
 //
 // Decomposition:
-//   forward, dq   a block has 16 queries a warp of one head; tiles of keys and values pass through shared memory, copied
-//                 asynchronously, the next one (STAGES 2) while this one is used;
+//   forward, dq   a block of four warps has 16 or 32 queries a warp of one head; tiles of keys and values pass through shared
+//                 memory, copied asynchronously, the next one (STAGES 2) while this one is used. With 32 queries a fragment of
+//                 keys or values is loaded once for two products, as far as registers go;
 //   dk, dv        a block has 64 keys of one key/value head, 16 a warp; tiles of 32 queries of every query head of the group, in
 //                 rising order, pass through. Scores are made transposed (keys are the rows), so that P^T and dS^T come out of
 //                 the accumulators as the left factors of the next products, and no warp needs another's.
@@ -41,9 +42,9 @@
 
 constexpr f32 LOG2_E = 1.4426950408889634f;
 constexpr f32 LN_2 = 0.6931471805599453f;
-constexpr i32 ROWS = 16;           // of a warp
-constexpr i32 BACKWARD_WARPS = 4;
-constexpr i32 QUERY_TILE = 32;     // of dk, dv
+constexpr i32 THREADS = 128;
+constexpr i32 WARPS = THREADS / WARP_LANES;
+constexpr i32 QUERY_TILE = 32;  // of dk, dv
 
 // ---- rows in shared memory -------------------------------------------------------------------------------------------
 
@@ -51,19 +52,41 @@ constexpr i32 QUERY_TILE = 32;     // of dk, dv
 template <i32 HEAD>
 constexpr i32 PITCH = (HEAD / 8 | 1) * 8;
 
-// Begins to copy COUNT rows; elements that do not exist become zero.
-template <i32 HEAD, i32 COUNT, i32 THREADS>
-DEVICE void load_rows(bf16* to, const HeadRows<const bf16>& rows) {
+// The same for rows that do not begin at 16-byte boundaries, element by element and at once.
+template <i32 HEAD, i32 COUNT>
+__noinline__ __device__ void load_ragged_rows(bf16* to, HeadRows<const bf16> rows) {
     constexpr i32 CHUNKS = HEAD / PACK;
-    bool aligned = rows.dim % PACK == 0;
     for (i32 i = i32(threadIdx.x); i < COUNT * CHUNKS; i += THREADS) {
         i32 row = i / CHUNKS, first = i % CHUNKS * PACK;
+        i32 dim = row < rows.count ? rows.dim : 0;
+        store_wide(to + row * PITCH<HEAD> + first, load_pack(dim > 0 ? rows.row(row) : rows.first, first, dim, false));
+    }
+}
+
+// Begins to copy COUNT rows; elements that do not exist become zero. A thread copies the same chunk of rows STEP apart, where
+// chunks of a row divide the threads.
+template <i32 HEAD, i32 COUNT>
+DEVICE void load_rows(bf16* to, const HeadRows<const bf16>& rows) {
+    constexpr i32 CHUNKS = HEAD / PACK, STEP = THREADS / CHUNKS;
+    if (rows.dim % PACK != 0) return load_ragged_rows<HEAD, COUNT>(to, rows);
+    if constexpr (THREADS % CHUNKS == 0 && COUNT % STEP == 0) {
+        i32 row = i32(threadIdx.x) / CHUNKS, first = i32(threadIdx.x) % CHUNKS * PACK;
+        i32 count = first < rows.dim ? rows.count - row : 0;
+        const bf16* from = rows.row(row) + first;
         bf16* place = to + row * PITCH<HEAD> + first;
-        bool exists = row < rows.count && first < rows.dim;
-        if (aligned) {
-            copy_async(place, exists ? rows.row(row) + first : rows.first, exists ? 16 : 0);
-        } else {
-            store_wide(place, load_pack(exists ? rows.row(row) : rows.first, first, exists ? rows.dim : 0, false));
+        i64 step = STEP * rows.stride;
+#pragma unroll
+        for (i32 i = 0; i < COUNT / STEP; i++) {
+            bool exists = i * STEP < count;
+            copy_async(place + i * STEP * PITCH<HEAD>, exists ? from : rows.first, exists ? 16 : 0);
+            from += step;
+        }
+    } else {
+#pragma unroll
+        for (i32 i = i32(threadIdx.x); i < COUNT * CHUNKS; i += THREADS) {
+            i32 row = i / CHUNKS, first = i % CHUNKS * PACK;
+            bool exists = row < rows.count && first < rows.dim;
+            copy_async(to + row * PITCH<HEAD> + first, exists ? rows.row(row) + first : rows.first, exists ? 16 : 0);
         }
     }
 }
@@ -87,72 +110,85 @@ DEVICE void multiply_add_pair(f32 (&first)[4], f32 (&second)[4], const u32 (&a)[
     multiply_add(second, a, right);
 }
 
-// sums [16, N] += left [16, HEAD] · right [N, HEAD]ᵀ, both in shared memory.
-template <i32 HEAD, i32 N>
-DEVICE void add_scores(f32 (&sums)[N / 8][4], const bf16* left, const bf16* right) {
+// sums [16 M, N] += left [16 M, HEAD] · right [N, HEAD]ᵀ, both in shared memory.
+template <i32 HEAD, i32 N, i32 M>
+DEVICE void add_scores(f32 (&sums)[M][N / 8][4], const bf16* left, const bf16* right) {
 #pragma unroll
     for (i32 depth = 0; depth < HEAD; depth += 16) {
-        u32 a[4];
-        load_matrices(a, deep_rows<HEAD>(left, 0, depth));
+        u32 a[M][4];
+#pragma unroll
+        for (i32 m = 0; m < M; m++) load_matrices(a[m], deep_rows<HEAD>(left, 16 * m, depth));
 #pragma unroll
         for (i32 column = 0; column < N; column += 16) {
             u32 b[4];
             load_matrices(b, wide_rows<HEAD>(right, column, depth));
-            multiply_add_pair(sums[column / 8], sums[column / 8 + 1], a, b);
+#pragma unroll
+            for (i32 m = 0; m < M; m++) multiply_add_pair(sums[m][column / 8], sums[m][column / 8 + 1], a[m], b);
         }
     }
 }
 
-// sums [16, HEAD] += weights [16, N] · right [N, HEAD]: the weights are accumulators, rounded to bf16.
-template <i32 HEAD, i32 N>
-DEVICE void add_weighted(f32 (&sums)[HEAD / 8][4], const f32 (&weights)[N / 8][4], const bf16* right) {
+// sums [16 M, HEAD] += weights [16 M, N] · right [N, HEAD]: the weights are accumulators, rounded to bf16.
+template <i32 HEAD, i32 N, i32 M>
+DEVICE void add_weighted(f32 (&sums)[M][HEAD / 8][4], const f32 (&weights)[M][N / 8][4], const bf16* right) {
 #pragma unroll
     for (i32 depth = 0; depth < N; depth += 16) {
-        const f32(&low)[4] = weights[depth / 8];
-        const f32(&high)[4] = weights[depth / 8 + 1];
-        u32 a[4] = {bf16_pair(low[0], low[1]), bf16_pair(low[2], low[3]), bf16_pair(high[0], high[1]),
-                    bf16_pair(high[2], high[3])};
+        u32 a[M][4];
+#pragma unroll
+        for (i32 m = 0; m < M; m++) {
+#pragma unroll
+            for (i32 i = 0; i < 4; i++) {
+                const f32(&weight)[4] = weights[m][depth / 8 + i / 2];
+                a[m][i] = bf16_pair(weight[i % 2 * 2], weight[i % 2 * 2 + 1]);
+            }
+        }
 #pragma unroll
         for (i32 column = 0; column < HEAD; column += 16) {
             u32 b[4];
             load_matrices_transposed(b, deep_rows<HEAD>(right, depth, column));
-            multiply_add_pair(sums[column / 8], sums[column / 8 + 1], a, b);
+#pragma unroll
+            for (i32 m = 0; m < M; m++) multiply_add_pair(sums[m][column / 8], sums[m][column / 8 + 1], a[m], b);
         }
     }
 }
 
-template <i32 N>
-DEVICE void clear(f32 (&sums)[N][4]) {
-#pragma unroll
-    for (i32 i = 0; i < N; i++) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.0f;
-}
-
-// Where this lane's accumulators lie: element e of tile i is row `lane_row(e)`, column `8 i + lane_column(e)`.
+// Where this lane's accumulators lie: element e of tile i of block m is row 16 m + `lane_row(e)`, column 8 i + `lane_column(e)`.
 DEVICE i32 lane_row(i32 element) { return lane_index() / 4 + element / 2 * 8; }
 DEVICE i32 lane_column(i32 element) { return lane_index() % 4 * 2 + element % 2; }
 
-// Writes 16 rows; row r is multiplied by factors[r / 8 of the lane's two].
-template <i32 HEAD>
-DEVICE void store_rows(const f32 (&sums)[HEAD / 8][4], const HeadRows<bf16>& rows, f32 first_factor, f32 second_factor) {
+// Writes 16 M rows; the lane's two rows of each block are multiplied by their factors.
+template <i32 HEAD, i32 M>
+DEVICE void store_rows(const f32 (&sums)[M][HEAD / 8][4], const HeadRows<bf16>& rows, const f32 (&factors)[M][2]) {
     bool paired = rows.dim % 2 == 0;
 #pragma unroll
-    for (i32 half = 0; half < 2; half++) {
-        i32 row = lane_row(2 * half);
-        if (row >= rows.count) continue;
-        bf16* to = rows.row(row);
-        f32 factor = half ? second_factor : first_factor;
+    for (i32 m = 0; m < M; m++) {
 #pragma unroll
-        for (i32 i = 0; i < HEAD / 8; i++) {
-            i32 column = 8 * i + lane_column(0);
-            f32 low = sums[i][2 * half] * factor, high = sums[i][2 * half + 1] * factor;
-            if (paired && column < rows.dim) {
-                *reinterpret_cast<u32*>(to + column) = bf16_pair(low, high);
-            } else {
-                if (column < rows.dim) to[column] = from_f32<bf16>(low);
-                if (column + 1 < rows.dim) to[column + 1] = from_f32<bf16>(high);
+        for (i32 half = 0; half < 2; half++) {
+            i32 row = 16 * m + lane_row(2 * half);
+            if (row >= rows.count) continue;
+            bf16* to = rows.row(row);
+#pragma unroll
+            for (i32 i = 0; i < HEAD / 8; i++) {
+                i32 column = 8 * i + lane_column(0);
+                f32 low = sums[m][i][2 * half] * factors[m][half], high = sums[m][i][2 * half + 1] * factors[m][half];
+                if (paired && column < rows.dim) {
+                    *reinterpret_cast<u32*>(to + column) = bf16_pair(low, high);
+                } else {
+                    if (column < rows.dim) to[column] = from_f32<bf16>(low);
+                    if (column + 1 < rows.dim) to[column + 1] = from_f32<bf16>(high);
+                }
             }
         }
     }
+}
+
+// Writes 16 M rows, all multiplied by one factor.
+template <i32 HEAD, i32 M>
+DEVICE void store_rows(const f32 (&sums)[M][HEAD / 8][4], const HeadRows<bf16>& rows, f32 factor) {
+    f32 factors[M][2];
+#pragma unroll
+    for (i32 m = 0; m < M; m++) factors[m][0] = factors[m][1] = factor;
+    store_rows<HEAD, M>(sums, rows, factors);
 }
 
 // ---- tiles that pass through shared memory ---------------------------------------------------------------------------
@@ -184,7 +220,7 @@ DEVICE void pipeline(i32 count, Load load, Use use) {
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
-// Softmax as far as it has come, of the lane's two rows; scores are in units of log₂.
+// Softmax as far as it has come, of the lane's two rows of a block; scores are in units of log₂.
 struct Softmax {
     f32 largest[2], sum[2];  // the sums are of this lane's columns
 };
@@ -213,10 +249,10 @@ DEVICE void advance(Softmax& softmax, f32 (&scores)[N / 8][4], f32 (&correction)
     }
 }
 
-template <i32 HEAD, i32 WARPS, i32 KEYS, i32 STAGES>
+template <i32 HEAD, i32 M, i32 KEYS, i32 STAGES>
 DEVICE void attention_forward(const bf16* q, const bf16* k, const bf16* v, const i32* tiles, bf16* out, f32* lse, i32 heads,
                               i32 kv_heads, i32 dim, f32 scale) {
-    constexpr i32 THREADS = WARPS * WARP_LANES, QUERIES = WARPS * ROWS, STAGE = 2 * KEYS * PITCH<HEAD>;
+    constexpr i32 QUERIES = WARPS * 16 * M, STAGE = 2 * KEYS * PITCH<HEAD>;
     DYNAMIC_SHARED(memory);
     bf16* query_tile = reinterpret_cast<bf16*>(memory);
     bf16* stages = query_tile + QUERIES * PITCH<HEAD>;
@@ -226,62 +262,80 @@ DEVICE void attention_forward(const bf16* q, const bf16* k, const bf16* v, const
     auto queries = head_rows(q, heads, dim, head, tile.query_start, tile.queries).from(tile.first);
     auto keys = head_rows(k, kv_heads, dim, kv_head, tile.key_start, tile.keys);
     auto values = head_rows(v, kv_heads, dim, kv_head, tile.key_start, tile.keys);
-    load_rows<HEAD, QUERIES, THREADS>(query_tile, queries);
+    load_rows<HEAD, QUERIES>(query_tile, queries);
 
-    i32 own_row = warp_index() * ROWS;
+    i32 own_row = warp_index() * 16 * M;
     i32 first_seen = tile.first + tile.extra_keys();  // the last key that the tile's first query sees
     i32 visible = first_seen + min(QUERIES, queries.count);
-    Softmax softmax = {{-__uint_as_float(F32_INFINITY_BITS), -__uint_as_float(F32_INFINITY_BITS)}, {0.0f, 0.0f}};
-    f32 result[HEAD / 8][4];
-    clear(result);
+    f32 scale_log2 = scale * LOG2_E;
+    Softmax softmax[M];
+    f32 result[M][HEAD / 8][4] = {};
+#pragma unroll
+    for (i32 m = 0; m < M; m++) softmax[m] = {{-infinity(), -infinity()}, {0.0f, 0.0f}};
     auto load = [&](i32 stage, i32 index) {
-        load_rows<HEAD, KEYS, THREADS>(stages + stage * STAGE, keys.from(index * KEYS));
-        load_rows<HEAD, KEYS, THREADS>(stages + stage * STAGE + STAGE / 2, values.from(index * KEYS));
+        load_rows<HEAD, KEYS>(stages + stage * STAGE, keys.from(index * KEYS));
+        load_rows<HEAD, KEYS>(stages + stage * STAGE + STAGE / 2, values.from(index * KEYS));
     };
     auto use = [&](i32 stage, i32 index) {
-        f32 scores[KEYS / 8][4];
-        clear(scores);
-        add_scores<HEAD, KEYS>(scores, query_tile + own_row * PITCH<HEAD>, stages + stage * STAGE);
+        f32 scores[M][KEYS / 8][4] = {};
+        add_scores<HEAD, KEYS, M>(scores, query_tile + own_row * PITCH<HEAD>, stages + stage * STAGE);
         bool masked = (index + 1) * KEYS - 1 > first_seen;
 #pragma unroll
-        for (i32 i = 0; i < KEYS / 8; i++) {
+        for (i32 m = 0; m < M; m++) {
 #pragma unroll
-            for (i32 e = 0; e < 4; e++) {
-                i32 key = index * KEYS + 8 * i + lane_column(e);
-                bool seen = !masked || key <= first_seen + own_row + lane_row(e);
-                scores[i][e] = seen ? scores[i][e] * (scale * LOG2_E) : -__uint_as_float(F32_INFINITY_BITS);
+            for (i32 i = 0; i < KEYS / 8; i++) {
+#pragma unroll
+                for (i32 e = 0; e < 4; e++) scores[m][i][e] *= scale_log2;
+            }
+            // Every row sees key 0, so no maximum is −∞ after the first tile.
+            if (masked) {
+                i32 last = first_seen + own_row + 16 * m - index * KEYS;
+#pragma unroll
+                for (i32 i = 0; i < KEYS / 8; i++) {
+#pragma unroll
+                    for (i32 e = 0; e < 4; e++)
+                        if (8 * i + lane_column(e) > last + lane_row(e)) scores[m][i][e] = -infinity();
+                }
+            }
+            f32 correction[2];
+            advance<KEYS>(softmax[m], scores[m], correction);
+            // Maxima settle early in a row, and a factor of 1 changes nothing.
+            if (lanes_saying(correction[0] != 1.0f || correction[1] != 1.0f) == 0) continue;
+#pragma unroll
+            for (i32 i = 0; i < HEAD / 8; i++) {
+#pragma unroll
+                for (i32 e = 0; e < 4; e++) result[m][i][e] *= correction[e / 2];
             }
         }
-        f32 correction[2];
-        advance<KEYS>(softmax, scores, correction);
-#pragma unroll
-        for (i32 i = 0; i < HEAD / 8; i++) {
-            result[i][0] *= correction[0], result[i][1] *= correction[0];
-            result[i][2] *= correction[1], result[i][3] *= correction[1];
-        }
-        add_weighted<HEAD, KEYS>(result, scores, stages + stage * STAGE + STAGE / 2);
+        add_weighted<HEAD, KEYS, M>(result, scores, stages + stage * STAGE + STAGE / 2);
     };
     pipeline<STAGES>((visible + KEYS - 1) / KEYS, load, use);
 
-    f32 sum[2] = {lanes_sum<4>(softmax.sum[0]), lanes_sum<4>(softmax.sum[1])};
     auto rows = head_rows(out, heads, dim, head, tile.query_start, tile.queries).from(tile.first + own_row);
-    store_rows<HEAD>(result, rows, 1.0f / sum[0], 1.0f / sum[1]);
-    if (lane_index() % 4 == 0) {
+    f32 factors[M][2];
+#pragma unroll
+    for (i32 m = 0; m < M; m++) {
 #pragma unroll
         for (i32 half = 0; half < 2; half++) {
-            i64 row = tile.query_start + tile.first + own_row + lane_row(2 * half);
-            if (lane_row(2 * half) < rows.count) lse[row * heads + head] = softmax.largest[half] * LN_2 + logf(sum[half]);
+            i32 row = 16 * m + lane_row(2 * half);
+            f32 sum = lanes_sum<4>(softmax[m].sum[half]);
+            factors[m][half] = 1.0f / sum;
+            if (lane_index() % 4 == 0 && row < rows.count) {
+                i64 at = i64(tile.query_start + tile.first + own_row + row) * heads + head;
+                lse[at] = softmax[m].largest[half] * LN_2 + logf(sum);
+            }
         }
     }
+    store_rows<HEAD, M>(result, rows, factors);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-template <i32 HEAD, i32 KEYS, i32 STAGES>
+template <i32 HEAD, i32 M, i32 KEYS, i32 STAGES>
 DEVICE void attention_backward_queries(const bf16* q, const bf16* k, const bf16* v, const bf16* dout, const f32* lse,
                                        const f32* delta, const i32* tiles, bf16* dq, i32 heads, i32 kv_heads, i32 dim,
                                        f32 scale) {
-    constexpr i32 THREADS = BACKWARD_WARPS * WARP_LANES, QUERIES = BACKWARD_WARPS * ROWS, STAGE = 2 * KEYS * PITCH<HEAD>;
+    constexpr i32 QUERIES = WARPS * 16 * M, STAGE = 2 * KEYS * PITCH<HEAD>;
     DYNAMIC_SHARED(memory);
     bf16* query_tile = reinterpret_cast<bf16*>(memory);
     bf16* gradient_tile = query_tile + QUERIES * PITCH<HEAD>;
@@ -293,58 +347,61 @@ DEVICE void attention_backward_queries(const bf16* q, const bf16* k, const bf16*
     auto gradients = head_rows(dout, heads, dim, head, tile.query_start, tile.queries).from(tile.first);
     auto keys = head_rows(k, kv_heads, dim, kv_head, tile.key_start, tile.keys);
     auto values = head_rows(v, kv_heads, dim, kv_head, tile.key_start, tile.keys);
-    load_rows<HEAD, QUERIES, THREADS>(query_tile, queries);
-    load_rows<HEAD, QUERIES, THREADS>(gradient_tile, gradients);
+    load_rows<HEAD, QUERIES>(query_tile, queries);
+    load_rows<HEAD, QUERIES>(gradient_tile, gradients);
 
-    i32 own_row = warp_index() * ROWS;
-    f32 row_lse[2], row_delta[2];
+    i32 own_row = warp_index() * 16 * M;
+    f32 scale_log2 = scale * LOG2_E;
+    f32 row_lse[M][2], row_delta[M][2];
 #pragma unroll
-    for (i32 half = 0; half < 2; half++) {
-        i32 row = own_row + lane_row(2 * half);
-        i64 at = i64(tile.query_start + tile.first + row) * heads + head;
-        row_lse[half] = row < queries.count ? lse[at] * LOG2_E : 0.0f;
-        row_delta[half] = row < queries.count ? delta[at] : 0.0f;
+    for (i32 m = 0; m < M; m++) {
+#pragma unroll
+        for (i32 half = 0; half < 2; half++) {
+            i32 row = own_row + 16 * m + lane_row(2 * half);
+            i64 at = i64(tile.query_start + tile.first + row) * heads + head;
+            row_lse[m][half] = row < queries.count ? lse[at] * LOG2_E : 0.0f;
+            row_delta[m][half] = row < queries.count ? delta[at] : 0.0f;
+        }
     }
-    f32 result[HEAD / 8][4];
-    clear(result);
+    f32 result[M][HEAD / 8][4] = {};
     auto load = [&](i32 stage, i32 index) {
-        load_rows<HEAD, KEYS, THREADS>(stages + stage * STAGE, keys.from(index * KEYS));
-        load_rows<HEAD, KEYS, THREADS>(stages + stage * STAGE + STAGE / 2, values.from(index * KEYS));
+        load_rows<HEAD, KEYS>(stages + stage * STAGE, keys.from(index * KEYS));
+        load_rows<HEAD, KEYS>(stages + stage * STAGE + STAGE / 2, values.from(index * KEYS));
     };
     auto use = [&](i32 stage, i32 index) {
-        f32 scores[KEYS / 8][4], slopes[KEYS / 8][4];
-        clear(scores);
-        clear(slopes);
-        add_scores<HEAD, KEYS>(scores, query_tile + own_row * PITCH<HEAD>, stages + stage * STAGE);
-        add_scores<HEAD, KEYS>(slopes, gradient_tile + own_row * PITCH<HEAD>, stages + stage * STAGE + STAGE / 2);
+        f32 scores[M][KEYS / 8][4] = {}, slopes[M][KEYS / 8][4] = {};
+        add_scores<HEAD, KEYS, M>(scores, query_tile + own_row * PITCH<HEAD>, stages + stage * STAGE);
+        add_scores<HEAD, KEYS, M>(slopes, gradient_tile + own_row * PITCH<HEAD>, stages + stage * STAGE + STAGE / 2);
         bool masked = (index + 1) * KEYS - 1 > tile.first;
 #pragma unroll
-        for (i32 i = 0; i < KEYS / 8; i++) {
+        for (i32 m = 0; m < M; m++) {
+            i32 last = tile.first + own_row + 16 * m - index * KEYS;
 #pragma unroll
-            for (i32 e = 0; e < 4; e++) {
-                i32 key = index * KEYS + 8 * i + lane_column(e);
-                bool seen = !masked || key <= tile.first + own_row + lane_row(e);
-                f32 p = power_of_two(scores[i][e] * (scale * LOG2_E) - row_lse[e / 2]);
-                scores[i][e] = seen ? p * (slopes[i][e] - row_delta[e / 2]) : 0.0f;
+            for (i32 i = 0; i < KEYS / 8; i++) {
+#pragma unroll
+                for (i32 e = 0; e < 4; e++) {
+                    f32 p = power_of_two(scores[m][i][e] * scale_log2 - row_lse[m][e / 2]);
+                    bool seen = !masked || 8 * i + lane_column(e) <= last + lane_row(e);
+                    scores[m][i][e] = seen ? p * (slopes[m][i][e] - row_delta[m][e / 2]) : 0.0f;
+                }
             }
         }
-        add_weighted<HEAD, KEYS>(result, scores, stages + stage * STAGE);
+        add_weighted<HEAD, KEYS, M>(result, scores, stages + stage * STAGE);
     };
     i32 visible = tile.first + min(QUERIES, queries.count);
     pipeline<STAGES>((visible + KEYS - 1) / KEYS, load, use);
     auto rows = head_rows(dq, heads, dim, head, tile.query_start, tile.queries).from(tile.first + own_row);
-    store_rows<HEAD>(result, rows, scale, scale);
+    store_rows<HEAD, M>(result, rows, scale);
 }
 
 // What a block of `attention_backward_keys` makes.
 enum Part { BOTH, VALUES_ONLY, KEYS_ONLY };
 
-template <i32 HEAD, i32 STAGES, Part PART>
+template <i32 HEAD, i32 M, i32 STAGES, Part PART>
 DEVICE void attention_backward_keys(const bf16* q, const bf16* k, const bf16* v, const bf16* dout, const f32* lse,
                                     const f32* delta, const i32* tiles, bf16* dk, bf16* dv, i32 heads, i32 kv_heads, i32 dim,
                                     f32 scale) {
-    constexpr i32 THREADS = BACKWARD_WARPS * WARP_LANES, KEYS = BACKWARD_WARPS * ROWS, N = QUERY_TILE;
-    constexpr i32 STAGE = 2 * N * PITCH<HEAD>;
+    constexpr i32 KEYS = WARPS * 16 * M, N = QUERY_TILE, STAGE = 2 * N * PITCH<HEAD>;
     constexpr bool MAKES_KEYS = PART != VALUES_ONLY, MAKES_VALUES = PART != KEYS_ONLY;
     static_assert(N == WARP_LANES, "a lane holds lse and delta of one query of a tile");
     DYNAMIC_SHARED(memory);
@@ -355,21 +412,20 @@ DEVICE void attention_backward_keys(const bf16* q, const bf16* k, const bf16* v,
     Tile tile = find_tile(tiles, kv_heads, kv_head);
     auto keys = head_rows(k, kv_heads, dim, kv_head, tile.key_start, tile.keys).from(tile.first);
     auto values = head_rows(v, kv_heads, dim, kv_head, tile.key_start, tile.keys).from(tile.first);
-    load_rows<HEAD, KEYS, THREADS>(key_tile, keys);
-    if constexpr (MAKES_KEYS) load_rows<HEAD, KEYS, THREADS>(value_tile, values);
+    load_rows<HEAD, KEYS>(key_tile, keys);
+    if constexpr (MAKES_KEYS) load_rows<HEAD, KEYS>(value_tile, values);
 
     // The queries that see a key of this tile, of all heads of the group, tile by tile.
     i32 query_tiles = (tile.queries - tile.first + N - 1) / N, group = heads / kv_heads;
-    i32 own_row = warp_index() * ROWS;
-    f32 key_result[MAKES_KEYS ? HEAD / 8 : 1][4], value_result[MAKES_VALUES ? HEAD / 8 : 1][4];
-    clear(key_result);
-    clear(value_result);
+    i32 own_row = warp_index() * 16 * M;
+    f32 scale_log2 = scale * LOG2_E;
+    f32 key_result[M][MAKES_KEYS ? HEAD / 8 : 1][4] = {}, value_result[M][MAKES_VALUES ? HEAD / 8 : 1][4] = {};
     auto load = [&](i32 stage, i32 index) {
         i32 head = kv_head * group + index / query_tiles, query = tile.first + index % query_tiles * N;
         auto queries = head_rows(q, heads, dim, head, tile.query_start, tile.queries).from(query);
         auto gradients = head_rows(dout, heads, dim, head, tile.query_start, tile.queries).from(query);
-        load_rows<HEAD, N, THREADS>(stages + stage * STAGE, queries);
-        load_rows<HEAD, N, THREADS>(stages + stage * STAGE + STAGE / 2, gradients);
+        load_rows<HEAD, N>(stages + stage * STAGE, queries);
+        load_rows<HEAD, N>(stages + stage * STAGE + STAGE / 2, gradients);
     };
     auto use = [&](i32 stage, i32 index) {
         i32 head = kv_head * group + index / query_tiles, query = tile.first + index % query_tiles * N;
@@ -378,85 +434,92 @@ DEVICE void attention_backward_keys(const bf16* q, const bf16* k, const bf16* v,
         bool exists = query + lane_index() < tile.queries;
         i64 at = i64(tile.query_start + query + lane_index()) * heads + head;
         f32 lane_lse = exists ? lse[at] * LOG2_E : 0.0f, lane_delta = MAKES_KEYS && exists ? delta[at] : 0.0f;
-        f32 scores[N / 8][4];
-        clear(scores);
-        add_scores<HEAD, N>(scores, key_tile + own_row * PITCH<HEAD>, query_tile);
+        f32 scores[M][N / 8][4] = {};
+        add_scores<HEAD, N, M>(scores, key_tile + own_row * PITCH<HEAD>, query_tile);
         bool masked = tile.first + KEYS - 1 > query;
+        i32 last = query - tile.first - own_row;  // the last of the warp's keys that the first query sees
 #pragma unroll
         for (i32 i = 0; i < N / 8; i++) {
+            f32 of_columns[2] = {from_lane(lane_lse, 8 * i + lane_column(0)), from_lane(lane_lse, 8 * i + lane_column(1))};
 #pragma unroll
-            for (i32 e = 0; e < 4; e++) {
-                i32 column = 8 * i + lane_column(e);
-                f32 query_lse = from_lane(lane_lse, column);
-                bool seen = !masked || tile.first + own_row + lane_row(e) <= query + column;
-                scores[i][e] = seen ? power_of_two(scores[i][e] * (scale * LOG2_E) - query_lse) : 0.0f;
+            for (i32 m = 0; m < M; m++) {
+#pragma unroll
+                for (i32 e = 0; e < 4; e++) {
+                    f32 p = power_of_two(scores[m][i][e] * scale_log2 - of_columns[e % 2]);
+                    bool seen = !masked || 16 * m + lane_row(e) <= last + 8 * i + lane_column(e);
+                    scores[m][i][e] = seen ? p : 0.0f;
+                }
             }
         }
-        if constexpr (MAKES_VALUES) add_weighted<HEAD, N>(value_result, scores, gradient_tile);
+        if constexpr (MAKES_VALUES) add_weighted<HEAD, N, M>(value_result, scores, gradient_tile);
         if constexpr (MAKES_KEYS) {
-            f32 slopes[N / 8][4];
-            clear(slopes);
-            add_scores<HEAD, N>(slopes, value_tile + own_row * PITCH<HEAD>, gradient_tile);
+            f32 slopes[M][N / 8][4] = {};
+            add_scores<HEAD, N, M>(slopes, value_tile + own_row * PITCH<HEAD>, gradient_tile);
 #pragma unroll
             for (i32 i = 0; i < N / 8; i++) {
+                f32 of_columns[2] = {from_lane(lane_delta, 8 * i + lane_column(0)),
+                                     from_lane(lane_delta, 8 * i + lane_column(1))};
 #pragma unroll
-                for (i32 e = 0; e < 4; e++)
-                    scores[i][e] *= slopes[i][e] - from_lane(lane_delta, 8 * i + lane_column(e));
+                for (i32 m = 0; m < M; m++) {
+#pragma unroll
+                    for (i32 e = 0; e < 4; e++) scores[m][i][e] *= slopes[m][i][e] - of_columns[e % 2];
+                }
             }
-            add_weighted<HEAD, N>(key_result, scores, query_tile);
+            add_weighted<HEAD, N, M>(key_result, scores, query_tile);
         }
     };
     pipeline<STAGES>(query_tiles * group, load, use);
     if constexpr (MAKES_KEYS) {
         auto rows = head_rows(dk, kv_heads, dim, kv_head, tile.key_start, tile.keys).from(tile.first + own_row);
-        store_rows<HEAD>(key_result, rows, scale, scale);
+        store_rows<HEAD, M>(key_result, rows, scale);
     }
     if constexpr (MAKES_VALUES) {
         auto rows = head_rows(dv, kv_heads, dim, kv_head, tile.key_start, tile.keys).from(tile.first + own_row);
-        store_rows<HEAD>(value_result, rows, 1.0f, 1.0f);
+        store_rows<HEAD, M>(value_result, rows, 1.0f);
     }
 }
 
 // dk and dv in one block where registers hold both, otherwise one of them.
-template <i32 HEAD, i32 STAGES>
+template <i32 HEAD, i32 M, i32 STAGES>
 DEVICE void attention_backward_parts(const bf16* q, const bf16* k, const bf16* v, const bf16* dout, const f32* lse,
                                      const f32* delta, const i32* tiles, bf16* dk, bf16* dv, i32 heads, i32 kv_heads, i32 dim,
                                      f32 scale) {
     if constexpr (HEAD <= 128) {
-        attention_backward_keys<HEAD, STAGES, BOTH>(q, k, v, dout, lse, delta, tiles, dk, dv, heads, kv_heads, dim, scale);
+        attention_backward_keys<HEAD, M, STAGES, BOTH>(q, k, v, dout, lse, delta, tiles, dk, dv, heads, kv_heads, dim, scale);
     } else if (blockIdx.y == 0) {
-        attention_backward_keys<HEAD, STAGES, VALUES_ONLY>(q, k, v, dout, lse, delta, tiles, dk, dv, heads, kv_heads, dim,
+        attention_backward_keys<HEAD, M, STAGES, VALUES_ONLY>(q, k, v, dout, lse, delta, tiles, dk, dv, heads, kv_heads, dim,
                                                            scale);
     } else {
-        attention_backward_keys<HEAD, STAGES, KEYS_ONLY>(q, k, v, dout, lse, delta, tiles, dk, dv, heads, kv_heads, dim, scale);
+        attention_backward_keys<HEAD, M, STAGES, KEYS_ONLY>(q, k, v, dout, lse, delta, tiles, dk, dv, heads, kv_heads, dim, scale);
     }
 }
 
-// head size; threads, keys and stages forward; keys and stages of dq; stages of dk and dv
-#define ATTENTION(head, threads, keys, stages, dq_keys, dq_stages, dk_stages)                                               \
-    ENTRY(threads)                                                                                                          \
+// Head size; 16-row blocks of a warp, keys and stages forward; blocks, keys and stages of dq; blocks and stages of dk, dv.
+#define ATTENTION(head, rows, keys, stages, dq_rows, dq_keys, dq_stages, dk_rows, dk_stages)                                          \
+    ENTRY(THREADS)                                                                                                          \
     attention_forward_head##head##_bf16(const bf16* __restrict__ q, const bf16* __restrict__ k,                             \
                                         const bf16* __restrict__ v, const i32* __restrict__ tiles, bf16* __restrict__ out,  \
                                         f32* __restrict__ lse, i32 heads, i32 kv_heads, i32 dim, f32 scale) {               \
-        attention_forward<head, threads / 32, keys, stages>(q, k, v, tiles, out, lse, heads, kv_heads, dim, scale);         \
+        attention_forward<head, rows, keys, stages>(q, k, v, tiles, out, lse, heads, kv_heads, dim, scale);                 \
     }                                                                                                                       \
-    ENTRY(128)                                                                                                              \
+    ENTRY(THREADS)                                                                                                          \
     attention_backward_queries_head##head##_bf16(                                                                           \
         const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const bf16* __restrict__ dout,  \
         const f32* __restrict__ lse, const f32* __restrict__ delta, const i32* __restrict__ tiles, bf16* __restrict__ dq,   \
         i32 heads, i32 kv_heads, i32 dim, f32 scale) {                                                                      \
-        attention_backward_queries<head, dq_keys, dq_stages>(q, k, v, dout, lse, delta, tiles, dq, heads, kv_heads, dim,    \
-                                                             scale);                                                        \
+        attention_backward_queries<head, dq_rows, dq_keys, dq_stages>(q, k, v, dout, lse, delta, tiles, dq, heads,         \
+                                                                      kv_heads, dim, scale);                                \
     }                                                                                                                       \
-    ENTRY(128)                                                                                                              \
+    ENTRY(THREADS, 2)                                                                                                       \
     attention_backward_keys_head##head##_bf16(                                                                              \
         const bf16* __restrict__ q, const bf16* __restrict__ k, const bf16* __restrict__ v, const bf16* __restrict__ dout,  \
         const f32* __restrict__ lse, const f32* __restrict__ delta, const i32* __restrict__ tiles, bf16* __restrict__ dk,   \
         bf16* __restrict__ dv, i32 heads, i32 kv_heads, i32 dim, f32 scale) {                                               \
-        attention_backward_parts<head, dk_stages>(q, k, v, dout, lse, delta, tiles, dk, dv, heads, kv_heads, dim, scale);   \
+        attention_backward_parts<head, dk_rows, dk_stages>(q, k, v, dout, lse, delta, tiles, dk, dv, heads, kv_heads, dim,  \
+                                                           scale);                                                          \
     }
-ATTENTION(64, 256, 64, 2, 64, 2, 2)
-ATTENTION(80, 256, 64, 2, 32, 2, 2)
-ATTENTION(96, 256, 32, 2, 32, 2, 2)
-ATTENTION(128, 256, 32, 2, 32, 2, 2)
-ATTENTION(256, 128, 32, 2, 32, 1, 1)
+ATTENTION(64, 2, 64, 2, 1, 64, 2, 1, 2)
+ATTENTION(80, 2, 64, 2, 1, 32, 2, 1, 2)
+ATTENTION(96, 2, 32, 2, 1, 32, 2, 1, 2)
+ATTENTION(128, 2, 32, 2, 1, 32, 2, 1, 2)
+ATTENTION(256, 1, 32, 2, 1, 32, 1, 1, 1)

@@ -363,6 +363,8 @@ DEVICE i32 swizzled(i32 row, i32 chunk) {
 // 1 / (1 + e^−x). expf is good to 2 units in the last place on a device; it overflows to ∞ for x < −88, which gives 0.
 DEVICE f32 logistic(f32 x) { return 1.0f / (1.0f + expf(-x)); }
 
+DEVICE f32 infinity() { return __uint_as_float(F32_INFINITY_BITS); }
+
 // 2^x, good to 2 units in the last place of f32; results below 2⁻¹²⁶ are zero on a device.
 DEVICE f32 power_of_two(f32 x) {
 #ifdef BRIGHTRUN_EMULATED

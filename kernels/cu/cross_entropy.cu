@@ -6,17 +6,18 @@
 //   dx_t   = dz_t · W                        0 where label = −100
 //
 // Tensors: x, dx [T, C]; W [V, C] bf16, or NF4 codes with their scales; labels i32 [T]; losses f32 [T]. Working memory of a
-// chunk of R rows, P = V rounded up: logits f32 [R, P]; dz [R, P]; parts f32 [S, R, C]. rows i32 [T] and count i32 [1]: the
+// chunk of R rows, P = V rounded up: hidden [R, C]; logits f32 [R, P]; dz [R, P]; parts f32 [S, R, C]. rows i32 [T] and count i32 [1]: the
 // supervised positions in rising order, and how many there are.
 //
-// In five kernels:
+// In six kernels:
 //   supervised_rows   lists the positions that are learnt, checks every label
-//   logits            z of a chunk of those, gathered by the list as they are read
+//   gather            the rows of a chunk of those, as the products want them
+//   logits            z of the chunk
 //   softmax           losses, and dz, of which the columns from V to P are zeros
 //   gradient          dz · W in S parts of the vocabulary, because R × C alone has too few tiles to fill a device
 //   scatter           the sum of the parts, in order, to the rows of dx
 // The number of supervised rows stays on the device: the host launches chunks for all T rows, and blocks of rows that do not
-// exist end at once. `gather` serves the reference precision, whose products are those of matmul_f32.cu.
+// exist end at once. The reference precision takes the products of matmul_f32.cu instead.
 //
 // Work: 4 V C multiply-adds for each supervised row, half of it without dx. Bytes of a chunk: W twice, 10 R P of logits and dz.
 // Limited by tensor cores from some hundred rows a chunk on.
@@ -31,7 +32,7 @@ constexpr i32 EACH = 256;     // of the others
 constexpr i32 UNSUPERVISED = -100;
 
 // One tile for both products; gpu/loss.rs has the same numbers.
-using Large = Tile<128, 128, 2, 4, 3>;
+using Large = Tile<128, 128, 2, 2, 3>;
 
 // Rows of the chunk from the `first` supervised one on, at most `chunk`.
 DEVICE i64 rows_of_chunk(const i32* count, i64 first, i32 chunk) {
@@ -65,22 +66,21 @@ supervised_rows(const i32* __restrict__ labels, i32* __restrict__ rows, i32* __r
     if (threadIdx.x == 0) *count = done;
 }
 
-// Rows of x by the list; a left factor as `Rows` is.
-struct ListedRows {
-    const bf16* values;
-    const i32* list;
-    i64 count, width;
-
-    DEVICE const bf16* row(i64 index) const { return index < count ? values + list[index] * width : nullptr; }
-};
+// hidden [chunk, C] = rows of x by the list; a thread an element.
+template <class A, class H>
+DEVICE void gather(const A* x, const i32* rows, const i32* count, H* hidden, i64 first, i32 chunk, i32 width) {
+    i64 i = global_thread();
+    if (i >= rows_of_chunk(count, first, chunk) * width) return;
+    hidden[i] = from_f32<H>(to_f32(x[rows[first + i / width] * i64(width) + i % width]));
+}
 
 template <class W>
-DEVICE void logits(const bf16* x, const W* head, Nf4Scales scales, const i32* rows, const i32* count, f32* out, i64 first,
-                   i32 chunk, i32 width, i32 vocabulary, i64 pitch) {
+DEVICE void logits(const bf16* hidden, const W* head, Nf4Scales scales, const i32* count, f32* out, i64 first, i32 chunk,
+                   i32 width, i32 vocabulary, i64 pitch) {
     DYNAMIC_SHARED(memory);
     i64 m = i64(blockIdx.x) * Large::M, n = i64(blockIdx.y) * Large::N, here = rows_of_chunk(count, first, chunk);
     if (m >= here) return;
-    ListedRows left{x, rows + first, here, width};
+    Rows left{hidden, here, width};
     auto right = right_factor(head, scales, vocabulary, width);
     Sums<Large> sums;
     multiply_tile<Large, false, false>(sums, reinterpret_cast<bf16*>(memory), m, n, left, right, width, left,
@@ -99,7 +99,7 @@ DEVICE void softmax(const f32* logits, const i32* labels, const i32* rows, const
     const f32* z = logits + row * pitch;
     i32 t = rows[first + row], label = labels[t];
     bool aligned = pitch % PACK == 0;
-    f32 largest = -__uint_as_float(F32_INFINITY_BITS), sum = 0.0f;
+    f32 largest = -infinity(), sum = 0.0f;
     for (i64 column = i64(threadIdx.x) * PACK; column < vocabulary; column += THREADS * PACK) {
         Pack pack = load_pack(z, column, vocabulary, aligned);
         i32 exist = i32(vocabulary - column < PACK ? vocabulary - column : PACK);
@@ -126,14 +126,6 @@ DEVICE void softmax(const f32* logits, const i32* labels, const i32* rows, const
         store_pack(gradient + row * pitch, column, pitch, aligned, pack);
     }
 }
-
-// Columns of dz: a left factor as `Rows` is.
-struct GradientRows {
-    const bf16* values;
-    i64 count, pitch, width;
-
-    DEVICE const bf16* row(i64 index) const { return index < count ? values + index * pitch : nullptr; }
-};
 
 // Rows of a right factor from `begin` on.
 template <class RIGHT>
@@ -165,7 +157,7 @@ DEVICE void gradient(const bf16* dz, const W* head, Nf4Scales scales, const i32*
     if (m >= here) return;
     i64 begin = i64(blockIdx.z) * part;
     i32 deep = i32(pitch - begin < part ? pitch - begin : part);
-    GradientRows left{dz + begin, here, pitch, deep};
+    Rows left{dz + begin, here, pitch};  // whose columns from `deep` on are not read: parts are multiples of T::K
     auto whole = right_factor(head, scales, vocabulary, width);
     RightFrom<decltype(whole)> right{whole, i32(begin)};
     Sums<Large> sums;
@@ -187,21 +179,13 @@ DEVICE void scatter(const f32* parts, const i32* rows, const i32* count, A* dx, 
     dx[rows[first + i / width] * i64(width) + i % width] = from_f32<A>(sum);
 }
 
-// hidden [chunk, C] = rows of x by the list; a thread an element.
-template <class A>
-DEVICE void gather(const A* x, const i32* rows, const i32* count, f32* hidden, i64 first, i32 chunk, i32 width) {
-    i64 i = global_thread();
-    if (i >= rows_of_chunk(count, first, chunk) * width) return;
-    hidden[i] = to_f32(x[rows[first + i / width] * i64(width) + i % width]);
-}
-
 #define PRODUCTS(W)                                                                                                         \
     ENTRY(Large::THREADS, Large::BLOCKS)                                                                                    \
-    cross_entropy_logits_##W(const bf16* __restrict__ x, const W* __restrict__ head, const f32* __restrict__ absmax,        \
+    cross_entropy_logits_##W(const bf16* __restrict__ hidden, const W* __restrict__ head, const f32* __restrict__ absmax,   \
                              const u8* __restrict__ nested_codes, const f32* __restrict__ nested_map, f32 offset,           \
-                             const i32* __restrict__ rows, const i32* __restrict__ count, f32* __restrict__ out,            \
-                             i64 first, i32 chunk, i32 width, i32 vocabulary, i64 pitch) {                                  \
-        logits<W>(x, head, Nf4Scales{absmax, nested_codes, nested_map, offset}, rows, count, out, first, chunk, width,      \
+                             const i32* __restrict__ count, f32* __restrict__ out, i64 first, i32 chunk, i32 width,         \
+                             i32 vocabulary, i64 pitch) {                                                                   \
+        logits<W>(hidden, head, Nf4Scales{absmax, nested_codes, nested_map, offset}, count, out, first, chunk, width,       \
                   vocabulary, pitch);                                                                                       \
     }                                                                                                                       \
     ENTRY(Large::THREADS, Large::BLOCKS)                                                                                    \
@@ -226,11 +210,17 @@ PRODUCTS(u8)
     cross_entropy_scatter_##A(const f32* __restrict__ parts, const i32* __restrict__ rows, const i32* __restrict__ count,   \
                               A* __restrict__ dx, i64 first, i32 chunk, i32 width, i32 parts_count) {                       \
         scatter<A>(parts, rows, count, dx, first, chunk, width, parts_count);                                               \
-    }                                                                                                                       \
-    ENTRY(EACH)                                                                                                             \
-    cross_entropy_gather_##A(const A* __restrict__ x, const i32* __restrict__ rows, const i32* __restrict__ count,          \
-                             f32* __restrict__ hidden, i64 first, i32 chunk, i32 width) {                                   \
-        gather<A>(x, rows, count, hidden, first, chunk, width);                                                             \
     }
 ROWS(f32)
 ROWS(bf16)
+
+#define GATHER(A, H)                                                                                                        \
+    ENTRY(EACH)                                                                                                             \
+    cross_entropy_gather_##A##_##H(const A* __restrict__ x, const i32* __restrict__ rows, const i32* __restrict__ count,    \
+                                   H* __restrict__ hidden, i64 first, i32 chunk, i32 width) {                               \
+        gather<A, H>(x, rows, count, hidden, first, chunk, width);                                                          \
+    }
+GATHER(f32, f32)
+GATHER(f32, bf16)
+GATHER(bf16, f32)
+GATHER(bf16, bf16)

@@ -69,6 +69,16 @@ fn random<D: Device>(device: &D, shape: &[usize], seed: u64) -> Tensor<D> {
         .unwrap()
 }
 
+/// An activation as the device wants it at a precision.
+fn activation<D: Device>(device: &D, precision: Precision, shape: &[usize], seed: u64) -> Tensor<D> {
+    let values = random(device, shape, seed);
+    let mut activation = device
+        .alloc(device.activation_dtype(precision), values.shape())
+        .unwrap();
+    device.copy(&values, &mut activation).unwrap();
+    activation
+}
+
 fn read<D: Device, const COUNT: usize>(device: &D, tensors: [&Tensor<D>; COUNT]) -> Vec<Vec<u8>> {
     tensors.map(|tensor| device.read(tensor).unwrap()).into()
 }
@@ -127,18 +137,18 @@ fn linear_layers() {
 
 #[test]
 fn attention() {
-    let segments = Segments::from_lengths([130, 1, 0, 600]);
+    let segments = Segments::from_lengths([130, 1, 0, 300]);
     let (tokens, heads, kv_heads, dim) = (segments.tokens(), 4, 2, 32);
-    same_bits("attention", |cpu, precision| {
+    same_bits_everywhere!("attention", |cpu, precision| {
         let (q, dout) = (
-            random(cpu, &[tokens, heads, dim], 1),
-            random(cpu, &[tokens, heads, dim], 4),
+            activation(cpu, precision, &[tokens, heads, dim], 1),
+            activation(cpu, precision, &[tokens, heads, dim], 4),
         );
         let (k, v) = (
-            random(cpu, &[tokens, kv_heads, dim], 2),
-            random(cpu, &[tokens, kv_heads, dim], 3),
+            activation(cpu, precision, &[tokens, kv_heads, dim], 2),
+            activation(cpu, precision, &[tokens, kv_heads, dim], 3),
         );
-        let mut out = cpu.alloc(DType::F32, q.shape()).unwrap();
+        let mut out = cpu.alloc(q.dtype(), q.shape()).unwrap();
         let mut lse = cpu.alloc(DType::F32, [tokens, heads]).unwrap();
         let call = AttentionForward {
             q: &q,
@@ -152,7 +162,7 @@ fn attention() {
             lse: &mut lse,
         };
         cpu.attention_forward(call).unwrap();
-        let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|like| cpu.alloc(DType::F32, like.shape()).unwrap());
+        let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|like| cpu.alloc(q.dtype(), like.shape()).unwrap());
         let call = AttentionBackward {
             q: &q,
             k: &k,
@@ -175,15 +185,15 @@ fn attention() {
 #[test]
 fn cross_entropy() {
     let (tokens, width, vocabulary) = (300, 40, 2_000);
-    same_bits("linear_cross_entropy", |cpu, precision| {
+    same_bits_everywhere!("linear_cross_entropy", |cpu, precision| {
         let head = Weight::Dense(random(cpu, &[vocabulary, width], 1));
-        let x = random(cpu, &[tokens, width], 2);
+        let x = activation(cpu, precision, &[tokens, width], 2);
         let labels: Vec<i32> = (0..tokens)
             .map(|t| if t % 3 == 0 { -100 } else { (t * 6) as i32 })
             .collect();
         let labels = cpu.upload_i32([tokens], &labels).unwrap();
         let mut losses = cpu.alloc(DType::F32, [tokens]).unwrap();
-        let mut dx = cpu.alloc(DType::F32, [tokens, width]).unwrap();
+        let mut dx = cpu.alloc(x.dtype(), [tokens, width]).unwrap();
         let dx_out = Some((&mut dx, 0.5));
         let call = LinearCrossEntropy {
             x: &x,

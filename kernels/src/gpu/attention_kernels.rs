@@ -106,43 +106,34 @@ pub(super) static DELTA: Kernel = tiled(
 pub(super) const TILE: usize = 32;
 pub(super) const SLAB: usize = 256;
 
-const fn tensor(stem: &'static str, threads: u32, parameters: Parameters) -> Kernel {
+const fn tensor(stem: &'static str, parameters: Parameters) -> Kernel {
     Kernel {
         source: &ATTENTION_TENSOR,
         stem,
         types: &[&[DType::BF16]],
-        threads,
+        threads: 128,
         parameters,
     }
 }
 
 /// Forward, dq, and dk with dv of one head size.
 macro_rules! instance {
-    ($name:ident, $head:literal, $threads:literal) => {
+    ($name:ident, $head:literal) => {
         static $name: [Kernel; 3] = [
-            tensor(
-                concat!("attention_forward_head", $head),
-                $threads,
-                forward_parameters!(),
-            ),
+            tensor(concat!("attention_forward_head", $head), forward_parameters!()),
             tensor(
                 concat!("attention_backward_queries_head", $head),
-                128,
                 queries_parameters!(),
             ),
-            tensor(
-                concat!("attention_backward_keys_head", $head),
-                128,
-                keys_parameters!(),
-            ),
+            tensor(concat!("attention_backward_keys_head", $head), keys_parameters!()),
         ];
     };
 }
-instance!(HEAD64, 64, 256);
-instance!(HEAD80, 80, 256);
-instance!(HEAD96, 96, 256);
-instance!(HEAD128, 128, 256);
-instance!(HEAD256, 256, 128);
+instance!(HEAD64, 64);
+instance!(HEAD80, 80);
+instance!(HEAD96, 96);
+instance!(HEAD128, 128);
+instance!(HEAD256, 256);
 
 /// One kernel on tensor cores, and its tiles.
 pub(super) struct TensorTile {

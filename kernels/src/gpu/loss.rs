@@ -64,13 +64,12 @@ static LOGITS: Kernel = Kernel {
     types: &[&[DType::BF16, DType::U8]],
     threads: LARGE.threads(),
     parameters: &[
-        ("x", In(HALF)),
+        ("hidden", In(HALF)),
         ("head", In(A)),
         ("absmax", In(SINGLE)),
         ("nested_codes", In(BYTE)),
         ("nested_map", In(SINGLE)),
         ("offset", F32),
-        ("rows", In(INTEGER)),
         ("count", In(INTEGER)),
         ("out", Out(SINGLE)),
         ("first", I64),
@@ -144,13 +143,13 @@ static SCATTER: Kernel = Kernel {
 static GATHER: Kernel = Kernel {
     source: &CROSS_ENTROPY,
     stem: "cross_entropy_gather",
-    types: &[ACTIVATION],
+    types: &[ACTIVATION, ACTIVATION],
     threads: THREADS,
     parameters: &[
         ("x", In(A)),
         ("rows", In(INTEGER)),
         ("count", In(INTEGER)),
-        ("hidden", Out(SINGLE)),
+        ("hidden", Out(Element::Type(1))),
         ("first", I64),
         ("chunk", I32),
         ("width", I32),
@@ -251,11 +250,12 @@ impl<R: Runtime> Gpu<R> {
         let parts_count = pitch.div_ceil(part);
         let parts_rows = if call.dx.is_some() { workspace.chunk } else { 0 };
         let mut parts = self.alloc(DType::F32, [parts_count, parts_rows, sizes.inputs])?;
-        let x = self.held(call.x, DType::BF16)?;
+        let mut hidden = self.alloc(DType::BF16, [workspace.chunk, sizes.inputs])?;
         let head = self.right(call.head, Precision::Bf16)?;
         let factor = call.dx.as_ref().map_or(0.0, |(_, factor)| *factor);
         for first in (0..sizes.tokens).step_by(workspace.chunk) {
-            self.logits(&x, &head, supervised, (first, sizes), &mut workspace)?;
+            self.gather(call.x, supervised, &mut hidden, [first, workspace.chunk, sizes.inputs])?;
+            self.logits(&hidden, &head, supervised, (first, sizes), &mut workspace)?;
             self.softmax(
                 (call.labels, factor),
                 supervised,
@@ -296,7 +296,7 @@ impl<R: Runtime> Gpu<R> {
 
     fn logits(
         &self,
-        x: &Tensor<Self>,
+        hidden: &Tensor<Self>,
         head: &Right<'_, R>,
         supervised: &Supervised<R>,
         (first, sizes): (usize, LinearSizes),
@@ -304,13 +304,12 @@ impl<R: Runtime> Gpu<R> {
     ) -> Result<()> {
         let [weight, absmax, nested, map, offset] = weight_arguments(head);
         let arguments = [
-            Argument::In(x),
+            Argument::In(hidden),
             weight,
             absmax,
             nested,
             map,
             offset,
-            Argument::In(&supervised.rows),
             Argument::In(&supervised.count),
             Argument::Out(&mut workspace.logits),
             Argument::Size(first),
@@ -424,6 +423,7 @@ impl<R: Runtime> Gpu<R> {
         hidden: &mut Tensor<Self>,
         [first, chunk, width]: [usize; 3],
     ) -> Result<()> {
+        let types = [x.dtype(), hidden.dtype()];
         let arguments = [
             Argument::In(x),
             Argument::In(&supervised.rows),
@@ -434,7 +434,7 @@ impl<R: Runtime> Gpu<R> {
             Argument::Size(width),
         ];
         let geometry = Geometry::cover(chunk * width, THREADS as usize);
-        self.launch(&GATHER, &[x.dtype()], geometry, &arguments)
+        self.launch(&GATHER, &types, geometry, &arguments)
     }
 }
 
