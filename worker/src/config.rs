@@ -52,6 +52,8 @@ pub struct ModelSettings {
 pub struct WorkerSettings {
     /// Jobs at a time.
     pub slots: usize,
+    /// What computes: `auto`, `cpu`, `cuda` or `emulated`.
+    pub device: DeviceChoice,
     /// CPU threads of the compute backend; 0 means one per core.
     pub threads: usize,
     /// Folder for checkpoints and downloads. Put it on the network volume, so that another worker can resume.
@@ -62,6 +64,21 @@ pub struct WorkerSettings {
     pub heartbeat_seconds: u64,
     /// Longest wait between two looks at the queue when no notification arrives.
     pub poll_seconds: u64,
+}
+
+/// What computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceChoice {
+    /// The first NVIDIA GPU, where there is one and it has every operation; otherwise the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The first NVIDIA GPU.
+    Cuda,
+    /// The GPU's kernels on the CPU: for tests, and very slow.
+    Emulated,
 }
 
 /// Where files live.
@@ -93,6 +110,7 @@ impl Default for WorkerSettings {
     fn default() -> Self {
         Self {
             slots: 1,
+            device: DeviceChoice::default(),
             threads: 0,
             work_dir: PathBuf::from(".brightrun/work"),
             lease_seconds: 120,

@@ -41,7 +41,9 @@ pub struct Cubins {
 impl Cubins {
     /// The folders of this machine, and the compiler that [`Nvrtc::find`] finds.
     pub fn of_machine() -> Self {
-        let named = std::env::var_os(PRECOMPILED_VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let named = std::env::var_os(PRECOMPILED_VARIABLE)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from);
         let beside = || Some(std::env::current_exe().ok()?.parent()?.join(BESIDE));
         Self {
             precompiled: named.or_else(beside),
@@ -119,7 +121,11 @@ impl Cubins {
 
     /// What the folder of precompiled code has of a source as it is now, by any compiler; a newer compiler's first.
     fn precompiled(&self, source: &Source, target: Target) -> Vec<Vec<u8>> {
-        let Some(entries) = self.precompiled.as_ref().and_then(|folder| std::fs::read_dir(folder).ok()) else {
+        let Some(entries) = self
+            .precompiled
+            .as_ref()
+            .and_then(|folder| std::fs::read_dir(folder).ok())
+        else {
             return Vec::new();
         };
         let begin = format!("{}.", stem(source, target));
@@ -160,7 +166,10 @@ fn options(target: Target) -> Vec<String> {
 
 /// The headers a source includes, directly or through others, in the order of [`HEADERS`].
 fn included(source: &Source) -> Vec<(&'static str, &'static str)> {
-    let names = |text: &'static str| text.lines().filter_map(|line| line.trim().strip_prefix("#include \"")?.split('"').next());
+    let names = |text: &'static str| {
+        text.lines()
+            .filter_map(|line| line.trim().strip_prefix("#include \"")?.split('"').next())
+    };
     let mut wanted: Vec<&str> = names(source.text).collect();
     let mut seen = 0;
     while let Some(name) = wanted.get(seen).copied() {
@@ -170,7 +179,11 @@ fn included(source: &Source) -> Vec<(&'static str, &'static str)> {
             wanted.extend(new);
         }
     }
-    HEADERS.iter().filter(|(name, _)| wanted.contains(name)).copied().collect()
+    HEADERS
+        .iter()
+        .filter(|(name, _)| wanted.contains(name))
+        .copied()
+        .collect()
 }
 
 /// Compiles one source, past any cache.
@@ -242,7 +255,12 @@ mod tests {
         write(&path, b"machine code").unwrap();
         assert_eq!(read(&path).unwrap(), b"machine code");
         let whole = std::fs::read(&path).unwrap();
-        for damaged in [&whole[..whole.len() - 1], &whole[..3], &[whole.as_slice(), b"x"].concat(), b""] {
+        for damaged in [
+            &whole[..whole.len() - 1],
+            &whole[..3],
+            &[whole.as_slice(), b"x"].concat(),
+            b"",
+        ] {
             std::fs::write(&path, damaged).unwrap();
             assert_eq!(read(&path), None);
         }
@@ -272,7 +290,11 @@ mod tests {
     fn precompiled_code_is_offered_for_the_target_then_for_earlier_ones_of_its_generation() {
         let folder = folder("offered");
         for (text, code) in [("sm_80", "old"), ("sm_89", "own"), ("sm_90a", "later")] {
-            write(&folder.join(format!("{}.nvrtc-13.0.cubin", stem(&SOURCE, target(text)))), code.as_bytes()).unwrap();
+            write(
+                &folder.join(format!("{}.nvrtc-13.0.cubin", stem(&SOURCE, target(text)))),
+                code.as_bytes(),
+            )
+            .unwrap();
         }
         let store = store(folder.clone());
         let take = |cubin: &[u8]| Ok(String::from_utf8(cubin.to_vec()).unwrap());

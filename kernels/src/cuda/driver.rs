@@ -104,7 +104,10 @@ impl Driver {
     /// # Errors
     /// [`Error::Device`].
     pub fn free_and_total_bytes(&self) -> Result<(u64, u64)> {
-        let (free, total) = self.context.mem_get_info().map_err(|error| failure("asking for free memory", error))?;
+        let (free, total) = self
+            .context
+            .mem_get_info()
+            .map_err(|error| failure("asking for free memory", error))?;
         Ok((free as u64, total as u64))
     }
 
@@ -129,18 +132,28 @@ impl Driver {
         }
         let module = self.module(&mut code, source)?;
         let what = || format!("{entry} in {}.cu", source.name);
-        let function = module.load_function(entry).map_err(|error| failure(&format!("finding {}", what()), error))?;
+        let function = module
+            .load_function(entry)
+            .map_err(|error| failure(&format!("finding {}", what()), error))?;
         if shared_bytes > SHARED_WITHOUT_ASKING {
             let wanted = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(wanted, shared_bytes.cast_signed()).map_err(|error| {
-                failure(&format!("asking for {shared_bytes} bytes of shared memory for {}", what()), error)
-            })?;
+            function
+                .set_attribute(wanted, shared_bytes.cast_signed())
+                .map_err(|error| {
+                    failure(
+                        &format!("asking for {shared_bytes} bytes of shared memory for {}", what()),
+                        error,
+                    )
+                })?;
         }
         let known = Function {
             function: function.clone(),
             shared_bytes: shared_bytes.max(SHARED_WITHOUT_ASKING),
         };
-        code.functions.entry(source.name).or_default().insert(entry.to_owned(), known);
+        code.functions
+            .entry(source.name)
+            .or_default()
+            .insert(entry.to_owned(), known);
         Ok(function)
     }
 
@@ -193,7 +206,10 @@ impl Mark {
     /// # Errors
     /// [`Error::Device`]: of anything that was queued before.
     pub fn milliseconds_until(&self, later: &Self) -> Result<f32> {
-        let elapsed = self.event.synchronize().and_then(|()| self.event.elapsed_ms(&later.event));
+        let elapsed = self
+            .event
+            .synchronize()
+            .and_then(|()| self.event.elapsed_ms(&later.event));
         elapsed.map_err(|error| failure("measuring", error))
     }
 }
@@ -231,7 +247,10 @@ impl Runtime for Driver {
     fn read(&self, memory: &Memory, bytes: &mut [u8]) -> Result<()> {
         Self::holds(memory, bytes.len())?;
         let view = memory.slice.slice(..bytes.len());
-        let copied = self.compute.memcpy_dtoh(&view, bytes).and_then(|()| self.compute.synchronize());
+        let copied = self
+            .compute
+            .memcpy_dtoh(&view, bytes)
+            .and_then(|()| self.compute.synchronize());
         copied.map_err(|error| failure(&format!("reading {} bytes", bytes.len()), error))
     }
 

@@ -71,7 +71,9 @@ impl Nvrtc {
         if let Some(named) = std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) {
             return Self::open(Path::new(&named));
         }
-        let beside = std::env::current_exe().ok().and_then(|binary| Some(binary.parent()?.join(BESIDE)));
+        let beside = std::env::current_exe()
+            .ok()
+            .and_then(|binary| Some(binary.parent()?.join(BESIDE)));
         let folders = beside.into_iter().chain([PathBuf::from(USUAL)]);
         let mut tried: Vec<String> = Vec::new();
         for place in folders.filter(|folder| folder.is_dir()).chain(NAMES.map(PathBuf::from)) {
@@ -91,9 +93,9 @@ impl Nvrtc {
     /// # Errors
     /// [`Error::Unsupported`].
     pub fn open(path: &Path) -> Result<Self> {
-        let folder = [path.join("lib"), path.to_owned()].into_iter().find(|folder| {
-            !libraries(folder, "libnvrtc.so").is_empty()
-        });
+        let folder = [path.join("lib"), path.to_owned()]
+            .into_iter()
+            .find(|folder| !libraries(folder, "libnvrtc.so").is_empty());
         let library = match &folder {
             Some(folder) => {
                 // NVRTC opens its second half by name, which the loader finds only if it is, and stays, open.
@@ -172,7 +174,11 @@ impl Nvrtc {
             return Err(failed(format!(
                 "compiling {} with {} by NVRTC {}.{}: {}\n{}",
                 text.name,
-                options.iter().map(|option| option.to_string_lossy()).collect::<Vec<_>>().join(" "),
+                options
+                    .iter()
+                    .map(|option| option.to_string_lossy())
+                    .collect::<Vec<_>>()
+                    .join(" "),
                 self.version.0,
                 self.version.1,
                 self.words(status),
@@ -216,8 +222,7 @@ impl<'a> Program<'a> {
         let count = length(&names)?;
         let mut handle = ptr::null_mut();
         // SAFETY: NVRTC copies the texts. All are terminated and outlive the call, and both arrays have `count` elements.
-        let status =
-            unsafe { (nvrtc.create)(&raw mut handle, source, name, count, texts.as_ptr(), names.as_ptr()) };
+        let status = unsafe { (nvrtc.create)(&raw mut handle, source, name, count, texts.as_ptr(), names.as_ptr()) };
         nvrtc.check(status, "taking in a source")?;
         Ok(Self { nvrtc, handle })
     }
@@ -230,10 +235,14 @@ impl<'a> Program<'a> {
     ) -> Result<Vec<u8>> {
         let mut bytes = 0;
         // SAFETY: the program is live, the pointer is to a local.
-        self.nvrtc.check(unsafe { size(self.handle, &raw mut bytes) }, "sizing its output")?;
+        self.nvrtc
+            .check(unsafe { size(self.handle, &raw mut bytes) }, "sizing its output")?;
         let mut text = vec![0u8; bytes];
         // SAFETY: the program is live, and NVRTC writes as many bytes as it just said.
-        self.nvrtc.check(unsafe { write(self.handle, text.as_mut_ptr().cast()) }, "writing its output")?;
+        self.nvrtc.check(
+            unsafe { write(self.handle, text.as_mut_ptr().cast()) },
+            "writing its output",
+        )?;
         Ok(text)
     }
 }
@@ -267,7 +276,9 @@ fn symbol<T: Copy>(handle: &Library, name: &str) -> Result<T> {
 }
 
 fn strings<'a>(texts: impl IntoIterator<Item = &'a str>) -> Result<Vec<CString>> {
-    let strings = texts.into_iter().map(|text| CString::new(text).map_err(|error| failed(error.to_string())));
+    let strings = texts
+        .into_iter()
+        .map(|text| CString::new(text).map_err(|error| failed(error.to_string())));
     strings.collect()
 }
 

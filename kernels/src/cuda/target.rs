@@ -94,7 +94,10 @@ mod tests {
         assert_eq!(runnable(9, 0), ["sm_90a", "sm_90"]);
         assert_eq!(runnable(8, 0), ["sm_80"]);
         let ada = runnable(8, 9);
-        assert_eq!((ada.first().unwrap().as_str(), ada.last().unwrap().as_str()), ("sm_89", "sm_80"));
+        assert_eq!(
+            (ada.first().unwrap().as_str(), ada.last().unwrap().as_str()),
+            ("sm_89", "sm_80")
+        );
         assert!(ada.contains(&"sm_86".to_owned()) && ada.iter().all(|target| !target.ends_with('a')));
     }
 

@@ -72,7 +72,12 @@ pub fn judge(kernel: &str, read: &Read) -> Option<String> {
 
 /// Names in the tables that no kernel has.
 pub fn strangers(kernels: &BTreeSet<&str>) -> Vec<String> {
-    let named = MATRIX.iter().map(|matrix| matrix.kernel).chain(LOCAL_MEMORY.iter().map(|(name, _)| *name));
+    let named = MATRIX
+        .iter()
+        .map(|matrix| matrix.kernel)
+        .chain(LOCAL_MEMORY.iter().map(|(name, _)| *name));
     let strange = named.filter(|name| !kernels.contains(name));
-    strange.map(|name| format!("`expected.rs` names {name}, which is no kernel")).collect()
+    strange
+        .map(|name| format!("`expected.rs` names {name}, which is no kernel"))
+        .collect()
 }

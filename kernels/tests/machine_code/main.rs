@@ -10,7 +10,7 @@
 //! BRIGHTRUN_UPDATE_PAGES=1 cargo test --release -p brightrun-kernels --test machine_code
 //! ```
 
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
 mod expected;
 mod occupancy;
@@ -52,7 +52,9 @@ fn sources() -> BTreeSet<&'static str> {
 
 /// Does `work` to every item on as many threads as there are, and collects what it gives.
 fn spread<T: Sync, U: Send>(items: &[T], work: impl Fn(&T) -> U + Sync) -> Vec<U> {
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len().max(1));
+    let threads = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(items.len().max(1));
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -69,7 +71,9 @@ fn spread<T: Sync, U: Send>(items: &[T], work: impl Fn(&T) -> U + Sync) -> Vec<U
 }
 
 fn pairs(targets: &[Target]) -> Vec<(&'static str, Target)> {
-    let pairs = targets.iter().flat_map(|target| sources().into_iter().map(|source| (source, *target)));
+    let pairs = targets
+        .iter()
+        .flat_map(|target| sources().into_iter().map(|source| (source, *target)));
     pairs.collect()
 }
 
@@ -83,7 +87,10 @@ fn readings(tools: &Tools) -> Readings {
         let read: Vec<(String, Read)> = code
             .into_iter()
             .map(|(name, code)| {
-                let resources = resources.remove(&name).unwrap_or_else(|| panic!("no resource usage of {name}"));
+                let resources = resources
+                    .remove(&name)
+                    .unwrap_or_else(|| panic!("no resource usage of {name}"));
+                let resources = resources.without_reserved(target.number());
                 (name, Read { resources, code })
             })
             .collect();
@@ -112,7 +119,9 @@ fn every_entry_compiles_for_every_target() {
         let resources = tools.resources(&tools.cubin(source, *target));
         let wanted = entries().into_iter().filter(|entry| entry.source == *source);
         let absent = wanted.filter(|entry| !resources.contains_key(&entry.name));
-        absent.map(|entry| format!("{} for {target}", entry.name)).collect::<Vec<_>>()
+        absent
+            .map(|entry| format!("{} for {target}", entry.name))
+            .collect::<Vec<_>>()
     });
     let missing: Vec<String> = missing.into_iter().flatten().collect();
     assert!(missing.is_empty(), "compiled code without its entries: {missing:?}");

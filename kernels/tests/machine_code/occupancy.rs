@@ -1,6 +1,6 @@
 //! How much of a multiprocessor an entry can fill.
 
-use crate::resources::Resources;
+use crate::resources::{RESERVED_SHARED_BYTES, Resources};
 
 /// What a multiprocessor has, by the tables of the CUDA programming guide ("Technical Specifications per Compute Capability").
 struct Multiprocessor {
@@ -12,8 +12,6 @@ struct Multiprocessor {
 const REGISTERS: usize = 65_536;
 /// A warp's registers are handed out in units of this many, a thread's in units of 8.
 const WARP_REGISTER_UNIT: usize = 256;
-/// Shared memory that every block takes besides its own, and the unit of it.
-const RESERVED_SHARED_BYTES: usize = 1024;
 const SHARED_UNIT: usize = 128;
 
 fn multiprocessor(target: &str) -> Multiprocessor {
@@ -37,7 +35,12 @@ pub fn occupancy(target: &str, resources: &Resources, threads: usize, dynamic_by
     let warps = threads.div_ceil(32);
     let registers = (resources.registers.next_multiple_of(8) * 32).next_multiple_of(WARP_REGISTER_UNIT) * warps;
     let shared = (resources.shared_bytes + dynamic_bytes).next_multiple_of(SHARED_UNIT) + RESERVED_SHARED_BYTES;
-    let by_each = [has.blocks, has.warps / warps, REGISTERS / registers.max(1), has.shared_bytes / shared];
+    let by_each = [
+        has.blocks,
+        has.warps / warps,
+        REGISTERS / registers.max(1),
+        has.shared_bytes / shared,
+    ];
     let blocks = by_each.into_iter().min().unwrap_or(0);
     (blocks, (blocks * warps) as f64 / has.warps as f64)
 }

@@ -110,8 +110,16 @@ fn tensor(counts: &Counts) -> String {
 
 /// `16 B × 4, 2 B × 8`.
 fn widths(accesses: &BTreeMap<usize, usize>) -> String {
-    let texts: Vec<String> = accesses.iter().rev().map(|(width, count)| format!("{width} B × {count}")).collect();
-    if texts.is_empty() { "–".to_owned() } else { texts.join(", ") }
+    let texts: Vec<String> = accesses
+        .iter()
+        .rev()
+        .map(|(width, count)| format!("{width} B × {count}"))
+        .collect();
+    if texts.is_empty() {
+        "–".to_owned()
+    } else {
+        texts.join(", ")
+    }
 }
 
 const HEAD: &str = "\

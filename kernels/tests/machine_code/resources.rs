@@ -15,6 +15,20 @@ pub struct Resources {
     pub local_bytes: usize,
 }
 
+/// Shared memory of every block that the hardware keeps for itself.
+pub const RESERVED_SHARED_BYTES: usize = 1024;
+
+impl Resources {
+    /// From compute capability 9.0 on the compiler counts what the hardware keeps among what the code asks for.
+    pub fn without_reserved(self, capability: u32) -> Self {
+        let reserved = if capability >= 90 { RESERVED_SHARED_BYTES } else { 0 };
+        Self {
+            shared_bytes: self.shared_bytes.checked_sub(reserved).unwrap(),
+            ..self
+        }
+    }
+}
+
 pub fn parse(text: &str) -> BTreeMap<String, Resources> {
     let mut found = BTreeMap::new();
     let mut lines = text.lines();
@@ -24,7 +38,9 @@ pub fn parse(text: &str) -> BTreeMap<String, Resources> {
         };
         let usage = lines.next().unwrap_or_else(|| panic!("nothing after {line}"));
         let number = |key: &str| -> usize {
-            let field = usage.split_whitespace().find_map(|field| field.strip_prefix(key)?.strip_prefix(':'));
+            let field = usage
+                .split_whitespace()
+                .find_map(|field| field.strip_prefix(key)?.strip_prefix(':'));
             field.unwrap_or_else(|| panic!("no {key} in {usage}")).parse().unwrap()
         };
         let resources = Resources {
@@ -54,4 +70,11 @@ Resource usage:
         local_bytes: 16,
     };
     assert_eq!(parse(text), BTreeMap::from([("add_f32".to_owned(), wanted)]));
+    assert_eq!(
+        (
+            wanted.without_reserved(80).shared_bytes,
+            wanted.without_reserved(90).shared_bytes
+        ),
+        (1056, 32)
+    );
 }

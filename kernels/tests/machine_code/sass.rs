@@ -49,7 +49,10 @@ pub fn parse(text: &str) -> BTreeMap<String, Code> {
     let mut current: Option<&mut Function<'_>> = None;
     for line in text.lines() {
         let trimmed = line.trim();
-        if let Some(name) = trimmed.strip_prefix(".section\t").and_then(|rest| rest.trim().strip_prefix(".text.")) {
+        if let Some(name) = trimmed
+            .strip_prefix(".section\t")
+            .and_then(|rest| rest.trim().strip_prefix(".text."))
+        {
             let name = name.split(',').next().unwrap().to_owned();
             let empty = Function {
                 instructions: Vec::new(),
@@ -66,7 +69,10 @@ pub fn parse(text: &str) -> BTreeMap<String, Code> {
             }
         }
     }
-    functions.into_iter().map(|(name, function)| (name, function.code())).collect()
+    functions
+        .into_iter()
+        .map(|(name, function)| (name, function.code()))
+        .collect()
 }
 
 /// The text after `/*0040*/`, without its predicate.
@@ -107,7 +113,9 @@ impl Function<'_> {
             }
         }
         let inner = |outer: &std::ops::Range<usize>| {
-            loops.iter().any(|other| other != outer && other.start >= outer.start && other.end <= outer.end)
+            loops
+                .iter()
+                .any(|other| other != outer && other.start >= outer.start && other.end <= outer.end)
         };
         loops.iter().filter(|range| !inner(range)).cloned().collect()
     }
@@ -142,8 +150,8 @@ impl Counts {
             "STG" | "ST" => *self.stores.entry(width(opcode)).or_default() += 1,
             "LDL" | "STL" => self.local += 1,
             "BAR" | "SYNCS" | "DEPBAR" | "WARPSYNC" | "LDGDEPBAR" | "WARPGROUP" => self.barriers += 1,
-            "PRMT" | "LOP3" | "LOP" | "SHF" | "SHL" | "SHR" | "BFE" | "SGXT" | "F2F" | "F2FP" | "I2F" | "F2I" | "I2FP"
-            | "HADD2" | "HMUL2" | "HFMA2" => self.decode += 1,
+            "PRMT" | "LOP3" | "LOP" | "SHF" | "SHL" | "SHR" | "BFE" | "SGXT" | "F2F" | "F2FP" | "I2F" | "F2I"
+            | "I2FP" | "HADD2" | "HMUL2" | "HFMA2" => self.decode += 1,
             "FADD" | "FMUL" | "FFMA" | "FMNMX" | "FSEL" | "FSETP" | "FSET" | "FCHK" | "MUFU" | "FADD2" | "FMUL2"
             | "FFMA2" => self.float += 1,
             "IMAD" | "IADD3" | "IADD" | "LEA" | "ISETP" | "IMNMX" | "IABS" | "UIADD3" | "UIMAD" | "ULEA" | "USHF"
@@ -195,8 +203,14 @@ product_bf16:
 "#;
     let code = parse(text).remove("product_bf16").unwrap();
     let whole = &code.whole;
-    assert_eq!((whole.all, whole.hmma, whole.shared_matrices, whole.local, whole.integer), (12, 2, 1, 1, 1));
-    assert_eq!((whole.loads.clone(), whole.stores.clone()), (BTreeMap::from([(16, 1)]), BTreeMap::from([(2, 1)])));
+    assert_eq!(
+        (whole.all, whole.hmma, whole.shared_matrices, whole.local, whole.integer),
+        (12, 2, 1, 1, 1)
+    );
+    assert_eq!(
+        (whole.loads.clone(), whole.stores.clone()),
+        (BTreeMap::from([(16, 1)]), BTreeMap::from([(2, 1)]))
+    );
     let main = code.main_loop.unwrap();
     assert_eq!((main.all, main.hmma, main.integer, main.local), (5, 2, 1, 0));
 }

@@ -44,7 +44,10 @@ impl Tools {
         for program in ["cuobjdump", "nvdisasm"] {
             let path = programs.join(program);
             if !path.is_file() {
-                return Err(format!("{} is missing (scripts/fetch-test-assets fetches it)", path.display()));
+                return Err(format!(
+                    "{} is missing (scripts/fetch-test-assets fetches it)",
+                    path.display()
+                ));
             }
         }
         // Beside the other build outputs, so that a change of one kernel compiles one source.
@@ -61,7 +64,9 @@ impl Tools {
     }
 
     pub fn cubin(&self, source: &str, target: Target) -> Vec<u8> {
-        self.cubins.of_source(source, target).unwrap_or_else(|error| panic!("{error}"))
+        self.cubins
+            .of_source(source, target)
+            .unwrap_or_else(|error| panic!("{error}"))
     }
 
     /// What the compiler says each entry takes.
@@ -77,12 +82,24 @@ impl Tools {
     fn tell(&self, program: &str, options: &[&str], cubin: &[u8]) -> String {
         static COUNTER: AtomicUsize = AtomicUsize::new(0);
         std::fs::create_dir_all(&self.scratch).unwrap();
-        let unique = format!("read-{}-{}.cubin", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        let unique = format!(
+            "read-{}-{}.cubin",
+            std::process::id(),
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        );
         let file = self.scratch.join(unique);
         std::fs::write(&file, cubin).unwrap();
-        let output = Command::new(self.programs.join(program)).args(options).arg(&file).output().unwrap();
+        let output = Command::new(self.programs.join(program))
+            .args(options)
+            .arg(&file)
+            .output()
+            .unwrap();
         std::fs::remove_file(&file).unwrap();
-        assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{program}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         String::from_utf8(output.stdout).unwrap()
     }
 }

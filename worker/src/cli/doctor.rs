@@ -1,9 +1,8 @@
 //! `brightrun doctor`: is everything in place here, and if not, what to do.
 
-use brightrun_kernels::Backend;
-use brightrun_kernels::cpu::Cpu;
 use serde::Serialize;
 
+use super::device::Chosen;
 use super::output::{print_json, print_line};
 use super::{OutputArguments, service};
 use crate::config::Config;
@@ -80,12 +79,7 @@ pub async fn doctor(config: &Config, arguments: OutputArguments) -> Result<()> {
 }
 
 fn compute(config: &Config) -> Result<String> {
-    let device = Cpu::new(config.worker.backend_threads())?;
-    Ok(describe(&device))
-}
-
-fn describe<B: Backend>(device: &B) -> String {
-    device.name().to_owned()
+    Ok(Chosen::by(config)?.to_string())
 }
 
 fn model(config: &Config) -> Result<String> {

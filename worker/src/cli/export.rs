@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use brightrun_kernels::DType;
 use brightrun_kernels::counting::{Counting, Habits};
+use brightrun_kernels::cpu::Cpu;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
@@ -59,7 +60,8 @@ pub fn run(config: &Config, arguments: &ExportArguments) -> Result<()> {
     let empty = Counting::new(Habits::gpu());
     let options = LoadOptions::from(BaseDtype::Bf16);
     let modules = skeleton(&empty, model, options, DType::BF16, 1)?.modules().to_vec();
-    let device = super::model::device(config)?;
+    // Rewriting files needs no GPU.
+    let device = Cpu::new(config.worker.backend_threads())?;
     let lora = LoraSet::load(&device, &arguments.adapter, &modules)?;
 
     let dtype = if arguments.bf16 {

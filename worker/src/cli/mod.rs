@@ -4,8 +4,10 @@
 //! (one per step for `train`), nothing else there. Human text goes to standard output, progress bars and logs to standard error.
 //! Exit codes: 0 success, 1 the user's input is at fault, 2 wrong usage, 3 this machine or a service is at fault.
 
+mod device;
 mod doctor;
 pub mod export;
+mod kernels;
 mod model;
 pub mod output;
 pub mod plan;
@@ -19,7 +21,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
-use crate::config::Config;
+use crate::config::{Config, DeviceChoice};
 use crate::error::{Failure, Result};
 use crate::spec::{BaseDtype, OptimizerKind, Order, Schedule, Supervise, TrainSpec};
 
@@ -30,6 +32,9 @@ pub struct Cli {
     /// Configuration file (TOML); default `./brightrun.toml` if it exists
     #[arg(long, global = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// What computes [setting: worker.device]
+    #[arg(long, global = true, value_enum)]
+    pub device: Option<DeviceFlag>,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -76,6 +81,34 @@ pub enum Command {
     Queue(queue::QueueArguments),
     /// Print every setting with its value
     Config,
+    /// The GPU's kernels: list them, compile them ahead of time, see which devices there are
+    #[command(subcommand)]
+    Kernels(KernelsCommand),
+}
+
+/// `kernels`.
+#[derive(Debug, Subcommand)]
+pub enum KernelsCommand {
+    /// Every kernel by its source
+    List(OutputArguments),
+    /// The NVIDIA devices here, or why there are none
+    Devices(OutputArguments),
+    /// Compile every kernel to machine code; needs NVRTC, but no GPU
+    Build(KernelsBuildArguments),
+}
+
+/// `kernels build`.
+#[derive(Debug, Args)]
+pub struct KernelsBuildArguments {
+    /// Architectures, as sm_80,sm_90a [default: every one the compiler knows, from sm_80 on]
+    #[arg(long, value_name = "SM,…", value_delimiter = ',')]
+    pub arch: Option<Vec<String>>,
+    /// Folder for the compiled kernels; BRIGHTRUN_KERNELS names it when running
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Output form.
+    #[command(flatten)]
+    pub output: OutputArguments,
 }
 
 /// Output form.
@@ -423,6 +456,19 @@ macro_rules! choice {
 }
 
 choice!(
+    /// `--device`.
+    DeviceFlag => DeviceChoice {
+        /// The first NVIDIA GPU, where there is one that can train; otherwise the CPU
+        Auto,
+        /// The CPU
+        Cpu,
+        /// The first NVIDIA GPU
+        Cuda,
+        /// The GPU's kernels on the CPU: for tests, and very slow
+        Emulated,
+    }
+);
+choice!(
     /// `--base-dtype`.
     BaseDtypeChoice => BaseDtype {
         /// 4-bit NormalFloat, double-quantised
@@ -505,7 +551,8 @@ async fn dispatch(cli: Cli) -> Result<()> {
         let config = Config::load(settings, std::env::vars())?;
         return plan::run(&config, model, arguments);
     }
-    let config = Config::load(cli.config.as_deref(), std::env::vars())?;
+    let mut config = Config::load(cli.config.as_deref(), std::env::vars())?;
+    config.worker.device = cli.device.map_or(config.worker.device, DeviceChoice::from);
     // Computing commands hold their thread: block_in_place keeps signals and timers alive meanwhile.
     match &cli.command {
         Command::Demo(arguments) => crate::demo::run(config, arguments).await,
@@ -528,6 +575,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
         Command::Queue(arguments) => queue::run(arguments).await,
         Command::Config => print_config(&config),
+        Command::Kernels(command) => tokio::task::block_in_place(|| kernels::kernels(command)),
     }
 }
 
@@ -553,6 +601,11 @@ fn wants_json(command: &Command) -> bool {
         | Command::Generate(GenerateArguments { output, .. })
         | Command::Export(export::ExportArguments { output, .. })
         | Command::Queue(queue::QueueArguments { output, .. })
+        | Command::Kernels(
+            KernelsCommand::List(output)
+            | KernelsCommand::Devices(output)
+            | KernelsCommand::Build(KernelsBuildArguments { output, .. }),
+        )
         | Command::Doctor(output) => output.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }

@@ -4,13 +4,13 @@ use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use brightrun_kernels::DType;
 use brightrun_kernels::counting::Habits;
-use brightrun_kernels::cpu::Cpu;
+use brightrun_kernels::{Backend, DType};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use uuid::Uuid;
 
+use super::device::{Chosen, on_device};
 use super::output::{self, print_json, print_line};
 use super::{EstimateArguments, EvalArguments, GenerateArguments, InspectArguments, TrainArguments};
 use crate::artifact::AdapterDtype;
@@ -40,7 +40,7 @@ pub(super) fn model_folder(flag: Option<&PathBuf>, config: &Config) -> Result<Pa
 }
 
 /// Loads a model with a progress bar on standard error.
-fn load(device: &Cpu, folder: &Path, dtype: BaseDtype) -> Result<Base<Cpu>> {
+fn load<B: Backend>(device: &B, folder: &Path, dtype: BaseDtype) -> Result<Base<B>> {
     let bar = ProgressBar::new(0).with_style(style("loading {wide_bar} {pos}/{len} tensors"));
     let base = Base::load(device, folder, dtype, &mut |progress| {
         bar.set_length(progress.tensors_total as u64);
@@ -54,12 +54,12 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-pub(super) fn device(config: &Config) -> Result<Cpu> {
-    Cpu::new(config.worker.backend_threads()).map_err(Failure::from)
-}
-
 /// `brightrun train`.
 pub fn train(config: &Config, arguments: &TrainArguments) -> Result<()> {
+    on_device!(config, |device| train_on(&device, config, arguments))
+}
+
+fn train_on<B: Backend>(device: &B, config: &Config, arguments: &TrainArguments) -> Result<()> {
     let folder = model_folder(arguments.model.as_ref(), config)?;
     // Without a queue there is nobody to answer for a held-out set nobody asked for.
     let mut spec = TrainSpec {
@@ -71,7 +71,7 @@ pub fn train(config: &Config, arguments: &TrainArguments) -> Result<()> {
     let template = ChatTemplate::load(&folder)?;
     let data = recipe::prepare(&arguments.dataset, &template, &spec)?;
     say_what_was_left_out(&data);
-    let base = load(&device(config)?, &folder, spec.base_dtype)?;
+    let base = load(device, &folder, spec.base_dtype)?;
     let checkpoints = arguments
         .checkpoints
         .clone()
@@ -241,6 +241,10 @@ impl TrainEvents for StepPrinter {
 
 /// `brightrun eval`.
 pub fn eval(config: &Config, arguments: &EvalArguments) -> Result<()> {
+    on_device!(config, |device| eval_on(&device, config, arguments))
+}
+
+fn eval_on<B: Backend>(device: &B, config: &Config, arguments: &EvalArguments) -> Result<()> {
     let folder = model_folder(arguments.model.as_ref(), config)?;
     let template = ChatTemplate::load(&folder)?;
     let (mut examples, report) = dataset::load(&arguments.dataset)?;
@@ -249,7 +253,7 @@ pub fn eval(config: &Config, arguments: &EvalArguments) -> Result<()> {
     let supervise = arguments.supervise.map_or(config.train.supervise, Supervise::from);
     let max_length = arguments.max_length.unwrap_or(config.train.max_length);
     let (encoded, left_out) = encode_all(&template, &examples, supervise, max_length)?;
-    let base = load(&device(config)?, &folder, arguments.base_dtype.into())?;
+    let base = load(device, &folder, arguments.base_dtype.into())?;
     let lora = arguments
         .adapter
         .as_deref()
@@ -288,7 +292,7 @@ pub fn eval(config: &Config, arguments: &EvalArguments) -> Result<()> {
     ))
 }
 
-fn load_adapter(base: &Base<Cpu>, folder: &Path) -> Result<LoraSet<Cpu>> {
+fn load_adapter<B: Backend>(base: &Base<B>, folder: &Path) -> Result<LoraSet<B>> {
     LoraSet::load(base.model.device(), folder, base.model.modules())
 }
 
@@ -315,6 +319,10 @@ fn encode_all(
 
 /// `brightrun generate`.
 pub fn generate(config: &Config, arguments: &GenerateArguments) -> Result<()> {
+    on_device!(config, |device| generate_on(&device, config, arguments))
+}
+
+fn generate_on<B: Backend>(device: &B, config: &Config, arguments: &GenerateArguments) -> Result<()> {
     let folder = model_folder(arguments.model.as_ref(), config)?;
     let template = ChatTemplate::load(&folder)?;
     let prompt = if arguments.raw {
@@ -324,7 +332,7 @@ pub fn generate(config: &Config, arguments: &GenerateArguments) -> Result<()> {
         messages.push(Message::user(&arguments.prompt));
         template.encode_prompt(&messages, None, None)?
     };
-    let base = load(&device(config)?, &folder, arguments.base_dtype.into())?;
+    let base = load(device, &folder, arguments.base_dtype.into())?;
     let lora = arguments
         .adapter
         .as_deref()
@@ -460,7 +468,7 @@ pub fn estimate(config: &Config, arguments: &EstimateArguments) -> Result<()> {
     let speed = match arguments.tokens_per_second {
         Some(speed) if speed > 0.0 => speed,
         Some(_) => return Err(Failure::user("ESTIMATE_SPEED", "--tokens-per-second must be above 0")),
-        None => measure_speed(config, &folder, &spec, &data)?,
+        None => on_device!(config, |device| measure_speed(&device, &folder, &spec, &data))?,
     };
     let seconds = tokens as f64 / speed;
     let memory_bytes = planned_memory(config, &folder, &spec, &lengths)?;
@@ -501,7 +509,6 @@ pub fn estimate(config: &Config, arguments: &EstimateArguments) -> Result<()> {
 
 /// Bytes of the longest micro-batch's step on this machine, as [`plan`](crate::plan) counts them.
 fn planned_memory(config: &Config, folder: &Path, spec: &TrainSpec, lengths: &[usize]) -> Result<u64> {
-    let device = device(config)?;
     let options = LoadOptions::from(spec.base_dtype);
     let longest = lengths.iter().copied().max().unwrap_or(1);
     // Short examples share a micro-batch; a long one goes alone.
@@ -510,7 +517,10 @@ fn planned_memory(config: &Config, folder: &Path, spec: &TrainSpec, lengths: &[u
         sequences: tokens.div_ceil(longest).min(spec.batch_size),
         length: longest,
     };
-    let habits = Habits::cpu(device.factors(options.precision));
+    let habits = match Chosen::by(config)? {
+        Chosen::Cpu(device) => Habits::cpu(device.factors(options.precision)),
+        Chosen::Cuda(_) | Chosen::Emulated(_) => Habits::gpu(),
+    };
     let model = ModelConfig::load(folder)?;
     Ok(plan::footprint(&model, DType::BF16, spec, habits, shape)?.bytes.total())
 }
@@ -521,7 +531,7 @@ fn median(mut lengths: Vec<usize>) -> usize {
 }
 
 /// Tokens per second of two real steps on examples of typical length, on this machine.
-fn measure_speed(config: &Config, folder: &Path, spec: &TrainSpec, data: &Prepared) -> Result<f64> {
+fn measure_speed<B: Backend>(device: &B, folder: &Path, spec: &TrainSpec, data: &Prepared) -> Result<f64> {
     struct Last(f64);
     impl TrainEvents for Last {
         fn on_step(&mut self, report: &StepReport) -> Control {
@@ -533,7 +543,7 @@ fn measure_speed(config: &Config, folder: &Path, spec: &TrainSpec, data: &Prepar
     typical.sort_by_key(|example| example.ids.len());
     let middle = typical.len() / 2;
     let sample: Vec<EncodedExample> = typical.into_iter().skip(middle).take(1).cloned().collect();
-    let base = load(&device(config)?, folder, spec.base_dtype)?;
+    let base = load(device, folder, spec.base_dtype)?;
     let probe = TrainSpec {
         max_steps: Some(2),
         batch_size: 1,

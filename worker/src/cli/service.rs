@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use brightrun_kernels::cpu::Cpu;
 use brightrun_queue::{JobState, JobStatus, Queue, QueueConfig, Runner, RunnerConfig};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::device::on_device;
 use super::output::{self, print_json, print_line};
 use super::{EnqueueArguments, JobArguments, OrchestrateArguments, WorkerArguments};
 use crate::config::{Config, database_url};
@@ -94,12 +94,11 @@ pub fn train_runner(
     storage: Arc<dyn crate::storage::Storage>,
     until_idle: bool,
 ) -> Result<Runner> {
-    let device = Cpu::new(config.worker.backend_threads())?;
-    let services = Arc::new(Services::new(config.clone(), storage, device));
-    Ok(
-        Runner::new(queue, runner_config(config, config.worker.slots, until_idle))
-            .handler("train", TrainHandler::new(services)),
-    )
+    let runner = Runner::new(queue, runner_config(config, config.worker.slots, until_idle));
+    on_device!(config, |device| {
+        let services = Arc::new(Services::new(config.clone(), storage, device));
+        Ok(runner.handler("train", TrainHandler::new(services)))
+    })
 }
 
 /// A runner that validates data sets.
