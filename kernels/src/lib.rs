@@ -13,6 +13,7 @@
 //! | [`tensor`] | owned, contiguous, row-major tensors in a backend's memory |
 //! | [`weight`] | frozen weights as data: f32, bf16, NF4 |
 //! | [`stack`] | the same for all experts of a layer |
+//! | [`fp8`] | block-scaled FP8 codes, as checkpoints hold them |
 //! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
 //! | [`oracle`] | float64, naive loops: the judge of every backend |
 //! | [`testing`] | what the conformance suites share |
@@ -36,6 +37,7 @@ mod contract;
 pub mod cpu;
 pub mod dtype;
 pub mod error;
+pub mod fp8;
 pub mod ops;
 pub mod oracle;
 pub mod stack;
