@@ -90,8 +90,8 @@ fn describe<B: Backend>(device: &B) -> String {
 
 fn model(config: &Config) -> Result<String> {
     let folder = model_folder(config)?;
-    let model = ModelConfig::load(folder)?;
-    ChatTemplate::load(folder)?;
+    let model = ModelConfig::load(&folder)?;
+    ChatTemplate::load(&folder)?;
     Ok(format!(
         "{} ({} layers, width {})",
         folder.display(),

@@ -410,6 +410,8 @@ choice!(
     BaseDtypeChoice => BaseDtype {
         /// 4-bit NormalFloat, double-quantised
         Nf4,
+        /// Routed experts in 4 bits, the rest in bfloat16
+        Nf4Experts,
         /// bfloat16
         Bf16,
         /// The checkpoint's values, float32 arithmetic

@@ -15,7 +15,7 @@ use crate::artifact::AdapterDtype;
 use crate::config::Config;
 use crate::dataset::{self, Example, Message};
 use crate::error::{Failure, Result};
-use crate::model::LoraSet;
+use crate::model::{LoadSettings, LoadSource, LoraSet, ModelRoots};
 use crate::recipe::{self, Base, Checkpoints, Labels, Prepared};
 use crate::spec::{BaseDtype, Supervise, TrainSpec};
 use crate::template::{self, ChatTemplate};
@@ -28,23 +28,34 @@ use crate::train::{
 const EVAL_MICRO_BATCH_TOKENS: usize = 4096;
 
 /// The checkpoint's folder, from the flag or the settings.
-fn model_folder(flag: Option<&PathBuf>, config: &Config) -> Result<PathBuf> {
-    let folder = flag.or(config.model.path.as_ref()).ok_or_else(|| {
-        Failure::user("CONFIG_MISSING", "No model is given").hint("Give `--model DIR`, or set BRIGHTRUN_MODEL_PATH")
-    })?;
-    recipe::check_folder(folder)?;
-    Ok(folder.clone())
+pub(super) fn model_folder(flag: Option<&PathBuf>, config: &Config) -> Result<PathBuf> {
+    let path = flag.or(config.model.path.as_ref());
+    ModelRoots::of_environment().locate(path.map(PathBuf::as_path), &config.model.base_model)
 }
 
 /// Loads a model with a progress bar on standard error.
-fn load(device: &Cpu, folder: &Path, dtype: BaseDtype) -> Result<Base<Cpu>> {
-    let bar = ProgressBar::new(0).with_style(style("loading {wide_bar} {pos}/{len} tensors"));
-    let base = Base::load(device, folder, dtype, &mut |progress| {
-        bar.set_length(progress.tensors_total as u64);
-        bar.set_position(progress.tensors as u64);
+fn load(config: &Config, folder: &Path, dtype: BaseDtype) -> Result<Base<Cpu>> {
+    load_with(config, folder, dtype, &config.model.load_settings())
+}
+
+/// As [`load`] with settings of its own.
+pub(super) fn load_with(config: &Config, folder: &Path, dtype: BaseDtype, settings: &LoadSettings) -> Result<Base<Cpu>> {
+    let bar = byte_bar("loading");
+    let base = Base::load_with(&device(config)?, folder, dtype, settings, &mut |progress| {
+        bar.set_length(progress.bytes_total);
+        bar.set_position(progress.bytes);
+        if progress.source == LoadSource::Snapshot {
+            bar.set_message("snapshot");
+        }
     });
     bar.finish_and_clear();
     base
+}
+
+/// A bar of bytes with their rate and the time left.
+pub(super) fn byte_bar(verb: &'static str) -> ProgressBar {
+    let template = format!("{verb} {{msg}} {{wide_bar}} {{bytes}} of {{total_bytes}}  {{bytes_per_sec}}  {{eta}} left");
+    ProgressBar::new(0).with_style(style(&template))
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -68,7 +79,7 @@ pub fn train(config: &Config, arguments: &TrainArguments) -> Result<()> {
     let template = ChatTemplate::load(&folder)?;
     let data = recipe::prepare(&arguments.dataset, &template, &spec)?;
     say_what_was_left_out(&data);
-    let base = load(&device(config)?, &folder, spec.base_dtype)?;
+    let base = load(config, &folder, spec.base_dtype)?;
     let checkpoints = arguments
         .checkpoints
         .clone()
@@ -246,7 +257,7 @@ pub fn eval(config: &Config, arguments: &EvalArguments) -> Result<()> {
     let supervise = arguments.supervise.map_or(config.train.supervise, Supervise::from);
     let max_length = arguments.max_length.unwrap_or(config.train.max_length);
     let (encoded, left_out) = encode_all(&template, &examples, supervise, max_length)?;
-    let base = load(&device(config)?, &folder, arguments.base_dtype.into())?;
+    let base = load(config, &folder, arguments.base_dtype.into())?;
     let lora = arguments
         .adapter
         .as_deref()
@@ -321,7 +332,7 @@ pub fn generate(config: &Config, arguments: &GenerateArguments) -> Result<()> {
         messages.push(Message::user(&arguments.prompt));
         template.encode_prompt(&messages, None, None)?
     };
-    let base = load(&device(config)?, &folder, arguments.base_dtype.into())?;
+    let base = load(config, &folder, arguments.base_dtype.into())?;
     let lora = arguments
         .adapter
         .as_deref()
@@ -512,7 +523,7 @@ fn measure_speed(config: &Config, folder: &Path, spec: &TrainSpec, data: &Prepar
     typical.sort_by_key(|example| example.ids.len());
     let middle = typical.len() / 2;
     let sample: Vec<EncodedExample> = typical.into_iter().skip(middle).take(1).cloned().collect();
-    let base = load(&device(config)?, folder, spec.base_dtype)?;
+    let base = load(config, folder, spec.base_dtype)?;
     let probe = TrainSpec {
         max_steps: Some(2),
         batch_size: 1,

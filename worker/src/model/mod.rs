@@ -6,7 +6,8 @@
 //! |---|---|
 //! | [`config`] | `config.json` → numbers; refuses what would be computed differently |
 //! | [`tensor_file`], [`fp8`], [`checkpoint`] | safetensors by positioned reads; shards; everything headers can tell is checked first |
-//! | [`load`] | checkpoint → [`Model`], tensor by tensor, quantised on the way |
+//! | [`load`] | checkpoint or snapshot → [`Model`]: files in order, several threads, quantised on the way |
+//! | [`locate`] | where a model lies: volumes, hub caches; a given path that is missing is an error |
 //! | [`transformer`] | embedding, layers, head: forward, and forward with backward |
 //! | [`layer`] | one decoder layer: a mixer, a feed-forward part; what is kept and what is computed again |
 //! | [`mixer`], [`feed_forward`] | which mixer, which feed-forward part |
@@ -36,6 +37,7 @@ pub mod fp8;
 pub mod layer;
 pub mod linear;
 pub mod load;
+pub mod locate;
 pub mod lora;
 pub mod mixer;
 pub mod mlp;
@@ -52,7 +54,8 @@ pub mod transformer;
 pub use self::batch::{Batch, IGNORED};
 pub use self::config::{Family, ModelConfig};
 pub use self::decode::Decoder;
-pub use self::load::{Encoding, LoadOptions, LoadProgress};
+pub use self::load::{Encoding, LoadOptions, LoadProgress, LoadReport, LoadSettings, LoadSource, SnapshotOutcome};
+pub use self::locate::ModelRoots;
 pub use self::lora::{LoraConfig, LoraGradients, LoraSet, Module, ModuleId};
 pub use self::rope::RopeFrequencies;
 pub use self::transformer::{BackwardSettings, Model};

@@ -55,6 +55,11 @@ impl StoredTensor {
     pub fn size_bytes(&self) -> usize {
         self.bytes
     }
+
+    /// First byte, counted from the beginning of the file.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
 }
 
 impl TensorFile {
@@ -106,6 +111,14 @@ impl TensorFile {
     /// Where it lies.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Another handle to the open file.
+    ///
+    /// # Errors
+    /// `MODEL_FILE_DAMAGED` when the system gives none.
+    pub fn handle(&self) -> Result<File> {
+        self.file.try_clone().map_err(|error| read_failure(&self.path, &error))
     }
 
     /// Reads one tensor.
@@ -164,15 +177,9 @@ impl HostTensor {
     /// # Errors
     /// `MODEL_UNSUPPORTED` when they are not f32, bf16 or f16.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
-        match self.dtype {
-            DType::F32 => Ok(bytemuck::allocation::pod_collect_to_vec(&self.bytes)),
-            DType::BF16 => Ok(self.halves().map(|bits| bf16::from_bits(bits).to_f32()).collect()),
-            DType::F16 => Ok(self.halves().map(|bits| f16::from_bits(bits).to_f32()).collect()),
-            other => Err(Failure::user(
-                "MODEL_UNSUPPORTED",
-                format!("{other} is not a float type this program reads"),
-            )),
-        }
+        let mut values = vec![0.0; self.bytes.len() / self.dtype.size_bytes()];
+        widen(self.dtype, &self.bytes, &mut values)?;
+        Ok(values)
     }
 
     /// The same tensor in f32.
@@ -199,11 +206,7 @@ impl HostTensor {
         if self.dtype == DType::BF16 {
             return Ok(self);
         }
-        let halves: Vec<u16> = self
-            .to_f32()?
-            .into_iter()
-            .map(|value| bf16::from_f32(value).to_bits())
-            .collect();
+        let halves = narrow(&self.to_f32()?);
         Ok(Self {
             dtype: DType::BF16,
             shape: self.shape,
@@ -213,26 +216,67 @@ impl HostTensor {
 
     /// Index of the first element that is infinite or not a number.
     pub fn first_non_finite(&self) -> Option<usize> {
-        match self.dtype {
-            DType::F32 => self
-                .bytes
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .position(|word| !f32::from_le_bytes(*word).is_finite()),
-            DType::BF16 => self.halves().position(|bits| bits & 0x7f80 == 0x7f80),
-            DType::F16 => self.halves().position(|bits| bits & 0x7c00 == 0x7c00),
-            _ => None,
+        first_non_finite(self.dtype, &self.bytes)
+    }
+}
+
+/// Index of the first element of little-endian contents that is infinite or not a number; `None` for types that have no such.
+pub fn first_non_finite(dtype: DType, bytes: &[u8]) -> Option<usize> {
+    /// The exponent's bits of two or four bytes; all set means not finite.
+    fn search<const WIDTH: usize>(bytes: &[u8], is_bad: impl Fn(&[u8; WIDTH]) -> bool) -> Option<usize> {
+        /// Elements that are looked at without leaving the loop early, so that it becomes vector instructions.
+        const AT_ONCE: usize = 1024;
+        let elements = bytes.as_chunks::<WIDTH>().0;
+        let parts = elements.chunks(AT_ONCE).enumerate();
+        let (index, part) = parts
+            .into_iter()
+            .find(|(_, part)| part.iter().fold(false, |any, element| any | is_bad(element)))?;
+        Some(index * AT_ONCE + part.iter().position(is_bad)?)
+    }
+    match dtype {
+        DType::F32 => search(bytes, |word| u32::from_le_bytes(*word) & 0x7f80_0000 == 0x7f80_0000),
+        DType::BF16 => search(bytes, |half| u16::from_le_bytes(*half) & 0x7f80 == 0x7f80),
+        DType::F16 => search(bytes, |half| u16::from_le_bytes(*half) & 0x7c00 == 0x7c00),
+        DType::F8E4M3 => search(bytes, |[code]: &[u8; 1]| code & 0x7f == 0x7f),
+        DType::U8 | DType::I32 => None,
+    }
+}
+
+/// f32 values of little-endian f32, bf16 or f16 contents.
+///
+/// # Errors
+/// `MODEL_UNSUPPORTED` for other types.
+pub fn widen(dtype: DType, bytes: &[u8], values: &mut [f32]) -> Result<()> {
+    let halves = bytes.as_chunks::<2>().0.iter().map(|half| u16::from_le_bytes(*half));
+    match dtype {
+        DType::F32 => {
+            for (value, word) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *value = f32::from_le_bytes(*word);
+            }
+        }
+        DType::BF16 => {
+            for (value, bits) in values.iter_mut().zip(halves) {
+                *value = f32::from_bits(u32::from(bits) << 16);
+            }
+        }
+        DType::F16 => {
+            for (value, bits) in values.iter_mut().zip(halves) {
+                *value = f16::from_bits(bits).to_f32();
+            }
+        }
+        other => {
+            return Err(Failure::user(
+                "MODEL_UNSUPPORTED",
+                format!("{other} is not a float type this program reads"),
+            ));
         }
     }
+    Ok(())
+}
 
-    fn halves(&self) -> impl Iterator<Item = u16> + '_ {
-        self.bytes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|pair| u16::from_le_bytes(*pair))
-    }
+/// bf16 bits of values, rounded to nearest even.
+pub fn narrow(values: &[f32]) -> Vec<u16> {
+    values.iter().map(|value| bf16::from_f32(*value).to_bits()).collect()
 }
 
 /// The length prefix and the header behind it.
