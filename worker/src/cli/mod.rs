@@ -5,9 +5,12 @@
 //! Exit codes: 0 success, 1 the user's input is at fault, 2 wrong usage, 3 this machine or a service is at fault.
 
 mod doctor;
+mod fetch;
 mod model;
 pub mod output;
 pub mod service;
+mod snapshot;
+mod synth;
 mod validate;
 
 use std::path::PathBuf;
@@ -63,6 +66,12 @@ pub enum Command {
     Eval(EvalArguments),
     /// Continue a prompt, with or without an adapter
     Generate(GenerateArguments),
+    /// Download a model from a hub: room checked first, resumed, verified
+    Fetch(fetch::FetchArguments),
+    /// Write a checkpoint of seeded random numbers, of any size
+    Synth(synth::SynthArguments),
+    /// Snapshots of quantised weights: make, list, verify, remove
+    Snapshot(snapshot::SnapshotArguments),
     /// Check that everything this machine needs is in place
     Doctor(OutputArguments),
     /// Print every setting with its value
@@ -488,6 +497,9 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Train(arguments) => tokio::task::block_in_place(|| model::train(&config, arguments)),
         Command::Eval(arguments) => tokio::task::block_in_place(|| model::eval(&config, arguments)),
         Command::Generate(arguments) => tokio::task::block_in_place(|| model::generate(&config, arguments)),
+        Command::Fetch(arguments) => fetch::fetch(arguments).await,
+        Command::Synth(arguments) => tokio::task::block_in_place(|| synth::synth(arguments)),
+        Command::Snapshot(arguments) => tokio::task::block_in_place(|| snapshot::snapshot(&config, arguments)),
         Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
         Command::Config => print_config(&config),
     }
@@ -512,6 +524,9 @@ fn wants_json(command: &Command) -> bool {
         | Command::Train(TrainArguments { output, .. })
         | Command::Eval(EvalArguments { output, .. })
         | Command::Generate(GenerateArguments { output, .. })
+        | Command::Fetch(fetch::FetchArguments { output, .. })
+        | Command::Synth(synth::SynthArguments { output, .. })
+        | Command::Snapshot(snapshot::SnapshotArguments { output, .. })
         | Command::Doctor(output) => output.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }

@@ -14,7 +14,7 @@
 //! | [`attention`], [`delta`], [`mlp`], [`moe`], [`experts`], [`norm`], [`linear`] | the parts, each with `forward` and `backward` |
 //! | [`lora`], [`peft`], [`adapter`] | adapters beside the frozen model; PEFT's names, order and files |
 //! | [`decode`], [`cache`] | one document, continued token by token |
-//! | [`synthetic`] | checkpoints of seeded random numbers |
+//! | [`synthetic`], [`presets`] | checkpoints of seeded random numbers; released configurations by name |
 //! | [`batch`], [`pass`], [`rope`], [`random`] | packed documents; what layers share; rotations; seeded numbers |
 //!
 //! # Invariants
@@ -45,6 +45,7 @@ pub mod moe;
 pub mod norm;
 pub mod pass;
 pub mod peft;
+pub mod presets;
 pub mod random;
 pub mod rope;
 pub mod synthetic;
