@@ -526,8 +526,8 @@ fn wants_json(command: &Command) -> bool {
         | Command::Generate(GenerateArguments { output, .. })
         | Command::Fetch(fetch::FetchArguments { output, .. })
         | Command::Synth(synth::SynthArguments { output, .. })
-        | Command::Snapshot(snapshot::SnapshotArguments { output, .. })
         | Command::Doctor(output) => output.json,
+        Command::Snapshot(arguments) => arguments.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }
 }

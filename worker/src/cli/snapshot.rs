@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::model::{byte_bar, load_with, model_folder};
 use super::output::{self, print_json, print_line};
-use super::{BaseDtypeChoice, OutputArguments};
+use super::BaseDtypeChoice;
 use crate::config::Config;
 use crate::error::{Failure, Result};
 use crate::model::load::snapshot::{Listed, Snapshot, SnapshotSettings, folder, listed};
@@ -23,9 +23,9 @@ pub struct SnapshotArguments {
     /// Checkpoint [setting: model.path]
     #[arg(long, value_name = "DIR", global = true)]
     pub model: Option<PathBuf>,
-    /// Output form.
-    #[command(flatten)]
-    pub output: OutputArguments,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
 }
 
 /// What `snapshot` does.
@@ -62,9 +62,9 @@ pub fn snapshot(config: &Config, arguments: &SnapshotArguments) -> Result<()> {
             base_dtype,
             without_snapshot,
         } => build(config, arguments, *base_dtype, *without_snapshot),
-        SnapshotAction::Ls => list(&all(config, arguments)?, arguments.output.json),
-        SnapshotAction::Verify => verify(&all(config, arguments)?, arguments.output.json),
-        SnapshotAction::Rm { name, .. } => remove(&all(config, arguments)?, name.as_deref(), arguments.output.json),
+        SnapshotAction::Ls => list(&all(config, arguments)?, arguments.json),
+        SnapshotAction::Verify => verify(&all(config, arguments)?, arguments.json),
+        SnapshotAction::Rm { name, .. } => remove(&all(config, arguments)?, name.as_deref(), arguments.json),
     }
 }
 
@@ -93,7 +93,7 @@ fn build(config: &Config, arguments: &SnapshotArguments, dtype: BaseDtypeChoice,
         return Err(failure.clone());
     }
     let weights: u64 = base.model.weight_bytes().values().sum();
-    if arguments.output.json {
+    if arguments.json {
         return print_json(&json!({
             "source": match report.source { LoadSource::Checkpoint => "checkpoint", LoadSource::Snapshot => "snapshot" },
             "snapshot": match &report.snapshot {

@@ -17,8 +17,8 @@ use crate::model::synthetic::{SyntheticDtype, SyntheticSettings, generate};
 #[derive(Debug, Args)]
 pub struct SynthArguments {
     /// A config.json, a folder that holds one, or a preset such as qwen3-next-80b-a3b
-    #[arg(long, value_name = "FILE|PRESET")]
-    pub config: String,
+    #[arg(value_name = "FILE|PRESET")]
+    pub source: String,
     /// Folder for the checkpoint
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -84,7 +84,7 @@ fn config_text(named: &str) -> Result<String> {
 
 /// `brightrun synth`.
 pub fn synth(arguments: &SynthArguments) -> Result<()> {
-    let text = config_text(&arguments.config)?;
+    let text = config_text(&arguments.source)?;
     let settings = SyntheticSettings {
         layers: arguments.layers,
         dtype: match arguments.dtype {

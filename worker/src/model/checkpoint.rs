@@ -343,15 +343,6 @@ impl Checkpoint {
         finite(file, name, tensor)
     }
 
-    /// Reads consecutive elements of a larger tensor, from `first_element` on, as a tensor of extents `shape`.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::read`]; `MODEL_TENSOR_SHAPE` when the part reaches beyond the tensor's end.
-    pub fn read_part(&self, name: &str, first_element: usize, shape: &[usize]) -> Result<HostTensor> {
-        let file = self.file(name)?;
-        finite(file, name, file.read_part(name, first_element, shape)?)
-    }
-
     fn file(&self, name: &str) -> Result<&TensorFile> {
         self.home.get(name).map(|place| &self.files[*place]).ok_or_else(|| {
             Failure::user("MODEL_TENSOR_MISSING", format!("The checkpoint has no tensor `{name}`"))

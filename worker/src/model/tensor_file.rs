@@ -127,46 +127,21 @@ impl TensorFile {
     /// `MODEL_TENSOR_MISSING` when it is not in the file, `MODEL_FILE_DAMAGED` when it cannot be read.
     pub fn read(&self, name: &str) -> Result<HostTensor> {
         let stored = self.stored(name)?;
-        self.read_range(stored, 0, stored.shape.clone())
-    }
-
-    /// Reads a tensor of extents `shape` out of a larger one: consecutive elements from `first_element` on.
-    ///
-    /// # Errors
-    /// As [`TensorFile::read`]; `MODEL_TENSOR_SHAPE` when the part reaches beyond the tensor's end.
-    pub fn read_part(&self, name: &str, first_element: usize, shape: &[usize]) -> Result<HostTensor> {
-        let stored = self.stored(name)?;
-        let elements = shape.iter().product::<usize>() + first_element;
-        if elements * stored.dtype.size_bytes() > stored.bytes {
-            return Err(Failure::user(
-                "MODEL_TENSOR_SHAPE",
-                format!(
-                    "The tensor `{name}` {:?} has fewer than {elements} elements",
-                    stored.shape
-                ),
-            )
-            .at(self.path.display().to_string()));
-        }
-        self.read_range(stored, first_element, shape.to_vec())
+        let mut bytes = vec![0; stored.bytes];
+        self.file
+            .read_exact_at(&mut bytes, stored.offset)
+            .map_err(|error| read_failure(&self.path, &error))?;
+        Ok(HostTensor {
+            dtype: stored.dtype,
+            shape: stored.shape.clone(),
+            bytes,
+        })
     }
 
     fn stored(&self, name: &str) -> Result<&StoredTensor> {
         self.tensors.get(name).ok_or_else(|| {
             Failure::user("MODEL_TENSOR_MISSING", format!("The file has no tensor `{name}`"))
                 .at(self.path.display().to_string())
-        })
-    }
-
-    fn read_range(&self, stored: &StoredTensor, first_element: usize, shape: Vec<usize>) -> Result<HostTensor> {
-        let width = stored.dtype.size_bytes();
-        let mut bytes = vec![0; width * shape.iter().product::<usize>()];
-        self.file
-            .read_exact_at(&mut bytes, stored.offset + (first_element * width) as u64)
-            .map_err(|error| read_failure(&self.path, &error))?;
-        Ok(HostTensor {
-            dtype: stored.dtype,
-            shape,
-            bytes,
         })
     }
 }
@@ -195,22 +170,6 @@ impl HostTensor {
             dtype: DType::F32,
             shape: self.shape,
             bytes: bytemuck::allocation::pod_collect_to_vec(&values),
-        })
-    }
-
-    /// The same tensor in bf16, rounded to nearest even.
-    ///
-    /// # Errors
-    /// As [`HostTensor::to_f32`].
-    pub fn rounded_to_bf16(self) -> Result<Self> {
-        if self.dtype == DType::BF16 {
-            return Ok(self);
-        }
-        let halves = narrow(&self.to_f32()?);
-        Ok(Self {
-            dtype: DType::BF16,
-            shape: self.shape,
-            bytes: bytemuck::allocation::pod_collect_to_vec(&halves),
         })
     }
 
@@ -421,17 +380,31 @@ mod tests {
 
     #[test]
     fn rounding_to_bf16_is_to_nearest_even() {
-        let tensor = HostTensor {
-            dtype: DType::F32,
-            shape: vec![3],
-            bytes: bytemuck::allocation::pod_collect_to_vec(&[
-                f32::from_bits(0x3f80_8000),
-                f32::from_bits(0x3f81_8000),
-                f32::from_bits(0x3f80_8001),
-            ]),
-        };
-        let rounded = tensor.rounded_to_bf16().unwrap();
-        let bits: Vec<u16> = bytemuck::allocation::pod_collect_to_vec(&rounded.bytes);
-        assert_eq!(bits, [0x3f80, 0x3f82, 0x3f81]);
+        let values = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001].map(f32::from_bits);
+        assert_eq!(narrow(&values), [0x3f80, 0x3f82, 0x3f81]);
+    }
+
+    #[test]
+    fn widening_is_exact_in_every_float_type() {
+        let mut values = [0.0; 2];
+        widen(DType::BF16, &[0x80, 0x3f, 0x40, 0xc0], &mut values).unwrap();
+        assert_eq!(values, [1.0, -3.0]);
+        widen(DType::F16, &[0x00, 0x3c, 0x01, 0x00], &mut values).unwrap();
+        assert_eq!(values, [1.0, 2f32.powi(-24)]);
+        widen(DType::F32, bytemuck::cast_slice(&[0.1f32, -7.0]), &mut values).unwrap();
+        assert_eq!(values, [0.1, -7.0]);
+        assert_eq!(widen(DType::U8, &[1, 2], &mut values).unwrap_err().code, "MODEL_UNSUPPORTED");
+    }
+
+    #[test]
+    fn an_element_that_is_not_finite_is_found_wherever_it_lies() {
+        let mut bytes = vec![0; 3 * 4096 + 6];
+        assert_eq!(first_non_finite(DType::BF16, &bytes), None);
+        for element in [0, 1023, 1024, 5000, 6146] {
+            bytes[2 * element..2 * element + 2].copy_from_slice(&[0x80, 0x7f]);
+            assert_eq!(first_non_finite(DType::BF16, &bytes), Some(element));
+            bytes[2 * element..2 * element + 2].fill(0);
+        }
+        assert_eq!(first_non_finite(DType::F8E4M3, &[0x7e, 0xff]), Some(1));
     }
 }

@@ -14,6 +14,7 @@ use brightrun_worker::hub::{Disk, FetchRequest, Fetched, Hub, default_folder, fe
 use brightrun_worker::secret::Secret;
 use brightrun_worker::storage::HttpOptions;
 use brightrun_worker::storage::retry::RetryPolicy;
+use futures_util::StreamExt;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
@@ -122,8 +123,13 @@ async fn answer(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap,
         Some(after) => {
             behaviour.cuts -= 1;
             let part: Result<Bytes, std::io::Error> = Ok(Bytes::copy_from_slice(&rest[..after]));
-            let parts = [part, Err(std::io::Error::other("the connection is cut"))];
-            response.body(Body::from_stream(futures_util::stream::iter(parts))).unwrap()
+            let cut = futures_util::stream::once(async {
+                // The server sends what it has whenever it must wait; an error at once would take the part with it.
+                tokio::task::yield_now().await;
+                Err(std::io::Error::other("the connection is cut"))
+            });
+            let parts = futures_util::stream::iter([part]).chain(cut);
+            response.body(Body::from_stream(parts)).unwrap()
         }
     }
 }

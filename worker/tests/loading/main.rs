@@ -3,5 +3,6 @@
 
 mod bad_input;
 mod fetch;
+mod formats;
 mod snapshot;
 mod support;

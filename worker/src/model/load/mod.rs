@@ -190,7 +190,7 @@ impl<B: Backend> Model<B> {
         let began = Instant::now();
         let config = ModelConfig::load(directory)?;
         let snapshots = match &settings.snapshots {
-            Some(wanted) if options.encoding.is_quantised() => Snapshots::of(directory, options.encoding, wanted)?,
+            Some(wanted) if options.encoding.is_quantised() => Snapshots::of(directory, options.encoding, wanted),
             _ => None,
         };
         let ways = Ways {

@@ -60,21 +60,16 @@ pub fn folder_of(directory: &Path, settings: &SnapshotSettings) -> PathBuf {
 
 impl Snapshots {
     /// The snapshots of a checkpoint; `None` when it is too small for one, or not complete (which its loader reports).
-    ///
-    /// # Errors
-    /// None today; reserved for a folder that cannot be what it is configured to be.
-    pub fn of(directory: &Path, encoding: Encoding, settings: &SnapshotSettings) -> Result<Option<Self>> {
-        let Ok((identity, bytes)) = format::identity(directory, encoding) else {
-            return Ok(None);
-        };
+    pub fn of(directory: &Path, encoding: Encoding, settings: &SnapshotSettings) -> Option<Self> {
+        let (identity, bytes) = format::identity(directory, encoding).ok()?;
         if bytes < settings.smallest_checkpoint {
-            return Ok(None);
+            return None;
         }
         let directory = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
         let name = directory
             .file_name()
             .map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        Ok(Some(Self {
+        Some(Self {
             folder: folder_of(&directory, settings),
             beginning: format!("{name}.{}.", encoding.name()),
             owner: Owner {
@@ -83,7 +78,7 @@ impl Snapshots {
                 encoding: encoding.name().to_owned(),
             },
             settings: settings.clone(),
-        }))
+        })
     }
 
     /// Where the valid one lies, or would.

@@ -252,3 +252,104 @@ fn incomplete(path: &Path, what: &str) -> Failure {
     )
     .at(path.display().to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use brightrun_kernels::DType;
+    use brightrun_kernels::cpu::Cpu;
+    use brightrun_kernels::ops::Device;
+
+    use super::*;
+    use crate::model::load::store::{Form, Value};
+
+    /// A disk with room for a number of writes.
+    struct Filling {
+        left: Arc<AtomicUsize>,
+        kind: io::ErrorKind,
+    }
+
+    impl Disk for Filling {
+        fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
+            match self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) {
+                Ok(_) => Ok(()),
+                Err(_) => Err(self.kind.into()),
+            }
+        }
+
+        fn sync(&self) -> io::Result<()> {
+            self.write_at(&[], 0)
+        }
+    }
+
+    fn slots(count: usize) -> Vec<Slot> {
+        let slot = |place| Slot {
+            key: format!("weight {place}"),
+            form: Form::Dense {
+                dtype: DType::F32,
+                shape: vec![4],
+            },
+            parts: 1,
+        };
+        (0..count).map(slot).collect()
+    }
+
+    /// A write for each of three weights, the table, the head, and the wait for the disk.
+    #[test]
+    fn wherever_the_disk_fills_up_the_reason_is_told_and_no_file_is_left() {
+        let device = Cpu::new(Some(1)).unwrap();
+        for (room, kind, hint) in (0..6).flat_map(|room| {
+            [
+                (room, io::ErrorKind::StorageFull, "Free space"),
+                (room, io::ErrorKind::ReadOnlyFilesystem, "writable"),
+            ]
+        }) {
+            let folder = tempfile::tempdir().unwrap();
+            let (temporary, target) = (folder.path().join("x.part"), folder.path().join("x.snapshot"));
+            std::fs::write(&temporary, "").unwrap();
+            let owner = Owner {
+                identity: "id".to_owned(),
+                checkpoint: "folder".to_owned(),
+                encoding: "nf4".to_owned(),
+            };
+            let disk = Filling {
+                left: Arc::new(AtomicUsize::new(room)),
+                kind,
+            };
+            let mut store = Store::new(slots(3));
+            for place in 0..3 {
+                let tensor = device.upload_f32([4], &[1.0; 4]).unwrap();
+                store.put(place, Value::Dense(tensor));
+            }
+            let writer = SnapshotWriter::on(owner, &slots(3), Box::new(disk), temporary, target);
+            for place in 0..3 {
+                writer.write(&device, place, &store);
+            }
+            let failure = writer.finish("digest").unwrap_err();
+            assert_eq!(failure.code, "SNAPSHOT_NOT_WRITTEN");
+            assert!(failure.hint.contains(hint), "{failure}");
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "room for {room} writes");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_that_lacks_a_weight_is_never_put_in_its_place() {
+        let device = Cpu::new(Some(1)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let owner = Owner {
+            identity: "id".to_owned(),
+            checkpoint: "folder".to_owned(),
+            encoding: "nf4".to_owned(),
+        };
+        let (temporary, target) = (folder.path().join("x.part"), folder.path().join("x.snapshot"));
+        let writer = SnapshotWriter::begin(owner, &slots(2), temporary, target).unwrap();
+        let mut store = Store::new(slots(2));
+        store.put(0, Value::Dense(device.upload_f32([4], &[1.0; 4]).unwrap()));
+        writer.write(&device, 0, &store);
+        assert_eq!(writer.finish("digest").unwrap_err().code, "SNAPSHOT_NOT_WRITTEN");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
