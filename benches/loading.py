@@ -13,11 +13,13 @@ import json
 import mmap
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import time
 
 REQUEST = 8 << 20
+LOADS = ("load_without_snapshot", "load_and_write_snapshot", "load_from_snapshot")
 
 
 def drop_caches():
@@ -65,9 +67,12 @@ def build(arguments, folder, *flags):
     command = [arguments.brightrun, "snapshot", "build", "--model", folder, "--base-dtype", arguments.base_dtype, "--json", *flags]
     before = os.getloadavg()[0]
     began = time.perf_counter()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     report = json.loads(output)
     report["process_seconds"] = time.perf_counter() - began
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    report["processor_seconds"] = {"user": now.ru_utime - used.ru_utime, "system": now.ru_stime - used.ru_stime}
     report["load_average_before"] = before
     report["cache_dropped"] = dropped
     return report
@@ -124,7 +129,7 @@ def main():
         "rounds": [one_round(arguments, folder) for _ in range(arguments.rounds)],
     }
     for entry in result["rounds"]:
-        for key in ("load_without_snapshot", "load_and_write_snapshot", "load_from_snapshot"):
+        for key in LOADS:
             # A path of this machine has no place in a recorded result.
             entry[key].pop("snapshot", None)
     text = json.dumps(result, indent=1)
@@ -134,7 +139,8 @@ def main():
     for number, entry in enumerate(result["rounds"]):
         shares = {name: round(share, 3) for name, share in entry["share_of_plain_read"].items()}
         peak = entry["load_from_snapshot"]["peak_resident_bytes"], entry["load_and_write_snapshot"]["peak_resident_bytes"]
-        print(f"round {number + 1}: {shares}, peak from snapshot {peak[0]}, while quantising {peak[1]}")
+        processor = {key: round(sum(entry[key]["processor_seconds"].values()), 1) for key in LOADS}
+        print(f"round {number + 1}: {shares}, processor seconds {processor}, peak from snapshot {peak[0]}, while quantising {peak[1]}")
     if not arguments.keep:
         shutil.rmtree(folder)
 

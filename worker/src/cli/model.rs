@@ -39,7 +39,12 @@ fn load(config: &Config, folder: &Path, dtype: BaseDtype) -> Result<Base<Cpu>> {
 }
 
 /// As [`load`] with settings of its own.
-pub(super) fn load_with(config: &Config, folder: &Path, dtype: BaseDtype, settings: &LoadSettings) -> Result<Base<Cpu>> {
+pub(super) fn load_with(
+    config: &Config,
+    folder: &Path,
+    dtype: BaseDtype,
+    settings: &LoadSettings,
+) -> Result<Base<Cpu>> {
     let bar = byte_bar("loading");
     let base = Base::load_with(&device(config)?, folder, dtype, settings, &mut |progress| {
         bar.set_length(progress.bytes_total);

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
+use super::BaseDtypeChoice;
 use super::model::{byte_bar, load_with, model_folder};
 use super::output::{self, print_json, print_line};
-use super::BaseDtypeChoice;
 use crate::config::Config;
 use crate::error::{Failure, Result};
 use crate::model::load::snapshot::{Listed, Snapshot, SnapshotSettings, folder, listed};
@@ -194,6 +194,10 @@ fn remove(snapshots: &[Listed], name: Option<&str>, json: bool) -> Result<()> {
     let names: Vec<&str> = chosen.iter().map(|snapshot| snapshot.name.as_str()).collect();
     match json {
         true => print_json(&json!({ "removed": names, "bytes": bytes })),
-        false => print_line(&format!("{} snapshots removed, {} freed", names.len(), output::bytes(bytes))),
+        false => print_line(&format!(
+            "{} snapshots removed, {} freed",
+            names.len(),
+            output::bytes(bytes)
+        )),
     }
 }

@@ -60,7 +60,9 @@ fn size(text: &str) -> Result<u64, String> {
     let number: u64 = number
         .parse()
         .map_err(|_| format!("`{text}` is no size; write for instance 500M or 4G"))?;
-    number.checked_mul(factor).ok_or_else(|| format!("`{text}` is too large"))
+    number
+        .checked_mul(factor)
+        .ok_or_else(|| format!("`{text}` is too large"))
 }
 
 /// The text of a configuration, from a file, a folder or a preset.

@@ -131,12 +131,7 @@ fn missing<'a>(remote: &'a Remote, request: &FetchRequest<'_>) -> Result<Vec<(&'
 
 /// Whether a file is there and right. Fetched files got their names only when they were; files that came otherwise are hashed, and
 /// removed where they are wrong, so that none is ever taken for a fetched one.
-fn is_there(
-    file: &RemoteFile,
-    revision: &str,
-    earlier: Option<&Record>,
-    request: &FetchRequest<'_>,
-) -> Result<bool> {
+fn is_there(file: &RemoteFile, revision: &str, earlier: Option<&Record>, request: &FetchRequest<'_>) -> Result<bool> {
     let path = request.folder.join(&file.name);
     if std::fs::metadata(&path).map(|facts| facts.len()).ok() != Some(file.bytes) {
         return Ok(false);
@@ -281,7 +276,10 @@ async fn attempt(
     Err(Attempt::Again(
         Failure::platform(
             "FETCH_UNREACHABLE",
-            format!("The download of {} broke off at byte {done} of {}", file.name, file.bytes),
+            format!(
+                "The download of {} broke off at byte {done} of {}",
+                file.name, file.bytes
+            ),
         )
         .at(place)
         .hint("Run the same command again to continue"),

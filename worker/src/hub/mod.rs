@@ -92,9 +92,8 @@ impl Hub {
     /// `FETCH_ENDPOINT_INVALID`.
     pub fn new(endpoint: &str, token: Option<Secret>, options: &HttpOptions) -> Result<Self> {
         let invalid = || {
-            Failure::user("FETCH_ENDPOINT_INVALID", "The hub's address is not a valid URL").hint(format!(
-                "Unset HF_ENDPOINT, or set it to an address such as {PUBLIC}"
-            ))
+            Failure::user("FETCH_ENDPOINT_INVALID", "The hub's address is not a valid URL")
+                .hint(format!("Unset HF_ENDPOINT, or set it to an address such as {PUBLIC}"))
         };
         let endpoint = Url::parse(endpoint).ok().filter(Url::has_host).ok_or_else(invalid)?;
         let plain_is_allowed = endpoint.scheme() == "http";
@@ -179,10 +178,17 @@ fn wanted_files(answer: Answer, place: &str) -> Result<Vec<RemoteFile>> {
         !name.contains(['/', '\\']) && !name.starts_with('.') && WANTED_ENDINGS.iter().any(|end| name.ends_with(end))
     };
     let mut files = Vec::new();
-    for sibling in answer.siblings.into_iter().filter(|sibling| is_wanted(&sibling.rfilename)) {
+    for sibling in answer
+        .siblings
+        .into_iter()
+        .filter(|sibling| is_wanted(&sibling.rfilename))
+    {
         let large = sibling.lfs.as_ref();
         let bytes = large.and_then(|large| large.size).or(sibling.size);
-        let sha256 = sibling.lfs.and_then(|large| large.sha256).map(|hash| hash.to_lowercase());
+        let sha256 = sibling
+            .lfs
+            .and_then(|large| large.sha256)
+            .map(|hash| hash.to_lowercase());
         let is_hash = |hash: &String| hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit());
         if sha256.as_ref().is_some_and(|hash| !is_hash(hash)) {
             return Err(unlisted(&format!("`{}` has no valid hash", sibling.rfilename), place));
@@ -228,9 +234,12 @@ fn check_name(model: &str, revision: &str) -> Result<()> {
 
 /// A failed exchange: worth another attempt.
 fn unreachable(error: reqwest::Error, place: &str) -> Attempt {
-    let failure = Failure::platform("FETCH_UNREACHABLE", format!("The hub cannot be reached: {}", cause(error)))
-        .at(place)
-        .hint("Check the network; run the same command again to continue");
+    let failure = Failure::platform(
+        "FETCH_UNREACHABLE",
+        format!("The hub cannot be reached: {}", cause(error)),
+    )
+    .at(place)
+    .hint("Check the network; run the same command again to continue");
     Attempt::Again(failure, None)
 }
 

@@ -393,7 +393,10 @@ mod tests {
         assert_eq!(values, [1.0, 2f32.powi(-24)]);
         widen(DType::F32, bytemuck::cast_slice(&[0.1f32, -7.0]), &mut values).unwrap();
         assert_eq!(values, [0.1, -7.0]);
-        assert_eq!(widen(DType::U8, &[1, 2], &mut values).unwrap_err().code, "MODEL_UNSUPPORTED");
+        assert_eq!(
+            widen(DType::U8, &[1, 2], &mut values).unwrap_err().code,
+            "MODEL_UNSUPPORTED"
+        );
     }
 
     #[test]

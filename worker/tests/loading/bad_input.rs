@@ -80,15 +80,28 @@ fn an_index_that_names_absent_files_or_tensors_is_refused() {
     let index = folder.path().join("model.safetensors.index.json");
     let whole = std::fs::read_to_string(&index).unwrap();
     edit(&index, |text| {
-        text.replacen("\"weight_map\": {", "\"weight_map\": {\"extra\": \"model-99999-of-99999.safetensors\",", 1)
+        text.replacen(
+            "\"weight_map\": {",
+            "\"weight_map\": {\"extra\": \"model-99999-of-99999.safetensors\",",
+            1,
+        )
     });
     let absent = failure(folder.path());
     assert_eq!(absent.code, "MODEL_FILE_MISSING");
     assert!(absent.message.contains("model-99999"), "{absent}");
-    let name = shards(folder.path())[0].file_name().unwrap().to_str().unwrap().to_owned();
+    let name = shards(folder.path())[0]
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned();
     std::fs::write(&index, whole).unwrap();
     edit(&index, |text| {
-        text.replacen("\"weight_map\": {", &format!("\"weight_map\": {{\"extra\": \"{name}\","), 1)
+        text.replacen(
+            "\"weight_map\": {",
+            &format!("\"weight_map\": {{\"extra\": \"{name}\","),
+            1,
+        )
     });
     assert_eq!(failure(folder.path()).code, "MODEL_TENSOR_MISSING");
 }
@@ -105,7 +118,12 @@ fn weights_of_a_type_that_is_none_of_weights_are_refused() {
             // As wide as bf16, so that only the type is wrong.
             let mut header = header.replace(from, &from.replace("BF16", "I16")).into_bytes();
             header.resize(header.len().next_multiple_of(8), b' ');
-            let file = [&(header.len() as u64).to_le_bytes(), header.as_slice(), &bytes[8 + length..]].concat();
+            let file = [
+                &(header.len() as u64).to_le_bytes(),
+                header.as_slice(),
+                &bytes[8 + length..],
+            ]
+            .concat();
             std::fs::write(&shard, file).unwrap();
         }
     }
@@ -122,7 +140,13 @@ fn a_weight_that_is_no_number_is_named_with_its_element_in_every_stored_type_and
         (SyntheticDtype::Fp8, expert, 70, &[0x7f], 70),
         (SyntheticDtype::Bf16, "model.norm.weight", 8, &[0x80, 0xff], 4),
         (SyntheticDtype::Fp8, "lm_head.weight", 10, &[0x80, 0x7f], 5),
-        (SyntheticDtype::Fp8, "model.layers.0.linear_attn.out_proj.weight_scale_inv", 0, &[0x80, 0x7f], 0),
+        (
+            SyntheticDtype::Fp8,
+            "model.layers.0.linear_attn.out_proj.weight_scale_inv",
+            0,
+            &[0x80, 0x7f],
+            0,
+        ),
     ];
     for (dtype, tensor, from, bytes, element) in cases {
         let folder = checkpoint(dtype);
@@ -140,7 +164,12 @@ fn a_weight_that_is_no_number_is_named_with_its_element_in_every_stored_type_and
 #[test]
 fn a_damaged_checkpoint_leaves_no_snapshot_behind() {
     let folder = checkpoint(SyntheticDtype::Fp8);
-    overwrite(folder.path(), "model.layers.1.mlp.experts.5.down_proj.weight", 3, &[0xff]);
+    overwrite(
+        folder.path(),
+        "model.layers.1.mlp.experts.5.down_proj.weight",
+        3,
+        &[0xff],
+    );
     assert!(load(folder.path(), Encoding::Nf4, Some(snapshots())).is_err());
     let left: Vec<_> = std::fs::read_dir(folder.path().join(FOLDER)).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");
@@ -162,7 +191,9 @@ fn fp8_without_its_scales_and_scales_without_fp8_are_refused() {
     assert_eq!(missing.code, "MODEL_FP8_SCALES", "{missing}");
     assert!(missing.message.contains("experts.1.up_proj"), "{missing}");
     let plain = checkpoint(SyntheticDtype::Fp8);
-    edit(&plain.path().join("config.json"), |text| text.replace("quantization_config", "other_config"));
+    edit(&plain.path().join("config.json"), |text| {
+        text.replace("quantization_config", "other_config")
+    });
     assert_eq!(failure(plain.path()).code, "MODEL_FP8_SCALES");
 }
 
@@ -171,10 +202,15 @@ fn a_configuration_that_lies_about_shapes_or_names_another_architecture_is_refus
     let folder = checkpoint(SyntheticDtype::Bf16);
     let config = folder.path().join("config.json");
     let whole = std::fs::read_to_string(&config).unwrap();
-    edit(&config, |text| text.replace("\"moe_intermediate_size\": 40", "\"moe_intermediate_size\": 48"));
+    edit(&config, |text| {
+        text.replace("\"moe_intermediate_size\": 40", "\"moe_intermediate_size\": 48")
+    });
     let lie = failure(folder.path());
     assert_eq!(lie.code, "MODEL_TENSOR_SHAPE");
-    assert!(lie.message.contains("[48, 64]") && lie.message.contains("[40, 64]"), "{lie}");
+    assert!(
+        lie.message.contains("[48, 64]") && lie.message.contains("[40, 64]"),
+        "{lie}"
+    );
     std::fs::write(&config, whole).unwrap();
     edit(&config, |text| text.replace("\"qwen3_next\"", "\"mamba9\""));
     let unknown = failure(folder.path());
@@ -185,7 +221,9 @@ fn a_configuration_that_lies_about_shapes_or_names_another_architecture_is_refus
 #[test]
 fn a_name_that_is_no_folder_is_never_downloaded() {
     let roots = ModelRoots::default();
-    let given = roots.locate(Some(std::path::Path::new("Org/Model")), "Org/Model").unwrap_err();
+    let given = roots
+        .locate(Some(std::path::Path::new("Org/Model")), "Org/Model")
+        .unwrap_err();
     assert_eq!(given.code, "MODEL_PATH_MISSING");
     assert_eq!(roots.locate(None, "Org/Model").unwrap_err().code, "MODEL_NOT_FOUND");
 }

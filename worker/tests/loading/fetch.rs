@@ -93,7 +93,11 @@ impl FakeHub {
 async fn answer(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap, _: Request<Body>) -> Response<Body> {
     let header = |name: &str| headers.get(name).map(|value| value.to_str().unwrap().to_owned());
     let range = header("range");
-    shared.requests.lock().unwrap().push((uri.path().to_owned(), range.clone()));
+    shared
+        .requests
+        .lock()
+        .unwrap()
+        .push((uri.path().to_owned(), range.clone()));
     let mut behaviour = shared.behaviour.lock().unwrap();
     let status = |code| Response::builder().status(code).body(Body::empty()).unwrap();
     if let Some(token) = behaviour.token
@@ -110,15 +114,25 @@ async fn answer(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap,
     };
     let from = match range.filter(|_| !behaviour.no_ranges) {
         None => 0,
-        Some(range) => range.strip_prefix("bytes=").unwrap().trim_end_matches('-').parse().unwrap(),
+        Some(range) => range
+            .strip_prefix("bytes=")
+            .unwrap()
+            .trim_end_matches('-')
+            .parse()
+            .unwrap(),
     };
     let mut response = Response::builder().header("content-length", bytes.len() - from);
     if from > 0 {
         let range = format!("bytes {from}-{}/{}", bytes.len() - 1, bytes.len());
-        response = response.status(StatusCode::PARTIAL_CONTENT).header("content-range", range);
+        response = response
+            .status(StatusCode::PARTIAL_CONTENT)
+            .header("content-range", range);
     }
     let rest = bytes[from..].to_vec();
-    match behaviour.cut_after.filter(|after| rest.len() > *after && behaviour.cuts > 0) {
+    match behaviour
+        .cut_after
+        .filter(|after| rest.len() > *after && behaviour.cuts > 0)
+    {
         None => response.body(Body::from(rest)).unwrap(),
         Some(after) => {
             behaviour.cuts -= 1;
@@ -141,7 +155,11 @@ fn listing(shared: &Shared, behaviour: &Behaviour) -> String {
         .map(|(name, bytes)| {
             let mut entry = json!({"rfilename": name, "size": bytes.len()});
             if name.ends_with(".safetensors") {
-                let hash = if behaviour.wrong_hash { vec![0; 32] } else { Sha256::digest(bytes).to_vec() };
+                let hash = if behaviour.wrong_hash {
+                    vec![0; 32]
+                } else {
+                    Sha256::digest(bytes).to_vec()
+                };
                 entry["lfs"] = json!({"sha256": hex::encode(hash), "size": bytes.len()});
             }
             entry
@@ -293,7 +311,11 @@ async fn a_file_whose_hash_is_wrong_is_not_accepted_and_not_kept() {
     let (_volume, folder) = target();
     let failure = fetched(&server.hub(None), &folder, &ROOMY, false).await.unwrap_err();
     assert_eq!(failure.code, "FETCH_HASH");
-    assert!(names(&folder).iter().all(|name| !name.starts_with("model-")), "{:?}", names(&folder));
+    assert!(
+        names(&folder).iter().all(|name| !name.starts_with("model-")),
+        "{:?}",
+        names(&folder)
+    );
 }
 
 #[tokio::test]
@@ -333,7 +355,10 @@ async fn without_room_or_without_the_volume_nothing_is_written() {
     assert_eq!((failure.code.as_str(), folder.exists()), ("FETCH_NOT_MOUNTED", false));
     assert!(server.requests().is_empty());
     let volumes = [PathBuf::from("/runpod-volume"), PathBuf::from("/workspace")];
-    assert_eq!(default_folder(MODEL, &volumes, &bare).unwrap_err().code, "FETCH_NOT_MOUNTED");
+    assert_eq!(
+        default_folder(MODEL, &volumes, &bare).unwrap_err().code,
+        "FETCH_NOT_MOUNTED"
+    );
     assert_eq!(
         default_folder(MODEL, &volumes, &ROOMY).unwrap(),
         Path::new("/runpod-volume/models/Org/Model-1B")
@@ -351,13 +376,19 @@ async fn a_closed_model_needs_the_token_and_no_message_shows_it() {
     let failure = fetched(&server.hub(None), &folder, &ROOMY, false).await.unwrap_err();
     assert_eq!(failure.code, "FETCH_UNAUTHORISED");
     assert!(failure.hint.contains("HF_TOKEN"), "{failure}");
-    let wrong = fetched(&server.hub(Some("another-canary-token")), &folder, &ROOMY, false).await.unwrap_err();
+    let wrong = fetched(&server.hub(Some("another-canary-token")), &folder, &ROOMY, false)
+        .await
+        .unwrap_err();
     assert!(!wrong.to_string().contains("canary"), "{wrong}");
     let hub = server.hub(Some(TOKEN));
     assert!(!format!("{hub:?}").contains("canary"));
     fetched(&hub, &folder, &ROOMY, false).await.unwrap();
     for name in names(&folder) {
-        assert!(!std::fs::read_to_string(folder.join(name)).unwrap_or_default().contains("canary"));
+        assert!(
+            !std::fs::read_to_string(folder.join(name))
+                .unwrap_or_default()
+                .contains("canary")
+        );
     }
 }
 
@@ -366,7 +397,13 @@ async fn a_model_that_is_not_there_and_a_name_that_is_none_are_refused() {
     let server = FakeHub::start(Behaviour::default()).await;
     let hub = server.hub(None);
     assert_eq!(hub.look("Org/Other", "main").await.unwrap_err().code, "FETCH_NOT_FOUND");
-    for (model, revision) in [("Model", "main"), ("../x", "main"), ("a/b/c", "main"), (MODEL, "../main"), (MODEL, "")] {
+    for (model, revision) in [
+        ("Model", "main"),
+        ("../x", "main"),
+        ("a/b/c", "main"),
+        (MODEL, "../main"),
+        (MODEL, ""),
+    ] {
         assert_eq!(hub.look(model, revision).await.unwrap_err().code, "FETCH_NAME_INVALID");
     }
 }
@@ -381,7 +418,10 @@ async fn offline_says_what_is_there_and_what_is_missing_without_a_network() {
     assert_eq!(offline(MODEL, &folder).unwrap().revision, "c0ffee");
     std::fs::remove_file(folder.join(WANTED[2])).unwrap();
     let failure = offline(MODEL, &folder).unwrap_err();
-    assert!(failure.code == "FETCH_OFFLINE" && failure.message.contains(WANTED[2]), "{failure}");
+    assert!(
+        failure.code == "FETCH_OFFLINE" && failure.message.contains(WANTED[2]),
+        "{failure}"
+    );
     assert_eq!(offline("Org/Other", &folder).unwrap_err().code, "FETCH_OFFLINE");
     assert!(server.requests().is_empty());
 }

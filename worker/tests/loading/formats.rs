@@ -33,7 +33,10 @@ fn single_file(tensors: &Tensors, config: &std::path::Path) -> TempDir {
             DType::F32 => Dtype::F32,
             _ => Dtype::BF16,
         };
-        (name, TensorView::new(dtype, tensor.shape.clone(), &tensor.bytes).unwrap())
+        (
+            name,
+            TensorView::new(dtype, tensor.shape.clone(), &tensor.bytes).unwrap(),
+        )
     });
     let file = safetensors::serialize(views, None).unwrap();
     std::fs::write(folder.path().join("model.safetensors"), file).unwrap();

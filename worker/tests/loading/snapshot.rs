@@ -71,7 +71,10 @@ fn the_next_start_reads_only_the_snapshot_and_has_the_same_model_to_the_last_bit
 fn a_changed_checkpoint_another_encoding_or_another_configuration_is_another_snapshot() {
     let folder = checkpoint(SyntheticDtype::Fp8);
     let first = written(folder.path());
-    assert_eq!(loaded(folder.path(), Encoding::Nf4Experts, snapshots()).1, LoadSource::Checkpoint);
+    assert_eq!(
+        loaded(folder.path(), Encoding::Nf4Experts, snapshots()).1,
+        LoadSource::Checkpoint
+    );
     assert_eq!(files(folder.path()).len(), 2);
     write(folder.path(), SyntheticDtype::Fp8, 4);
     assert_eq!(listed(&folder.path().join(FOLDER))[0].state, "stale");
@@ -142,7 +145,10 @@ fn two_workers_that_write_at_once_both_finish_and_leave_one_whole_snapshot() {
             );
         }
         assert_eq!(files(folder.path()).len(), 1, "{:?}", files(folder.path()));
-        assert_eq!(loaded(folder.path(), Encoding::Nf4, snapshots()).1, LoadSource::Snapshot);
+        assert_eq!(
+            loaded(folder.path(), Encoding::Nf4, snapshots()).1,
+            LoadSource::Snapshot
+        );
     }
 }
 
@@ -184,8 +190,14 @@ fn a_folder_that_cannot_be_written_costs_a_warning_and_not_the_run() {
     let SnapshotOutcome::NotWritten(failure) = outcome else {
         panic!("{outcome:?}")
     };
-    assert_eq!((failure.code.as_str(), source), ("SNAPSHOT_NOT_WRITTEN", LoadSource::Checkpoint));
-    assert_eq!(logits, super::support::logits(&load(folder.path(), Encoding::Nf4, None).unwrap().0));
+    assert_eq!(
+        (failure.code.as_str(), source),
+        ("SNAPSHOT_NOT_WRITTEN", LoadSource::Checkpoint)
+    );
+    assert_eq!(
+        logits,
+        super::support::logits(&load(folder.path(), Encoding::Nf4, None).unwrap().0)
+    );
 }
 
 #[test]
@@ -226,7 +238,10 @@ fn small_checkpoints_and_plain_encodings_get_none() {
     let by_default = loaded(folder.path(), Encoding::Nf4, SnapshotSettings::default()).2;
     assert_eq!(by_default, SnapshotOutcome::NotWanted);
     for encoding in [Encoding::Bf16, Encoding::Stored] {
-        assert_eq!(loaded(folder.path(), encoding, snapshots()).2, SnapshotOutcome::NotWanted);
+        assert_eq!(
+            loaded(folder.path(), encoding, snapshots()).2,
+            SnapshotOutcome::NotWanted
+        );
     }
     assert!(!folder.path().join(FOLDER).exists());
 }

@@ -4,12 +4,17 @@
 //! threads wait for the volume while others compute. No mmap: page faults fetch a network volume in tiny pieces, and a file that
 //! shrinks is an error here and not a signal.
 //!
+//! Large streams are read past the page cache (O_DIRECT) where the file system allows it: copying every byte once more and
+//! filling the cache with what is read once costs more processor time than everything else. Where it is refused, as on many
+//! network mounts, the same reads go through the cache.
+//!
 //! Host memory is bounded: a stretch is taken only while the cost of all stretches in flight stays below
 //! [`Limits::in_flight_bytes`]; one that costs more than the whole limit goes alone.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 
@@ -20,6 +25,9 @@ pub const LARGEST_RANGE_BYTES: usize = 32 << 20;
 
 /// Bytes between two wanted stretches that are read and dropped rather than skipped: a request costs more.
 const LARGEST_GAP_BYTES: u64 = 64 << 10;
+
+/// What unbuffered reads are aligned to, in the file and in memory: the page size, which satisfies every disk.
+const ALIGNMENT: usize = 4096;
 
 /// An open file and its name for messages.
 #[derive(Debug)]
@@ -57,6 +65,8 @@ pub struct Limits {
     pub threads: usize,
     /// Most bytes of host memory for stretches in flight.
     pub in_flight_bytes: u64,
+    /// Streams of at least this many bytes are read past the page cache.
+    pub direct_from_bytes: u64,
 }
 
 impl Default for Limits {
@@ -64,6 +74,7 @@ impl Default for Limits {
         Self {
             threads: 8,
             in_flight_bytes: 512 << 20,
+            direct_from_bytes: 1 << 30,
         }
     }
 }
@@ -189,6 +200,19 @@ pub fn stream(
         }),
         freed: Condvar::new(),
     };
+    let total: u64 = stretches.iter().map(|stretch| stretch.place.length as u64).sum();
+    let files: Vec<Reader<'_>> = inputs
+        .iter()
+        .map(|input| Reader {
+            input,
+            direct: if total >= limits.direct_from_bytes {
+                direct(input)
+            } else {
+                None
+            },
+        })
+        .collect();
+    let files = files.as_slice();
     std::thread::scope(|scope| {
         let (sender, receiver) = mpsc::channel();
         for _ in 0..limits.threads.clamp(1, stretches.len().max(1)) {
@@ -202,10 +226,10 @@ pub fn stream(
                         result: None,
                     };
                     let stretch = &stretches[index];
-                    let result = read(inputs, stretch.place, &mut buffer).and_then(|bytes| work(stretch, bytes));
+                    let result = read(files, stretch.place, &mut buffer).and_then(|bytes| work(stretch, bytes));
                     let is_done = result.is_ok();
                     taken.result = Some(result);
-                    if buffer.len() > LARGEST_RANGE_BYTES {
+                    if buffer.len() > LARGEST_RANGE_BYTES + 3 * ALIGNMENT {
                         buffer = Vec::new();
                     }
                     drop(taken);
@@ -226,18 +250,46 @@ pub fn stream(
     }
 }
 
-fn read<'a>(inputs: &[Input], place: Wanted, buffer: &'a mut Vec<u8>) -> Result<&'a [u8]> {
-    let Some(input) = inputs.get(place.file) else {
+/// A file, and a second handle to it that reads past the page cache.
+struct Reader<'a> {
+    input: &'a Input,
+    direct: Option<File>,
+}
+
+/// A handle that reads past the page cache, where the file system gives one and the name still means the same file.
+fn direct(input: &Input) -> Option<File> {
+    let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(flags)
+        .open(&input.path)
+        .ok()?;
+    let (own, known) = (file.metadata().ok()?, input.file.metadata().ok()?);
+    ((own.dev(), own.ino()) == (known.dev(), known.ino())).then_some(file)
+}
+
+fn read<'a>(files: &[Reader<'_>], place: Wanted, buffer: &'a mut Vec<u8>) -> Result<&'a [u8]> {
+    let Some(Reader { input, direct }) = files.get(place.file) else {
         return Err(Failure::system(
             "MODEL_READ_PLAN",
             format!("The plan reads file {}, which is not open", place.file),
         ));
     };
-    if buffer.len() < place.length {
-        buffer.resize(place.length, 0);
+    // Room for the pages at both ends and for moving the beginning to a page's.
+    let room = place.length + 3 * ALIGNMENT;
+    if buffer.len() < room {
+        buffer.resize(room, 0);
     }
-    let bytes = &mut buffer[..place.length];
-    input.file.read_exact_at(bytes, place.offset).map_err(|error| {
+    let unbuffered = direct.as_ref().map(|file| read_direct(file, place, buffer));
+    let range = match unbuffered {
+        Some(Ok(range)) => Ok(range),
+        // Whatever such a read does not like, an ordinary one decides whether the file is readable.
+        Some(Err(_)) | None => {
+            let bytes = &mut buffer[..place.length];
+            input.file.read_exact_at(bytes, place.offset).map(|()| 0..place.length)
+        }
+    };
+    let range = range.map_err(|error| {
         Failure::platform(
             "MODEL_FILE_DAMAGED",
             format!(
@@ -248,7 +300,28 @@ fn read<'a>(inputs: &[Input], place: Wanted, buffer: &'a mut Vec<u8>) -> Result<
         .at(input.path.display().to_string())
         .hint("Check the volume, or download the file again")
     })?;
-    Ok(bytes)
+    Ok(&buffer[range])
+}
+
+/// Reads whole pages around a place; where in `buffer` the place itself then lies.
+fn read_direct(file: &File, place: Wanted, buffer: &mut [u8]) -> io::Result<Range<usize>> {
+    let skipped = (place.offset % ALIGNMENT as u64) as usize;
+    let wanted = skipped + place.length;
+    let base = buffer.as_ptr().align_offset(ALIGNMENT);
+    let pages = buffer
+        .get_mut(base..base + wanted.next_multiple_of(ALIGNMENT))
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    let start = place.offset - skipped as u64;
+    let mut filled = 0;
+    while filled < wanted {
+        match file.read_at(&mut pages[filled..], start + filled as u64) {
+            Ok(count) if count > 0 => filled += count,
+            Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(base + skipped..base + wanted)
 }
 
 #[cfg(test)]
@@ -303,12 +376,19 @@ mod tests {
 
     #[test]
     fn every_byte_is_given_once_and_the_bound_on_memory_holds() {
+        for direct_from_bytes in [0, u64::MAX] {
+            every_byte_once(direct_from_bytes);
+        }
+    }
+
+    fn every_byte_once(direct_from_bytes: u64) {
         let bytes: Vec<u8> = (0..64_000u32).map(|i| (i % 251) as u8).collect();
         let (_folder, inputs) = inputs(&bytes);
         let (in_flight, most, sum) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
         let limits = Limits {
             threads: 6,
             in_flight_bytes: 5000,
+            direct_from_bytes,
         };
         let mut seen = Vec::new();
         let work = |stretch: &Stretch, bytes: &[u8]| {
@@ -335,6 +415,7 @@ mod tests {
         let limits = Limits {
             threads: 3,
             in_flight_bytes: 100,
+            ..Limits::default()
         };
         let calls = AtomicUsize::new(0);
         let work = |_: &Stretch, _: &[u8]| {

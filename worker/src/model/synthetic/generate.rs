@@ -95,7 +95,10 @@ pub fn config_text(text: &str, settings: &SyntheticSettings) -> Result<String> {
         if layers == 0 || layers > whole.layers {
             return Err(Failure::user(
                 "SYNTH_LAYERS",
-                format!("The configuration has {} layers, so {layers} cannot be written", whole.layers),
+                format!(
+                    "The configuration has {} layers, so {layers} cannot be written",
+                    whole.layers
+                ),
             )
             .hint("Ask for between 1 and that many"));
         }
@@ -250,7 +253,11 @@ fn write_shard(
     let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": "pt"}))]);
     let mut end = 0;
     for tensor in tensors {
-        let dtype = if tensor.stored == Stored::Fp8 { "F8_E4M3" } else { "BF16" };
+        let dtype = if tensor.stored == Stored::Fp8 {
+            "F8_E4M3"
+        } else {
+            "BF16"
+        };
         let start = end;
         end += tensor.bytes();
         let entry = json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]});
@@ -316,7 +323,10 @@ impl Source {
     }
 
     fn halves(&self, value: impl Fn(f64) -> f64) -> Table {
-        let bits = self.normal.iter().map(|normal| bf16::from_f64(value(*normal)).to_le_bytes());
+        let bits = self
+            .normal
+            .iter()
+            .map(|normal| bf16::from_f64(value(*normal)).to_le_bytes());
         Table::Halves(bits.collect())
     }
 }
@@ -441,10 +451,18 @@ mod tests {
     fn the_same_seed_gives_the_same_bytes_and_another_seed_others() {
         let bytes = |settings: &SyntheticSettings| {
             let (folder, _) = written(settings);
-            let shard = std::fs::read_dir(folder.path()).unwrap().flatten().map(|entry| entry.path());
-            let mut shards: Vec<_> = shard.filter(|path| path.extension().unwrap() == "safetensors").collect();
+            let shard = std::fs::read_dir(folder.path())
+                .unwrap()
+                .flatten()
+                .map(|entry| entry.path());
+            let mut shards: Vec<_> = shard
+                .filter(|path| path.extension().unwrap() == "safetensors")
+                .collect();
             shards.sort();
-            shards.iter().flat_map(|path| std::fs::read(path).unwrap()).collect::<Vec<u8>>()
+            shards
+                .iter()
+                .flat_map(|path| std::fs::read(path).unwrap())
+                .collect::<Vec<u8>>()
         };
         let settings = small(SyntheticDtype::Fp8);
         let other = SyntheticSettings {

@@ -274,7 +274,10 @@ mod tests {
 
     impl Disk for Filling {
         fn write_at(&self, _: &[u8], _: u64) -> io::Result<()> {
-            match self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)) {
+            match self
+                .left
+                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1))
+            {
                 Ok(_) => Ok(()),
                 Err(_) => Err(self.kind.into()),
             }
@@ -331,7 +334,11 @@ mod tests {
             let failure = writer.finish("digest").unwrap_err();
             assert_eq!(failure.code, "SNAPSHOT_NOT_WRITTEN");
             assert!(failure.hint.contains(hint), "{failure}");
-            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "room for {room} writes");
+            assert_eq!(
+                std::fs::read_dir(folder.path()).unwrap().count(),
+                0,
+                "room for {room} writes"
+            );
         }
     }
 
