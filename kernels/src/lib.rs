@@ -14,6 +14,7 @@
 //! | [`weight`] | frozen weights as data: f32, bf16, NF4 |
 //! | [`stack`] | the same for all experts of a layer |
 //! | [`dynamic`] | bitsandbytes' 8-bit maps, which nested scales and 8-bit optimizer states use |
+//! | [`fp8`] | block-scaled FP8 codes, as checkpoints hold them |
 //! | [`cpu`] | the default backend: SIMD with run-time detection, threads, bf16 and NF4 used directly |
 //! | [`gpu`] | the GPU backend: every op as launches of the CUDA kernels in `kernels/cu` |
 //! | [`cuda`] | that backend on an NVIDIA device, through the CUDA driver |
@@ -45,6 +46,7 @@ pub mod dtype;
 pub mod dynamic;
 pub mod emu;
 pub mod error;
+pub mod fp8;
 pub mod gpu;
 pub mod ops;
 pub mod oracle;

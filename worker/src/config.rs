@@ -15,6 +15,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Failure, Result};
+use crate::model::load::snapshot::SnapshotSettings;
+use crate::model::load::stream::Limits;
+use crate::model::{LoadSettings, ModelRoots};
 use crate::secret::Secret;
 use crate::spec::TrainSpec;
 
@@ -38,12 +41,21 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSettings {
-    /// Folder of the checkpoint. A configured folder that is missing is an error, never a download.
+    /// Folder of the checkpoint. A configured folder that is missing is an error, never a download. Without one, `base_model` is
+    /// looked for on the volumes and in hub caches.
     pub path: Option<PathBuf>,
     /// Name recorded in jobs and adapters when a job does not name one.
     pub base_model: String,
     /// Names a job may ask for, besides `base_model`. All of them mean the checkpoint at `path`.
     pub aliases: Vec<String>,
+    /// Whether quantised weights are kept beside the checkpoint, so that the next start reads a quarter as much.
+    pub snapshots: bool,
+    /// Folder of the snapshots; `.brightrun` in the checkpoint's own when absent.
+    pub snapshot_folder: Option<PathBuf>,
+    /// Checkpoints below this many bytes get no snapshot.
+    pub snapshot_smallest_bytes: u64,
+    /// Most bytes of all snapshots in their folder, the longest unused go first; 0 sets no bound.
+    pub snapshot_limit_bytes: u64,
 }
 
 /// How the worker process behaves.
@@ -102,6 +114,38 @@ impl Default for ModelSettings {
             path: None,
             base_model: "Qwen/Qwen3-Next-80B-A3B-Instruct".to_owned(),
             aliases: Vec::new(),
+            snapshots: true,
+            snapshot_folder: None,
+            snapshot_smallest_bytes: SnapshotSettings::default().smallest_checkpoint,
+            snapshot_limit_bytes: 0,
+        }
+    }
+}
+
+impl ModelSettings {
+    /// The checkpoint's folder: at `path`, or where `base_model` lies on this machine.
+    ///
+    /// # Errors
+    /// As [`ModelRoots::locate`].
+    pub fn locate(&self) -> Result<PathBuf> {
+        ModelRoots::of_environment().locate(self.path.as_deref(), &self.base_model)
+    }
+
+    /// Whether and where snapshots are kept.
+    pub fn snapshot_settings(&self) -> Option<SnapshotSettings> {
+        self.snapshots.then(|| SnapshotSettings {
+            folder: self.snapshot_folder.clone(),
+            smallest_checkpoint: self.snapshot_smallest_bytes,
+            largest_folder: (self.snapshot_limit_bytes > 0).then_some(self.snapshot_limit_bytes),
+            ..SnapshotSettings::default()
+        })
+    }
+
+    /// How models are loaded.
+    pub fn load_settings(&self) -> LoadSettings {
+        LoadSettings {
+            limits: Limits::default(),
+            snapshots: self.snapshot_settings(),
         }
     }
 }

@@ -11,6 +11,7 @@
 //! | [`plan`] | parameters, memory, speed and cost of a run, from a configuration alone |
 //! | [`artifact`] | the adapter's files: written atomically, reloaded, proven |
 //! | [`storage`] | where files live: a local folder, Supabase Storage, S3 |
+//! | [`hub`] | models from a hub to a folder: room checked first, resumed, verified |
 //! | [`job`] | the life of one job, from claim to the final transaction |
 //! | [`runpod`] | RunPod: the serverless worker, a local stand-in of its API, a client for an orchestrator |
 //! | [`cli`] | the commands of `brightrun` |
@@ -32,6 +33,7 @@ pub mod config;
 pub mod dataset;
 pub mod demo;
 pub mod error;
+pub mod hub;
 pub mod job;
 pub mod model;
 pub mod plan;

@@ -20,7 +20,9 @@ use crate::artifact::input::{BaseModel, DataRecord, DroppedLine, MetricPoint, Pr
 use crate::artifact::{self, AdapterDtype, AdapterLayout, ArtifactFiles, ArtifactInput, Verification};
 use crate::dataset::{self, Dropped, Example, Report};
 use crate::error::{Failure, Result};
-use crate::model::{LoadOptions, LoadProgress, LoraConfig, LoraSet, Model, RoutingBalance};
+use crate::model::{
+    LoadOptions, LoadProgress, LoadReport, LoadSettings, LoraConfig, LoraSet, Model, ModelRoots, RoutingBalance,
+};
 use crate::spec::{BaseDtype, TrainSpec};
 use crate::template::{self, ChatTemplate, LeftOutReason};
 use crate::train::{
@@ -39,6 +41,8 @@ pub struct Base<B: Backend> {
     pub folder: PathBuf,
     /// How the weights are kept.
     pub dtype: BaseDtype,
+    /// How the load went.
+    pub report: LoadReport,
 }
 
 impl<B: Backend> Base<B> {
@@ -47,12 +51,27 @@ impl<B: Backend> Base<B> {
     /// # Errors
     /// `MODEL_PATH_MISSING` when there is no such folder (it is never taken for a name on a hub); the loader's own.
     pub fn load(device: &B, folder: &Path, dtype: BaseDtype, progress: &mut dyn FnMut(LoadProgress)) -> Result<Self> {
+        Self::load_with(device, folder, dtype, &LoadSettings::default(), progress)
+    }
+
+    /// As [`Base::load`], with snapshots or other limits.
+    ///
+    /// # Errors
+    /// As [`Base::load`].
+    pub fn load_with(
+        device: &B,
+        folder: &Path,
+        dtype: BaseDtype,
+        settings: &LoadSettings,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self> {
         check_folder(folder)?;
-        let model = Model::load(device, folder, LoadOptions::from(dtype), progress)?;
+        let (model, report) = Model::load_with(device, folder, LoadOptions::from(dtype), settings, progress)?;
         Ok(Self {
             model,
             folder: folder.to_path_buf(),
             dtype,
+            report,
         })
     }
 }
@@ -62,14 +81,7 @@ impl<B: Backend> Base<B> {
 /// # Errors
 /// `MODEL_PATH_MISSING`.
 pub fn check_folder(folder: &Path) -> Result<()> {
-    if folder.is_dir() {
-        return Ok(());
-    }
-    Err(
-        Failure::user("MODEL_PATH_MISSING", "There is no model folder at this path")
-            .at(folder.display().to_string())
-            .hint("Give the folder that holds `config.json`; nothing is downloaded in its place"),
-    )
+    ModelRoots::of_environment().locate(Some(folder), "").map(|_| ())
 }
 
 /// A data set, tokenised and split.

@@ -17,6 +17,9 @@ pub enum BaseDtype {
     /// keep the checkpoint's type.
     #[default]
     Nf4,
+    /// Routed experts as `nf4`, every other matrix in bfloat16: the choice for a model with many experts where memory allows.
+    #[serde(rename = "nf4-experts")]
+    Nf4Experts,
     /// bfloat16 weights, bfloat16 matmul inputs, float32 sums.
     Bf16,
     /// Weights as the checkpoint has them, all arithmetic in float32: the reference.

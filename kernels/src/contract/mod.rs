@@ -32,7 +32,7 @@ pub(crate) use self::moe::{
     routed_swiglu_backward, routed_swiglu_forward, stack_expert,
 };
 pub(crate) use self::norm::{NormSizes, rms_norm_backward, rms_norm_forward};
-pub(crate) use self::quantize::{dequantize, quantize_nf4, weight_shape};
+pub(crate) use self::quantize::{dequantize, quantize_nf4, quantize_nf4_fp8, weight_shape};
 pub(crate) use self::rows::{copy_rows, gather_rows, rope};
 
 use crate::dtype::DType;
@@ -122,12 +122,31 @@ impl Rules {
     }
 }
 
+/// The bytes of a piece of a tensor.
+pub(crate) fn piece<D: Device>(
+    op: &'static str,
+    tensor: &Tensor<D>,
+    first: usize,
+    length: usize,
+) -> Result<std::ops::Range<usize>> {
+    let size = tensor.size_bytes();
+    match first.checked_add(length).filter(|end| *end <= size) {
+        Some(end) => Ok(first..end),
+        None => Err(Error::Value {
+            op,
+            argument: "bytes",
+            problem: format!("are {length} from byte {first} on, but {tensor:?} has {size}"),
+        }),
+    }
+}
+
 /// How a message lists the accepted dtypes.
 fn names(accepted: &[DType]) -> &'static str {
     match accepted {
         [DType::F32] => "f32",
         [DType::I32] => "i32",
         [DType::U8] => "u8",
+        [DType::F8E4M3] => "f8e4m3",
         [DType::F32, DType::BF16] => "f32 or bf16",
         _ => "f32, bf16 or f16",
     }

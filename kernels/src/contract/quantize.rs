@@ -2,7 +2,8 @@
 
 use super::{DENSE, Rules, VECTOR};
 use crate::dtype::DType;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::fp8;
 use crate::ops::Device;
 use crate::tensor::Tensor;
 use crate::weight::{NF4_BLOCK, NF4_NESTED_BLOCK, Nf4Scales, Nf4Weight, Weight};
@@ -61,6 +62,28 @@ pub(crate) fn quantize_nf4<D: Device>(source: &Tensor<D>) -> Result<(usize, usiz
     let rules = Rules("quantize_nf4");
     rules.dtype("source", source, DENSE)?;
     let [outputs, inputs] = rules.extents("source", source, "[O, I]")?;
+    Ok((outputs, inputs))
+}
+
+/// `(O, I)` of an FP8 matrix to quantise.
+pub(crate) fn quantize_nf4_fp8<D: Device>(
+    codes: &Tensor<D>,
+    scales: &Tensor<D>,
+    block: [usize; 2],
+) -> Result<(usize, usize)> {
+    let rules = Rules("quantize_nf4_fp8");
+    rules.dtype("codes", codes, &[DType::F8E4M3])?;
+    let [outputs, inputs] = rules.extents("codes", codes, "[O, I]")?;
+    if block.contains(&0) {
+        return Err(Error::Value {
+            op: "quantize_nf4_fp8",
+            argument: "block",
+            problem: format!("is {block:?}, but extents of a block are at least 1"),
+        });
+    }
+    rules.dtype("scales", scales, &[DType::F32])?;
+    let grid = fp8::scale_extents([outputs, inputs], block);
+    rules.shape("scales", scales, "[ceil(O / block[0]), ceil(I / block[1])]", &grid)?;
     Ok((outputs, inputs))
 }
 

@@ -33,6 +33,7 @@ mod view;
 
 use std::sync::Arc;
 
+use crate::contract;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::{Device, MemoryStats, Op, Precision, Support};
@@ -181,6 +182,18 @@ impl Device for Cpu {
 
     fn read(&self, tensor: &Tensor<Self>) -> Result<Vec<u8>> {
         Ok(tensor.buffer().bytes().to_vec())
+    }
+
+    fn write_at(&self, tensor: &mut Tensor<Self>, first: usize, bytes: &[u8]) -> Result<()> {
+        let range = contract::piece("write_at", tensor, first, bytes.len())?;
+        tensor.buffer_mut().bytes_mut()[range].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn read_at(&self, tensor: &Tensor<Self>, first: usize, out: &mut [u8]) -> Result<()> {
+        let range = contract::piece("read_at", tensor, first, out.len())?;
+        out.copy_from_slice(&tensor.buffer().bytes()[range]);
+        Ok(())
     }
 
     fn copy(&self, source: &Tensor<Self>, target: &mut Tensor<Self>) -> Result<()> {

@@ -1,6 +1,9 @@
 //! The arithmetic of 4-bit NormalFloat, in the very order bitsandbytes 0.50 does it on a CPU, so that codes, scales and
 //! decoded values have the same bits.
 
+use std::sync::LazyLock;
+
+use crate::dynamic;
 use crate::weight::{NF4_BLOCK, NF4_NESTED_BLOCK};
 
 /// The sixteen values of NF4 (Dettmers et al. 2023, appendix E), ascending.
@@ -24,10 +27,10 @@ pub(super) const CODE: [f32; 16] = [
 ];
 
 /// Scales below this are taken as this, so that a block of zeros is not divided by zero. It is a subnormal number.
-const SMALLEST_SCALE: f32 = 1e-38;
+pub(super) const SMALLEST_SCALE: f32 = 1e-38;
 
 /// Boundaries between neighbouring codes: the f32 mean of the two.
-fn boundaries() -> [f32; 15] {
+pub(super) fn boundaries() -> [f32; 15] {
     std::array::from_fn(|i| (CODE[i] + CODE[i + 1]) / 2.0)
 }
 
@@ -36,34 +39,46 @@ fn nearest(value: f32, boundaries: &[f32; 15]) -> u8 {
     boundaries.iter().filter(|boundary| **boundary < value).count() as u8
 }
 
-/// Codes and scale of one block. A full block is multiplied by the reciprocal of its scale; a shorter last one is divided
-/// by it, and its stored scale has a lower bound: so the peer does it. The scale is NaN when an element is not finite.
-pub(super) fn quantize_block(values: &[f32], packed: &mut [u8]) -> f32 {
-    let boundaries = boundaries();
+/// Codes and scale of a last, shorter block. A full block is multiplied by the reciprocal of its scale
+/// ([`quantize_blocks`](super::simd::quantize::quantize_blocks)); a shorter one is divided by it, and its stored scale has a lower
+/// bound: so the peer does it. The scale is NaN when an element is not finite.
+pub(super) fn quantize_short_block(values: &[f32], packed: &mut [u8]) -> f32 {
+    debug_assert!(values.len() < NF4_BLOCK);
     if values.iter().any(|value| !value.is_finite()) {
         return f32::NAN;
     }
+    let boundaries = boundaries();
     let absmax = values.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
     let bounded = absmax.max(SMALLEST_SCALE);
-    let full = values.len() == NF4_BLOCK;
-    let reciprocal = 1.0 / bounded;
-    let code = |value: f32| {
-        let scaled = if full { value * reciprocal } else { value / bounded };
-        nearest(scaled.clamp(-1.0, 1.0), &boundaries)
-    };
+    let code = |value: f32| nearest((value / bounded).clamp(-1.0, 1.0), &boundaries);
     for (byte, pair) in packed.iter_mut().zip(values.chunks(2)) {
         let low = pair.get(1).copied().unwrap_or(0.0);
         *byte = code(pair[0]) << 4 | code(low);
     }
-    if full { absmax } else { bounded }
+    bounded
 }
+
+/// The tables of the second level: the same for every matrix.
+pub(super) struct NestedTables {
+    /// [`dynamic::signed`].
+    pub(super) map: [f32; 256],
+    /// [`nested_lookup`].
+    pub(super) lookup: Vec<u8>,
+}
+
+/// The tables, made once: a model with experts quantises tens of thousands of matrices.
+pub(super) static NESTED: LazyLock<NestedTables> = LazyLock::new(|| {
+    let map = dynamic::signed();
+    let lookup = nested_lookup(&map);
+    NestedTables { map, lookup }
+});
 
 /// Bins of the lookup by which values in −1..=1 find their code.
 const BINS: usize = 1 << 16;
 
 /// The code of each bin: that of the map entry nearest to the bin's own value. The peer looks codes up in this table, so
 /// near zero, where the map is finer than a bin, its codes are not the nearest ones.
-pub(super) fn nested_lookup(map: &[f32; 256]) -> Vec<u8> {
+fn nested_lookup(map: &[f32; 256]) -> Vec<u8> {
     let mut code = 0;
     let last = (BINS - 1) as f32;
     (0..BINS)

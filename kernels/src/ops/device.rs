@@ -1,5 +1,6 @@
 //! Memory and capabilities: what every op family stands on.
 
+use crate::contract;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::Precision;
@@ -129,6 +130,28 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device).
     fn read(&self, tensor: &Tensor<Self>) -> Result<Vec<u8>>;
+
+    /// Overwrites the bytes of a tensor from byte `first` on. A large tensor is so filled piece by piece, without ever being whole
+    /// in host memory a second time. Backends override this; here the whole tensor makes the round trip.
+    ///
+    /// # Errors
+    /// [`Error::Value`](crate::Error::Value) when the piece reaches beyond the tensor's end; as [`Device::write`].
+    fn write_at(&self, tensor: &mut Tensor<Self>, first: usize, bytes: &[u8]) -> Result<()> {
+        let range = contract::piece("write_at", tensor, first, bytes.len())?;
+        let mut whole = self.read(tensor)?;
+        whole[range].copy_from_slice(bytes);
+        self.write(tensor, &whole)
+    }
+
+    /// Reads the bytes of a tensor from byte `first` on. Backends override this, as [`Device::write_at`].
+    ///
+    /// # Errors
+    /// [`Error::Value`](crate::Error::Value) when the piece reaches beyond the tensor's end; as [`Device::read`].
+    fn read_at(&self, tensor: &Tensor<Self>, first: usize, out: &mut [u8]) -> Result<()> {
+        let range = contract::piece("read_at", tensor, first, out.len())?;
+        out.copy_from_slice(&self.read(tensor)?[range]);
+        Ok(())
+    }
 
     /// Copies `source` into `target`, which has the same shape; converts between f32 and bf16 (round to nearest even).
     ///

@@ -49,6 +49,34 @@ fn copies_round_to_nearest_even_and_widen_exactly() {
 }
 
 #[test]
+fn a_tensor_is_written_and_read_piece_by_piece_within_its_bounds() {
+    on_every_backend!("write_at", [], |run| {
+        let device = run.backend;
+        let mut tensor = device.zeros(DType::F32, [2, 2]).unwrap();
+        device.write_at(&mut tensor, 6, &[1, 2, 3]).unwrap();
+        device.write_at(&mut tensor, 15, &[9]).unwrap();
+        assert_eq!(
+            device.read(&tensor).unwrap(),
+            [0, 0, 0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0, 0, 9]
+        );
+        let mut part = [0; 4];
+        device.read_at(&tensor, 5, &mut part).unwrap();
+        assert_eq!(part, [0, 1, 2, 3]);
+        for first in [13, 17, usize::MAX] {
+            assert!(matches!(
+                device.write_at(&mut tensor, first, &part),
+                Err(Error::Value { .. })
+            ));
+            assert!(matches!(
+                device.read_at(&tensor, first, &mut part),
+                Err(Error::Value { .. })
+            ));
+        }
+        run.case("write_at", 0);
+    });
+}
+
+#[test]
 fn arguments_outside_the_contract_are_errors() {
     on_every_backend!("contract", [AddAssign, QuantizeNf4], |run| {
         let device = run.backend;

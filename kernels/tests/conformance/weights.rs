@@ -3,7 +3,7 @@
 use brightrun_kernels::cpu::{Cpu, SimdLevel};
 use brightrun_kernels::ops::{Device, QuantizeOps};
 use brightrun_kernels::testing::Random;
-use brightrun_kernels::{DType, Nf4Scales, Nf4Weight, Tensor, Weight};
+use brightrun_kernels::{DType, Nf4Scales, Nf4Weight, Tensor, Weight, fp8};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -188,4 +188,78 @@ fn dense_weights_decode_to_their_own_values() {
             case.compare("decoded", &decoded, &wide64(&values), &wide64(&values));
         }
     });
+}
+
+/// Every tensor of an NF4 matrix.
+fn nf4_bytes<D: Device>(device: &D, weight: &Nf4Weight<D>) -> Vec<Vec<u8>> {
+    let read = |tensor| device.read(tensor).unwrap();
+    let mut all = vec![read(&weight.codes)];
+    match &weight.scales {
+        Nf4Scales::Flat(absmax) => all.push(read(absmax)),
+        Nf4Scales::Nested {
+            codes,
+            nested_absmax,
+            nested_code,
+            offset,
+        } => all.extend([
+            read(codes),
+            read(nested_absmax),
+            read(nested_code),
+            offset.to_le_bytes().to_vec(),
+        ]),
+    }
+    all
+}
+
+/// Codes that are all finite, and scales of very different sizes.
+fn fp8_matrix([rows, columns]: [usize; 2], block: [usize; 2]) -> (Vec<u8>, Vec<f32>) {
+    let codes = (0..rows * columns).map(|i| (i * 2_654_435_761 >> 7) as u8);
+    let codes = codes
+        .map(|code| if code & 0x7f == 0x7f { 0x30 } else { code })
+        .collect();
+    let scales = fp8::scale_extents([rows, columns], block).iter().product::<usize>();
+    (codes, (0..scales).map(|i| 0.5f32.powi(i as i32 % 9) * 1.1).collect())
+}
+
+#[test]
+fn quantising_fp8_is_quantising_its_values_also_in_ragged_blocks() {
+    on_every_backend!("quantize_nf4_fp8", [QuantizeNf4], |run| {
+        let (cpu, name) = (run.backend, run.backend.name());
+        for (shape, block) in [
+            ([4, 256], [128, 128]),
+            ([130, 192], [128, 128]),
+            ([7, 75], [2, 33]),
+            ([300, 64], [128, 48]),
+        ] {
+            let (codes, scales) = fp8_matrix(shape, block);
+            let values = fp8::dequantised(&codes, shape[1], &scales, block);
+            let grid = fp8::scale_extents(shape, block);
+            let codes = cpu.upload(DType::F8E4M3, shape, &codes).unwrap();
+            let scales = cpu.upload_f32(grid, &scales).unwrap();
+            for nested in [false, true] {
+                let direct = cpu.quantize_nf4_fp8(&codes, &scales, block, nested).unwrap();
+                let source = cpu.upload_f32(shape, &values).unwrap();
+                let through_floats = cpu.quantize_nf4(&source, nested).unwrap();
+                assert_eq!(
+                    nf4_bytes(cpu, &direct),
+                    nf4_bytes(cpu, &through_floats),
+                    "{shape:?} in {block:?} on {name}"
+                );
+            }
+        }
+        run.case("quantize_nf4_fp8", 0);
+    });
+}
+
+#[test]
+fn an_fp8_code_that_is_no_number_is_not_quantised() {
+    for (_, cpu) in super::backends::cpus() {
+        let codes = cpu.upload(DType::F8E4M3, [1, 128], &[[0x30; 127].as_slice(), &[0xff]].concat());
+        let scales = cpu.upload_f32([1, 1], &[1.0]).unwrap();
+        let failure = cpu
+            .quantize_nf4_fp8(&codes.unwrap(), &scales, [128, 128], true)
+            .err()
+            .unwrap();
+        assert!(failure.to_string().contains("from element 64 on"), "{failure}");
+    }
 }

@@ -84,8 +84,8 @@ fn compute(config: &Config) -> Result<String> {
 
 fn model(config: &Config) -> Result<String> {
     let folder = model_folder(config)?;
-    let model = ModelConfig::load(folder)?;
-    ChatTemplate::load(folder)?;
+    let model = ModelConfig::load(&folder)?;
+    ChatTemplate::load(&folder)?;
     Ok(format!(
         "{} ({} layers, width {})",
         folder.display(),

@@ -8,11 +8,14 @@ mod device;
 mod doctor;
 pub mod export;
 mod kernels;
+mod fetch;
 mod model;
 pub mod output;
 pub mod plan;
 mod queue;
 pub mod service;
+mod snapshot;
+mod synth;
 mod validate;
 
 use std::path::PathBuf;
@@ -75,6 +78,12 @@ pub enum Command {
     Generate(GenerateArguments),
     /// Rewrite a finished adapter for another reader: vLLM's per-expert layout, bfloat16
     Export(export::ExportArguments),
+    /// Download a model from a hub: room checked first, resumed, verified
+    Fetch(fetch::FetchArguments),
+    /// Write a checkpoint of seeded random numbers, of any size
+    Synth(synth::SynthArguments),
+    /// Snapshots of quantised weights: make, list, verify, remove
+    Snapshot(snapshot::SnapshotArguments),
     /// Check that everything this machine needs is in place
     Doctor(OutputArguments),
     /// Look at the queue and operate it
@@ -473,6 +482,8 @@ choice!(
     BaseDtypeChoice => BaseDtype {
         /// 4-bit NormalFloat, double-quantised
         Nf4,
+        /// Routed experts in 4 bits, the rest in bfloat16
+        Nf4Experts,
         /// bfloat16
         Bf16,
         /// The checkpoint's values, float32 arithmetic
@@ -572,6 +583,9 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Eval(arguments) => tokio::task::block_in_place(|| model::eval(&config, arguments)),
         Command::Generate(arguments) => tokio::task::block_in_place(|| model::generate(&config, arguments)),
         Command::Export(arguments) => tokio::task::block_in_place(|| export::run(&config, arguments)),
+        Command::Fetch(arguments) => fetch::fetch(arguments).await,
+        Command::Synth(arguments) => tokio::task::block_in_place(|| synth::synth(arguments)),
+        Command::Snapshot(arguments) => tokio::task::block_in_place(|| snapshot::snapshot(&config, arguments)),
         Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
         Command::Queue(arguments) => queue::run(arguments).await,
         Command::Config => print_config(&config),
@@ -606,7 +620,10 @@ fn wants_json(command: &Command) -> bool {
             | KernelsCommand::Devices(output)
             | KernelsCommand::Build(KernelsBuildArguments { output, .. }),
         )
+        | Command::Fetch(fetch::FetchArguments { output, .. })
+        | Command::Synth(synth::SynthArguments { output, .. })
         | Command::Doctor(output) => output.json,
+        Command::Snapshot(arguments) => arguments.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }
 }

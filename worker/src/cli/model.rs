@@ -17,7 +17,7 @@ use crate::artifact::AdapterDtype;
 use crate::config::Config;
 use crate::dataset::{self, Example, Message};
 use crate::error::{Failure, Result};
-use crate::model::{LoadOptions, LoraSet, ModelConfig};
+use crate::model::{LoadOptions, LoadSettings, LoadSource, LoraSet, ModelConfig, ModelRoots};
 use crate::plan;
 use crate::recipe::{self, Base, Checkpoints, Labels, Prepared};
 use crate::spec::{BaseDtype, Supervise, TrainSpec};
@@ -32,22 +32,38 @@ const EVAL_MICRO_BATCH_TOKENS: usize = 4096;
 
 /// The checkpoint's folder, from the flag or the settings.
 pub(super) fn model_folder(flag: Option<&PathBuf>, config: &Config) -> Result<PathBuf> {
-    let folder = flag.or(config.model.path.as_ref()).ok_or_else(|| {
-        Failure::user("CONFIG_MISSING", "No model is given").hint("Give `--model DIR`, or set BRIGHTRUN_MODEL_PATH")
-    })?;
-    recipe::check_folder(folder)?;
-    Ok(folder.clone())
+    let path = flag.or(config.model.path.as_ref());
+    ModelRoots::of_environment().locate(path.map(PathBuf::as_path), &config.model.base_model)
 }
 
 /// Loads a model with a progress bar on standard error.
-fn load<B: Backend>(device: &B, folder: &Path, dtype: BaseDtype) -> Result<Base<B>> {
-    let bar = ProgressBar::new(0).with_style(style("loading {wide_bar} {pos}/{len} tensors"));
-    let base = Base::load(device, folder, dtype, &mut |progress| {
-        bar.set_length(progress.tensors_total as u64);
-        bar.set_position(progress.tensors as u64);
+fn load<B: Backend>(device: &B, config: &Config, folder: &Path, dtype: BaseDtype) -> Result<Base<B>> {
+    load_with(device, folder, dtype, &config.model.load_settings())
+}
+
+/// As [`load`] with settings of its own.
+pub(super) fn load_with<B: Backend>(
+    device: &B,
+    folder: &Path,
+    dtype: BaseDtype,
+    settings: &LoadSettings,
+) -> Result<Base<B>> {
+    let bar = byte_bar("loading");
+    let base = Base::load_with(device, folder, dtype, settings, &mut |progress| {
+        bar.set_length(progress.bytes_total);
+        bar.set_position(progress.bytes);
+        if progress.source == LoadSource::Snapshot {
+            bar.set_message("snapshot");
+        }
     });
     bar.finish_and_clear();
     base
+}
+
+/// A bar of bytes with their rate and the time left.
+pub(super) fn byte_bar(verb: &'static str) -> ProgressBar {
+    let template = format!("{verb} {{msg}} {{wide_bar}} {{bytes}} of {{total_bytes}}  {{bytes_per_sec}}  {{eta}} left");
+    ProgressBar::new(0).with_style(style(&template))
 }
 
 fn style(template: &str) -> ProgressStyle {
@@ -71,7 +87,7 @@ fn train_on<B: Backend>(device: &B, config: &Config, arguments: &TrainArguments)
     let template = ChatTemplate::load(&folder)?;
     let data = recipe::prepare(&arguments.dataset, &template, &spec)?;
     say_what_was_left_out(&data);
-    let base = load(device, &folder, spec.base_dtype)?;
+    let base = load(device, config, &folder, spec.base_dtype)?;
     let checkpoints = arguments
         .checkpoints
         .clone()
@@ -253,7 +269,7 @@ fn eval_on<B: Backend>(device: &B, config: &Config, arguments: &EvalArguments) -
     let supervise = arguments.supervise.map_or(config.train.supervise, Supervise::from);
     let max_length = arguments.max_length.unwrap_or(config.train.max_length);
     let (encoded, left_out) = encode_all(&template, &examples, supervise, max_length)?;
-    let base = load(device, &folder, arguments.base_dtype.into())?;
+    let base = load(device, config, &folder, arguments.base_dtype.into())?;
     let lora = arguments
         .adapter
         .as_deref()
@@ -332,7 +348,7 @@ fn generate_on<B: Backend>(device: &B, config: &Config, arguments: &GenerateArgu
         messages.push(Message::user(&arguments.prompt));
         template.encode_prompt(&messages, None, None)?
     };
-    let base = load(device, &folder, arguments.base_dtype.into())?;
+    let base = load(device, config, &folder, arguments.base_dtype.into())?;
     let lora = arguments
         .adapter
         .as_deref()
@@ -468,7 +484,7 @@ pub fn estimate(config: &Config, arguments: &EstimateArguments) -> Result<()> {
     let speed = match arguments.tokens_per_second {
         Some(speed) if speed > 0.0 => speed,
         Some(_) => return Err(Failure::user("ESTIMATE_SPEED", "--tokens-per-second must be above 0")),
-        None => on_device!(config, |device| measure_speed(&device, &folder, &spec, &data))?,
+        None => on_device!(config, |device| measure_speed(&device, config, &folder, &spec, &data))?,
     };
     let seconds = tokens as f64 / speed;
     let memory_bytes = planned_memory(config, &folder, &spec, &lengths)?;
@@ -531,7 +547,13 @@ fn median(mut lengths: Vec<usize>) -> usize {
 }
 
 /// Tokens per second of two real steps on examples of typical length, on this machine.
-fn measure_speed<B: Backend>(device: &B, folder: &Path, spec: &TrainSpec, data: &Prepared) -> Result<f64> {
+fn measure_speed<B: Backend>(
+    device: &B,
+    config: &Config,
+    folder: &Path,
+    spec: &TrainSpec,
+    data: &Prepared,
+) -> Result<f64> {
     struct Last(f64);
     impl TrainEvents for Last {
         fn on_step(&mut self, report: &StepReport) -> Control {
@@ -543,7 +565,7 @@ fn measure_speed<B: Backend>(device: &B, folder: &Path, spec: &TrainSpec, data: 
     typical.sort_by_key(|example| example.ids.len());
     let middle = typical.len() / 2;
     let sample: Vec<EncodedExample> = typical.into_iter().skip(middle).take(1).cloned().collect();
-    let base = load(device, folder, spec.base_dtype)?;
+    let base = load(device, config, folder, spec.base_dtype)?;
     let probe = TrainSpec {
         max_steps: Some(2),
         batch_size: 1,

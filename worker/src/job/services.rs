@@ -1,6 +1,6 @@
 //! What all jobs of a worker share: settings, storage, the compute backend, the base model in memory.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use brightrun_kernels::Backend;
@@ -12,7 +12,8 @@ use uuid::Uuid;
 use crate::artifact;
 use crate::config::Config;
 use crate::error::{Blame, Failure, Result};
-use crate::recipe::{self, Base};
+use crate::model::load::log::{LoadLog, say_how_it_went};
+use crate::recipe::Base;
 use crate::spec::BaseDtype;
 use crate::storage::{self, HttpOptions, Storage, StorageConfig};
 use crate::template::ChatTemplate;
@@ -46,22 +47,16 @@ pub fn open_storage(config: &Config) -> Result<Arc<dyn Storage>> {
     storage::open(&place, &HttpOptions::default())
 }
 
-/// The folder of the configured checkpoint.
+/// The folder of the configured checkpoint, or of the configured model wherever it lies on this machine.
 ///
 /// # Errors
-/// `CONFIG_MISSING` when none is configured, `MODEL_PATH_MISSING` when it is not there.
-pub fn model_folder(config: &Config) -> Result<&Path> {
-    let folder = config.model.path.as_deref().ok_or_else(|| {
-        Failure::system("CONFIG_MISSING", "No base model is configured")
-            .at("setting `model.path`")
-            .hint("Give `--model DIR`, set BRIGHTRUN_MODEL_PATH, or write it into brightrun.toml")
-    })?;
+/// `MODEL_PATH_MISSING` when the configured folder is not there; `MODEL_NOT_FOUND`, `MODEL_AMBIGUOUS`.
+pub fn model_folder(config: &Config) -> Result<PathBuf> {
     // A worker without its model is not the job's fault: another worker may have it.
-    recipe::check_folder(folder).map_err(|failure| Failure {
+    config.model.locate().map_err(|failure| Failure {
         blame: Blame::System,
         ..failure
-    })?;
-    Ok(folder)
+    })
 }
 
 impl<B: Backend> Services<B> {
@@ -75,10 +70,6 @@ impl<B: Backend> Services<B> {
         }
     }
 
-    fn model_folder(&self) -> Result<&Path> {
-        model_folder(&self.config)
-    }
-
     /// Tokenizer and template alone: enough to look at a data set, and ready in a moment.
     ///
     /// # Errors
@@ -87,7 +78,7 @@ impl<B: Backend> Services<B> {
         if let Some(loaded) = &*self.loaded.lock().await {
             return Ok(loaded.template.clone());
         }
-        let folder = self.model_folder()?.to_path_buf();
+        let folder = model_folder(&self.config)?;
         blocking(move || ChatTemplate::load(&folder).map(Arc::new)).await
     }
 
@@ -102,9 +93,11 @@ impl<B: Backend> Services<B> {
         }
         // The old one goes first: two models may not fit.
         *slot = None;
-        let (device, folder) = (self.device.clone(), self.model_folder()?.to_path_buf());
+        let (device, folder) = (self.device.clone(), model_folder(&self.config)?);
+        let settings = self.config.model.load_settings();
         let loaded = blocking(move || {
-            let base = Base::load(&device, &folder, dtype, &mut |_| {})?;
+            let base = Base::load_with(&device, &folder, dtype, &settings, &mut LoadLog::new().reporter())?;
+            say_how_it_went(&base.report);
             Ok(Arc::new(Loaded { template, base }))
         })
         .await?;

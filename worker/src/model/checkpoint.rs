@@ -7,12 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use brightrun_kernels::DType;
+use rayon::prelude::*;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Failure, Result};
 use crate::model::config::{ExpectedTensor, ExpertStorage};
 use crate::model::fp8;
+use crate::model::load::stream::{Input, Wanted};
 use crate::model::tensor_file::{HostTensor, StoredTensor, TensorFile};
 
 /// How many names a message lists before it only counts.
@@ -30,38 +32,128 @@ pub struct Checkpoint {
 }
 
 /// What the name of an FP8 matrix's scales has behind the matrix's own.
-const SCALES: &str = "_scale_inv";
+pub(crate) const SCALES: &str = "_scale_inv";
+
+/// The file that says which shard holds which tensor.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// The file of a checkpoint that is not cut into shards.
+const SINGLE: &str = "model.safetensors";
 
 #[derive(Deserialize)]
 struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+impl Index {
+    /// Names of the shards, sorted, each once.
+    fn files(&self) -> Vec<String> {
+        let names: BTreeSet<&String> = self.weight_map.values().collect();
+        names.into_iter().cloned().collect()
+    }
+}
+
+/// Names of the files that a checkpoint folder says it consists of, sorted. Whether they are there is not asked.
+///
+/// # Errors
+/// `MODEL_FILE_MISSING` when the folder is no checkpoint; `MODEL_FILE_DAMAGED` when its index cannot be read.
+pub fn file_names(directory: &Path) -> Result<Vec<String>> {
+    let index = directory.join(INDEX);
+    if index.is_file() {
+        return Ok(read_index(&index)?.files());
+    }
+    if directory.join(SINGLE).is_file() {
+        return Ok(vec![SINGLE.to_owned()]);
+    }
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let shards = entries.filter(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        name.starts_with("model-") && name.ends_with(".safetensors")
+    });
+    let failure = match shards.count() {
+        0 => Failure::user(
+            "MODEL_FILE_MISSING",
+            format!("The folder holds neither {SINGLE} nor {INDEX}"),
+        )
+        .hint("Name a folder that holds a safetensors checkpoint"),
+        count => Failure::platform(
+            "MODEL_FILE_MISSING",
+            format!("The folder holds {count} shards, but not {INDEX}, which says what belongs to them"),
+        )
+        .hint("Finish the download of this checkpoint"),
+    };
+    Err(failure.at(directory.display().to_string()))
+}
+
+/// Opens all files at once and reads their headers: on a network volume each takes a few round trips. All that is wrong with
+/// any of them is told together.
+fn opened(directory: &Path, names: &[String]) -> Result<Vec<TensorFile>> {
+    let absent: Vec<String> = names
+        .iter()
+        .filter(|name| !directory.join(name).is_file())
+        .cloned()
+        .collect();
+    if !absent.is_empty() {
+        return Err(Failure::platform(
+            "MODEL_FILE_MISSING",
+            format!(
+                "{} of {} shards are missing: {}",
+                absent.len(),
+                names.len(),
+                shortened(&absent)
+            ),
+        )
+        .at(directory.display().to_string())
+        .hint("Finish the download of this checkpoint"));
+    }
+    let opened: Vec<Result<TensorFile>> = names
+        .par_iter()
+        .map(|name| TensorFile::open(&directory.join(name)))
+        .collect();
+    let (files, failures): (Vec<_>, Vec<_>) = opened.into_iter().partition(Result::is_ok);
+    let failures: Vec<Failure> = failures.into_iter().filter_map(Result::err).collect();
+    match failures.as_slice() {
+        [] => Ok(files.into_iter().filter_map(Result::ok).collect()),
+        [only] => Err(only.clone()),
+        [first, ..] => {
+            let each: Vec<String> = failures
+                .iter()
+                .map(|failure| {
+                    let name = Path::new(&failure.place).file_name().unwrap_or_default();
+                    format!("{}: {}", name.to_string_lossy(), failure.message)
+                })
+                .collect();
+            let summary = format!(
+                "{} of {} shards cannot be used: {}",
+                each.len(),
+                names.len(),
+                shortened(&each)
+            );
+            Err(Failure::new(first.blame, first.code.clone(), summary)
+                .at(directory.display().to_string())
+                .hint("Download these files again"))
+        }
+    }
+}
+
 impl Checkpoint {
     /// Opens a checkpoint folder and checks every header.
     ///
     /// # Errors
-    /// `MODEL_FILE_MISSING` with the list of absent files, `MODEL_FILE_DAMAGED`, `MODEL_TENSOR_MISSING` when the index names
-    /// a tensor that its file does not hold.
+    /// `MODEL_FILE_MISSING` with the list of absent files, `MODEL_FILE_DAMAGED` with the list of damaged ones, `MODEL_TENSOR_MISSING`
+    /// when the index names a tensor that its file does not hold.
     pub fn open(directory: &Path) -> Result<Self> {
-        let index_path = directory.join("model.safetensors.index.json");
+        let index_path = directory.join(INDEX);
         if index_path.is_file() {
             return Self::open_shards(directory, &index_path);
         }
-        let single = directory.join("model.safetensors");
-        if !single.is_file() {
-            return Err(Failure::user(
-                "MODEL_FILE_MISSING",
-                "The folder holds neither model.safetensors nor model.safetensors.index.json",
-            )
-            .at(directory.display().to_string())
-            .hint("Name a folder that holds a safetensors checkpoint"));
-        }
-        let file = TensorFile::open(&single)?;
-        let home = file.tensors().keys().map(|name| (name.clone(), 0)).collect();
+        let names = file_names(directory)?;
+        let files = opened(directory, &names)?;
+        let tensors = files.iter().flat_map(|file| file.tensors().keys());
+        let home = tensors.map(|name| (name.clone(), 0)).collect();
         Ok(Self {
             directory: directory.to_owned(),
-            files: vec![file],
+            files,
             home,
             fp8_block: None,
         })
@@ -69,41 +161,28 @@ impl Checkpoint {
 
     fn open_shards(directory: &Path, index_path: &Path) -> Result<Self> {
         let index = read_index(index_path)?;
-        let names: Vec<&String> = index.weight_map.values().collect::<BTreeSet<_>>().into_iter().collect();
-        let absent: Vec<&str> = names
-            .iter()
-            .filter(|name| !directory.join(name).is_file())
-            .map(|name| name.as_str())
-            .collect();
+        let names = index.files();
+        let files = opened(directory, &names)?;
+        let mut home = BTreeMap::new();
+        let mut absent = Vec::new();
+        for (tensor, file_name) in &index.weight_map {
+            let place = names.binary_search(file_name).unwrap_or_default();
+            if !files[place].tensors().contains_key(tensor) {
+                absent.push(format!("`{tensor}` in {file_name}"));
+            }
+            home.insert(tensor.clone(), place);
+        }
         if !absent.is_empty() {
             return Err(Failure::platform(
-                "MODEL_FILE_MISSING",
+                "MODEL_TENSOR_MISSING",
                 format!(
-                    "{} of {} shards are missing: {}",
+                    "The index names {} tensors that their files do not hold: {}",
                     absent.len(),
-                    names.len(),
                     shortened(&absent)
                 ),
             )
-            .at(directory.display().to_string())
-            .hint("Finish the download of this checkpoint"));
-        }
-        let files = names
-            .iter()
-            .map(|name| TensorFile::open(&directory.join(name)))
-            .collect::<Result<Vec<_>>>()?;
-        let mut home = BTreeMap::new();
-        for (tensor, file_name) in &index.weight_map {
-            let place = names.binary_search(&file_name).unwrap_or_default();
-            if !files[place].tensors().contains_key(tensor) {
-                return Err(Failure::platform(
-                    "MODEL_TENSOR_MISSING",
-                    format!("The index says that `{file_name}` holds `{tensor}`, but it does not"),
-                )
-                .at(index_path.display().to_string())
-                .hint("Download the checkpoint again"));
-            }
-            home.insert(tensor.clone(), place);
+            .at(index_path.display().to_string())
+            .hint("Download the checkpoint again"));
         }
         Ok(Self {
             directory: directory.to_owned(),
@@ -142,12 +221,12 @@ impl Checkpoint {
             return None;
         }
         let shape = &self.tensor(name)?.shape;
-        let (Some(block), [rows, columns]) = (block, shape.as_slice()) else {
+        let (Some(block), [stack @ .., rows, columns]) = (block, shape.as_slice()) else {
             return Some(format!(
                 "is FP8 of the shape {shape:?}, but only matrices under a quantization_config with weight_block_size are read"
             ));
         };
-        let expected = fp8::scale_extents([*rows, *columns], block);
+        let expected = [stack, &fp8::scale_extents([*rows, *columns], block)].concat();
         match self.tensor(&format!("{name}{SCALES}")) {
             None => Some(format!("is FP8, but its scales `{name}{SCALES}` are missing")),
             Some(scales) if scales.shape != expected => Some(format!(
@@ -177,6 +256,32 @@ impl Checkpoint {
     /// A tensor's dtype and extents, if it is there.
     pub fn tensor(&self, name: &str) -> Option<&StoredTensor> {
         self.files[*self.home.get(name)?].tensors().get(name)
+    }
+
+    /// Where a tensor's bytes lie, by the place of its file in [`Checkpoint::inputs`], and their type.
+    pub fn place(&self, name: &str) -> Option<(Wanted, DType)> {
+        let file = *self.home.get(name)?;
+        let stored = self.files.get(file)?.tensors().get(name)?;
+        let wanted = Wanted {
+            file,
+            offset: stored.offset(),
+            length: stored.size_bytes(),
+        };
+        Some((wanted, stored.dtype))
+    }
+
+    /// Its open files.
+    ///
+    /// # Errors
+    /// `MODEL_FILE_DAMAGED` when the system gives no handle.
+    pub fn inputs(&self) -> Result<Vec<Input>> {
+        let input = |file: &TensorFile| {
+            Ok(Input {
+                file: file.handle()?,
+                path: file.path().to_owned(),
+            })
+        };
+        self.files.iter().map(input).collect()
     }
 
     /// Names of all tensors.
@@ -236,15 +341,6 @@ impl Checkpoint {
             tensor = self.dequantised(name, &tensor)?;
         }
         finite(file, name, tensor)
-    }
-
-    /// Reads consecutive elements of a larger tensor, from `first_element` on, as a tensor of extents `shape`.
-    ///
-    /// # Errors
-    /// As [`Checkpoint::read`]; `MODEL_TENSOR_SHAPE` when the part reaches beyond the tensor's end.
-    pub fn read_part(&self, name: &str, first_element: usize, shape: &[usize]) -> Result<HostTensor> {
-        let file = self.file(name)?;
-        finite(file, name, file.read_part(name, first_element, shape)?)
     }
 
     fn file(&self, name: &str) -> Result<&TensorFile> {
@@ -317,11 +413,11 @@ fn read_index(path: &Path) -> Result<Index> {
 }
 
 /// A list for a message: the first few, and how many more.
-fn shortened(names: &[&str]) -> String {
+fn shortened(names: &[impl AsRef<str>]) -> String {
     let shown = names
         .iter()
         .take(NAMES_IN_A_MESSAGE)
-        .copied()
+        .map(AsRef::as_ref)
         .collect::<Vec<_>>()
         .join(", ");
     match names.len().saturating_sub(NAMES_IN_A_MESSAGE) {

@@ -6,7 +6,8 @@
 //! |---|---|
 //! | [`config`] | `config.json` → numbers; refuses what would be computed differently |
 //! | [`tensor_file`], [`fp8`], [`checkpoint`] | safetensors by positioned reads; shards; everything headers can tell is checked first |
-//! | [`load`] | checkpoint → [`Model`], tensor by tensor, quantised on the way |
+//! | [`load`] | checkpoint or snapshot → [`Model`]: files in order, several threads, quantised on the way |
+//! | [`locate`] | where a model lies: volumes, hub caches; a given path that is missing is an error |
 //! | [`transformer`] | embedding, layers, head: forward, and forward with backward |
 //! | [`layer`] | one decoder layer: a mixer, a feed-forward part; what is kept and what is computed again |
 //! | [`mixer`], [`feed_forward`] | which mixer, which feed-forward part |
@@ -16,6 +17,7 @@
 //! | [`decode`], [`cache`] | one document, continued token by token |
 //! | [`loads`] | how evenly routers spread the tokens of an evaluation |
 //! | [`synthetic`] | checkpoints of seeded random numbers |
+//! | [`synthetic`], [`presets`] | checkpoints of seeded random numbers; released configurations by name |
 //! | [`batch`], [`pass`], [`rope`], [`random`] | packed documents; what layers share; rotations; seeded numbers |
 //!
 //! # Invariants
@@ -39,6 +41,7 @@ pub mod layer;
 pub mod linear;
 pub mod load;
 pub mod loads;
+pub mod locate;
 pub mod lora;
 pub mod mixer;
 pub mod mlp;
@@ -46,6 +49,7 @@ pub mod moe;
 pub mod norm;
 pub mod pass;
 pub mod peft;
+pub mod presets;
 pub mod random;
 pub mod rope;
 pub mod synthetic;
@@ -56,8 +60,9 @@ pub mod transformer;
 pub use self::batch::{Batch, IGNORED};
 pub use self::config::{Family, ModelConfig};
 pub use self::decode::Decoder;
-pub use self::load::{Encoding, LoadOptions, LoadProgress};
+pub use self::load::{Encoding, LoadOptions, LoadProgress, LoadReport, LoadSettings, LoadSource, SnapshotOutcome};
 pub use self::loads::{ExpertLoads, RoutingBalance};
+pub use self::locate::ModelRoots;
 pub use self::lora::{LoraConfig, LoraGradients, LoraSet, Module, ModuleId};
 pub use self::rope::RopeFrequencies;
 pub use self::transformer::{BackwardSettings, Model};

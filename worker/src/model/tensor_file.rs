@@ -55,6 +55,11 @@ impl StoredTensor {
     pub fn size_bytes(&self) -> usize {
         self.bytes
     }
+
+    /// First byte, counted from the beginning of the file.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
 }
 
 impl TensorFile {
@@ -108,52 +113,35 @@ impl TensorFile {
         &self.path
     }
 
+    /// Another handle to the open file.
+    ///
+    /// # Errors
+    /// `MODEL_FILE_DAMAGED` when the system gives none.
+    pub fn handle(&self) -> Result<File> {
+        self.file.try_clone().map_err(|error| read_failure(&self.path, &error))
+    }
+
     /// Reads one tensor.
     ///
     /// # Errors
     /// `MODEL_TENSOR_MISSING` when it is not in the file, `MODEL_FILE_DAMAGED` when it cannot be read.
     pub fn read(&self, name: &str) -> Result<HostTensor> {
         let stored = self.stored(name)?;
-        self.read_range(stored, 0, stored.shape.clone())
-    }
-
-    /// Reads a tensor of extents `shape` out of a larger one: consecutive elements from `first_element` on.
-    ///
-    /// # Errors
-    /// As [`TensorFile::read`]; `MODEL_TENSOR_SHAPE` when the part reaches beyond the tensor's end.
-    pub fn read_part(&self, name: &str, first_element: usize, shape: &[usize]) -> Result<HostTensor> {
-        let stored = self.stored(name)?;
-        let elements = shape.iter().product::<usize>() + first_element;
-        if elements * stored.dtype.size_bytes() > stored.bytes {
-            return Err(Failure::user(
-                "MODEL_TENSOR_SHAPE",
-                format!(
-                    "The tensor `{name}` {:?} has fewer than {elements} elements",
-                    stored.shape
-                ),
-            )
-            .at(self.path.display().to_string()));
-        }
-        self.read_range(stored, first_element, shape.to_vec())
+        let mut bytes = vec![0; stored.bytes];
+        self.file
+            .read_exact_at(&mut bytes, stored.offset)
+            .map_err(|error| read_failure(&self.path, &error))?;
+        Ok(HostTensor {
+            dtype: stored.dtype,
+            shape: stored.shape.clone(),
+            bytes,
+        })
     }
 
     fn stored(&self, name: &str) -> Result<&StoredTensor> {
         self.tensors.get(name).ok_or_else(|| {
             Failure::user("MODEL_TENSOR_MISSING", format!("The file has no tensor `{name}`"))
                 .at(self.path.display().to_string())
-        })
-    }
-
-    fn read_range(&self, stored: &StoredTensor, first_element: usize, shape: Vec<usize>) -> Result<HostTensor> {
-        let width = stored.dtype.size_bytes();
-        let mut bytes = vec![0; width * shape.iter().product::<usize>()];
-        self.file
-            .read_exact_at(&mut bytes, stored.offset + (first_element * width) as u64)
-            .map_err(|error| read_failure(&self.path, &error))?;
-        Ok(HostTensor {
-            dtype: stored.dtype,
-            shape,
-            bytes,
         })
     }
 }
@@ -164,15 +152,9 @@ impl HostTensor {
     /// # Errors
     /// `MODEL_UNSUPPORTED` when they are not f32, bf16 or f16.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
-        match self.dtype {
-            DType::F32 => Ok(bytemuck::allocation::pod_collect_to_vec(&self.bytes)),
-            DType::BF16 => Ok(self.halves().map(|bits| bf16::from_bits(bits).to_f32()).collect()),
-            DType::F16 => Ok(self.halves().map(|bits| f16::from_bits(bits).to_f32()).collect()),
-            other => Err(Failure::user(
-                "MODEL_UNSUPPORTED",
-                format!("{other} is not a float type this program reads"),
-            )),
-        }
+        let mut values = vec![0.0; self.bytes.len() / self.dtype.size_bytes()];
+        widen(self.dtype, &self.bytes, &mut values)?;
+        Ok(values)
     }
 
     /// The same tensor in f32.
@@ -191,48 +173,69 @@ impl HostTensor {
         })
     }
 
-    /// The same tensor in bf16, rounded to nearest even.
-    ///
-    /// # Errors
-    /// As [`HostTensor::to_f32`].
-    pub fn rounded_to_bf16(self) -> Result<Self> {
-        if self.dtype == DType::BF16 {
-            return Ok(self);
-        }
-        let halves: Vec<u16> = self
-            .to_f32()?
-            .into_iter()
-            .map(|value| bf16::from_f32(value).to_bits())
-            .collect();
-        Ok(Self {
-            dtype: DType::BF16,
-            shape: self.shape,
-            bytes: bytemuck::allocation::pod_collect_to_vec(&halves),
-        })
-    }
-
     /// Index of the first element that is infinite or not a number.
     pub fn first_non_finite(&self) -> Option<usize> {
-        match self.dtype {
-            DType::F32 => self
-                .bytes
-                .as_chunks::<4>()
-                .0
-                .iter()
-                .position(|word| !f32::from_le_bytes(*word).is_finite()),
-            DType::BF16 => self.halves().position(|bits| bits & 0x7f80 == 0x7f80),
-            DType::F16 => self.halves().position(|bits| bits & 0x7c00 == 0x7c00),
-            _ => None,
+        first_non_finite(self.dtype, &self.bytes)
+    }
+}
+
+/// Index of the first element of little-endian contents that is infinite or not a number; `None` for types that have no such.
+pub fn first_non_finite(dtype: DType, bytes: &[u8]) -> Option<usize> {
+    /// The exponent's bits of two or four bytes; all set means not finite.
+    fn search<const WIDTH: usize>(bytes: &[u8], is_bad: impl Fn(&[u8; WIDTH]) -> bool) -> Option<usize> {
+        /// Elements that are looked at without leaving the loop early, so that it becomes vector instructions.
+        const AT_ONCE: usize = 1024;
+        let elements = bytes.as_chunks::<WIDTH>().0;
+        let parts = elements.chunks(AT_ONCE).enumerate();
+        let (index, part) = parts
+            .into_iter()
+            .find(|(_, part)| part.iter().fold(false, |any, element| any | is_bad(element)))?;
+        Some(index * AT_ONCE + part.iter().position(is_bad)?)
+    }
+    match dtype {
+        DType::F32 => search(bytes, |word| u32::from_le_bytes(*word) & 0x7f80_0000 == 0x7f80_0000),
+        DType::BF16 => search(bytes, |half| u16::from_le_bytes(*half) & 0x7f80 == 0x7f80),
+        DType::F16 => search(bytes, |half| u16::from_le_bytes(*half) & 0x7c00 == 0x7c00),
+        DType::F8E4M3 => search(bytes, |[code]: &[u8; 1]| code & 0x7f == 0x7f),
+        DType::U8 | DType::I32 => None,
+    }
+}
+
+/// f32 values of little-endian f32, bf16 or f16 contents.
+///
+/// # Errors
+/// `MODEL_UNSUPPORTED` for other types.
+pub fn widen(dtype: DType, bytes: &[u8], values: &mut [f32]) -> Result<()> {
+    let halves = bytes.as_chunks::<2>().0.iter().map(|half| u16::from_le_bytes(*half));
+    match dtype {
+        DType::F32 => {
+            for (value, word) in values.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *value = f32::from_le_bytes(*word);
+            }
+        }
+        DType::BF16 => {
+            for (value, bits) in values.iter_mut().zip(halves) {
+                *value = f32::from_bits(u32::from(bits) << 16);
+            }
+        }
+        DType::F16 => {
+            for (value, bits) in values.iter_mut().zip(halves) {
+                *value = f16::from_bits(bits).to_f32();
+            }
+        }
+        other => {
+            return Err(Failure::user(
+                "MODEL_UNSUPPORTED",
+                format!("{other} is not a float type this program reads"),
+            ));
         }
     }
+    Ok(())
+}
 
-    fn halves(&self) -> impl Iterator<Item = u16> + '_ {
-        self.bytes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .map(|pair| u16::from_le_bytes(*pair))
-    }
+/// bf16 bits of values, rounded to nearest even.
+pub fn narrow(values: &[f32]) -> Vec<u16> {
+    values.iter().map(|value| bf16::from_f32(*value).to_bits()).collect()
 }
 
 /// The length prefix and the header behind it.
@@ -377,17 +380,34 @@ mod tests {
 
     #[test]
     fn rounding_to_bf16_is_to_nearest_even() {
-        let tensor = HostTensor {
-            dtype: DType::F32,
-            shape: vec![3],
-            bytes: bytemuck::allocation::pod_collect_to_vec(&[
-                f32::from_bits(0x3f80_8000),
-                f32::from_bits(0x3f81_8000),
-                f32::from_bits(0x3f80_8001),
-            ]),
-        };
-        let rounded = tensor.rounded_to_bf16().unwrap();
-        let bits: Vec<u16> = bytemuck::allocation::pod_collect_to_vec(&rounded.bytes);
-        assert_eq!(bits, [0x3f80, 0x3f82, 0x3f81]);
+        let values = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001].map(f32::from_bits);
+        assert_eq!(narrow(&values), [0x3f80, 0x3f82, 0x3f81]);
+    }
+
+    #[test]
+    fn widening_is_exact_in_every_float_type() {
+        let mut values = [0.0; 2];
+        widen(DType::BF16, &[0x80, 0x3f, 0x40, 0xc0], &mut values).unwrap();
+        assert_eq!(values, [1.0, -3.0]);
+        widen(DType::F16, &[0x00, 0x3c, 0x01, 0x00], &mut values).unwrap();
+        assert_eq!(values, [1.0, 2f32.powi(-24)]);
+        widen(DType::F32, bytemuck::cast_slice(&[0.1f32, -7.0]), &mut values).unwrap();
+        assert_eq!(values, [0.1, -7.0]);
+        assert_eq!(
+            widen(DType::U8, &[1, 2], &mut values).unwrap_err().code,
+            "MODEL_UNSUPPORTED"
+        );
+    }
+
+    #[test]
+    fn an_element_that_is_not_finite_is_found_wherever_it_lies() {
+        let mut bytes = vec![0; 3 * 4096 + 6];
+        assert_eq!(first_non_finite(DType::BF16, &bytes), None);
+        for element in [0, 1023, 1024, 5000, 6146] {
+            bytes[2 * element..2 * element + 2].copy_from_slice(&[0x80, 0x7f]);
+            assert_eq!(first_non_finite(DType::BF16, &bytes), Some(element));
+            bytes[2 * element..2 * element + 2].fill(0);
+        }
+        assert_eq!(first_non_finite(DType::F8E4M3, &[0x7e, 0xff]), Some(1));
     }
 }

@@ -221,7 +221,7 @@ impl<B: Backend> Builder<'_, B> {
     }
 
     fn stack(&mut self, experts: usize, shape: [usize; 2]) -> Result<WeightStack<B>> {
-        let first = self.encoded(shape)?;
+        let first = self.encoded(shape, matches!(self.encoding, Encoding::Nf4 | Encoding::Nf4Experts))?;
         let mut stack = WeightStack::alloc_like(self.device, experts, &first)?;
         if self.noise.is_some() {
             for expert in 0..experts {
@@ -234,7 +234,7 @@ impl<B: Backend> Builder<'_, B> {
     }
 
     fn linear(&mut self, path: &str, shape: [usize; 2], has_bias: bool) -> Result<Linear<B>> {
-        let weight = self.encoded(shape)?;
+        let weight = self.encoded(shape, self.encoding == Encoding::Nf4)?;
         self.count(weight.encoding(), weight.size_bytes());
         let bias = match has_bias {
             true => Some(self.small(&shape[..1])?),
@@ -264,18 +264,21 @@ impl<B: Backend> Builder<'_, B> {
         ModuleId(self.modules.len() - 1)
     }
 
-    fn encoded(&self, shape: [usize; 2]) -> Result<Weight<B>> {
-        let dense = |dtype| self.tensor(dtype, &shape);
-        Ok(match self.encoding {
-            Encoding::Stored => Weight::Dense(dense(self.projections)?),
-            Encoding::Bf16 => Weight::Dense(dense(DType::BF16)?),
-            Encoding::Nf4 => Weight::Nf4(self.device.quantize_nf4(&dense(self.projections)?, true)?),
-        })
+    fn encoded(&self, shape: [usize; 2], is_quantised: bool) -> Result<Weight<B>> {
+        if is_quantised {
+            let source = self.tensor(self.projections, &shape)?;
+            return Ok(Weight::Nf4(self.device.quantize_nf4(&source, true)?));
+        }
+        let dtype = match self.encoding {
+            Encoding::Bf16 | Encoding::Nf4Experts => DType::BF16,
+            Encoding::Nf4 | Encoding::Stored => self.projections,
+        };
+        Ok(Weight::Dense(self.tensor(dtype, &shape)?))
     }
 
     fn table(&mut self, shape: [usize; 2]) -> Result<Weight<B>> {
         let dtype = match self.encoding {
-            Encoding::Bf16 => DType::BF16,
+            Encoding::Bf16 | Encoding::Nf4Experts => DType::BF16,
             Encoding::Nf4 | Encoding::Stored => self.stored,
         };
         let weight = Weight::Dense(self.tensor(dtype, &shape)?);

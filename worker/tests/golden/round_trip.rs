@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use brightrun_kernels::Backend;
-use brightrun_kernels::ops::{Device, QuantizeOps};
 use brightrun_kernels::{DType, Nf4Scales, Nf4Weight, Shape, Weight};
 use brightrun_worker::error::Failure;
 use brightrun_worker::model::ModelConfig;

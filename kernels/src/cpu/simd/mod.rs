@@ -8,6 +8,7 @@ pub(super) mod gates;
 mod level;
 mod math;
 mod pack;
+pub(super) mod quantize;
 pub(super) mod rows;
 mod tile;
 mod tile_avx2;

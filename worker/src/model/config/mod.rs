@@ -10,7 +10,7 @@ mod tensors;
 use std::path::Path;
 
 use self::raw::Raw;
-pub use self::tensors::{ExpectedTensor, ExpertStorage};
+pub use self::tensors::{ExpectedTensor, ExpertStorage, Role};
 use crate::error::{Failure, Result};
 
 /// The `model_type`s this program trains.

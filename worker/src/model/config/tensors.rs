@@ -11,6 +11,41 @@ pub struct ExpectedTensor {
     pub shape: Vec<usize>,
 }
 
+/// What a tensor is to the model, which decides how it may be kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A norm, a bias, a convolution and the like: kept as it is.
+    Vector,
+    /// The embedding, the head, a router, a projection with a handful of outputs: never quantised.
+    Table,
+    /// A matrix that may be quantised.
+    Projection,
+    /// Matrices of routed experts, which may be quantised each by itself.
+    Expert,
+}
+
+impl ExpectedTensor {
+    /// What it is to the model.
+    pub fn role(&self) -> Role {
+        let is_matrix_of = |names: &[&str]| names.iter().any(|name| self.name.ends_with(name));
+        if self.name.contains(".mlp.experts.") {
+            Role::Expert
+        } else if is_matrix_of(&["_proj.weight", ".in_proj_qkvz.weight"]) {
+            Role::Projection
+        } else if is_matrix_of(&[
+            "embed_tokens.weight",
+            "lm_head.weight",
+            ".mlp.gate.weight",
+            ".shared_expert_gate.weight",
+            ".in_proj_ba.weight",
+        ]) {
+            Role::Table
+        } else {
+            Role::Vector
+        }
+    }
+}
+
 /// How a checkpoint holds the matrices of routed experts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ExpertStorage {

@@ -1,5 +1,8 @@
 //! Checkpoints made of seeded random numbers, for demonstrations, tests and benchmarks: ordinary Hugging Face folders, which
-//! everything else treats like any other checkpoint.
+//! everything else treats like any other checkpoint. [`write_checkpoint`] makes small ones that train well, [`generate`] large ones
+//! fast.
+
+mod generate;
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -8,6 +11,7 @@ use std::path::Path;
 use half::bf16;
 use serde_json::{Map, Value, json};
 
+pub use self::generate::{Generated, SyntheticDtype, SyntheticSettings, config_text, generate};
 use crate::error::{Failure, Result};
 use crate::model::config::{DeltaConfig, ExpectedTensor, Family, Mixing, ModelConfig, MoeConfig};
 use crate::model::random::CounterRandom;
@@ -137,17 +141,19 @@ impl ModelConfig {
 /// # Errors
 /// `MODEL_WRITE` when the folder cannot be written.
 pub fn write_checkpoint(directory: &Path, config: &ModelConfig, seed: u64) -> Result<()> {
-    let failed = |error: std::io::Error| {
-        Failure::platform("MODEL_WRITE", format!("The checkpoint cannot be written: {error}"))
-            .at(directory.display().to_string())
-            .hint("Free space on this disk, or make the folder writable")
-    };
+    let failed = |error: std::io::Error| write_failure(directory, &error);
     std::fs::create_dir_all(directory).map_err(failed)?;
     std::fs::write(directory.join("config.json"), config.to_json()).map_err(failed)?;
     let mut tensors = config.tensors();
     tensors.sort_by(|left, right| left.name.cmp(&right.name));
     let file = File::create(directory.join("model.safetensors")).map_err(failed)?;
     write_tensors(BufWriter::new(file), config, &tensors, seed).map_err(failed)
+}
+
+fn write_failure(directory: &Path, error: &std::io::Error) -> Failure {
+    Failure::platform("MODEL_WRITE", format!("The checkpoint cannot be written: {error}"))
+        .at(directory.display().to_string())
+        .hint("Free space on this disk, or make the folder writable")
 }
 
 /// One tensor in memory at a time, so that a checkpoint may be larger than the machine.
