@@ -35,7 +35,10 @@ pub use job::{
 };
 pub use outbox::OutboxMessage;
 pub use queue::{ClaimRequest, ENGINE_VERSION, Queue};
-pub use runner::{Ending, Handler, JobContext, Runner, RunnerConfig, RunnerReport, StopReason, StopSignal};
+pub use runner::{
+    Ending, Granted, Handler, HeldJob, JobContext, NamedRun, OnDemand, Runner, RunnerConfig, RunnerReport, StopReason,
+    StopSignal,
+};
 
 /// The examples of the README are compiled and run.
 #[cfg(doctest)]

@@ -6,6 +6,8 @@
 #[path = "../support/database.rs"]
 #[allow(dead_code)]
 mod database;
+#[path = "../support/fake_runpod.rs"]
+mod fake_runpod;
 mod world;
 
 mod cancel;
@@ -15,5 +17,6 @@ mod datasets;
 mod first_adapter;
 mod full_disk;
 mod race;
+mod runpod;
 mod secrets;
 mod trouble;

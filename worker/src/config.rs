@@ -62,6 +62,8 @@ pub struct WorkerSettings {
     pub heartbeat_seconds: u64,
     /// Longest wait between two looks at the queue when no notification arrives.
     pub poll_seconds: u64,
+    /// Accept `http://` addresses of this machine as the data set of a whole RunPod job: for tests.
+    pub loopback_datasets: bool,
 }
 
 /// Where files live.
@@ -98,6 +100,7 @@ impl Default for WorkerSettings {
             lease_seconds: 120,
             heartbeat_seconds: 10,
             poll_seconds: 5,
+            loopback_datasets: false,
         }
     }
 }

@@ -18,6 +18,7 @@
 mod context;
 mod heartbeat;
 mod listener;
+mod on_demand;
 mod running;
 mod sweeper;
 mod task;
@@ -38,6 +39,7 @@ use crate::job::JobFailure;
 use crate::queue::{ClaimRequest, Queue};
 
 pub use context::{JobContext, StopReason, StopSignal};
+pub use on_demand::{Granted, HeldJob, NamedRun, OnDemand};
 use running::{Running, RunningJobs};
 
 /// How long shutdown waits for the release of jobs whose handlers did not stop.

@@ -7,17 +7,19 @@
 mod doctor;
 mod model;
 pub mod output;
+mod serverless;
 pub mod service;
 mod validate;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
 use crate::config::Config;
 use crate::error::{Failure, Result};
+use crate::runpod::LocalFlags;
 use crate::spec::{BaseDtype, Order, Schedule, Supervise, TrainSpec};
 
 /// Trains LoRA adapters from rows of a Postgres table.
@@ -41,7 +43,7 @@ pub enum Command {
     Migrate,
     /// Validate datasets and rescue abandoned jobs
     Orchestrate(OrchestrateArguments),
-    /// Pull jobs from the queue and train them
+    /// Train jobs: from the queue, from RunPod where it has started this process, or from a local API
     Worker(WorkerArguments),
     /// Upload a dataset file and queue a training job for it
     Enqueue(EnqueueArguments),
@@ -117,6 +119,15 @@ pub struct WorkerArguments {
     /// Leave when the queue is empty
     #[arg(long)]
     pub until_idle: bool,
+    /// Serve RunPod's API on this machine instead; RunPod's own clients drive it
+    #[arg(long)]
+    pub serve: bool,
+    /// Port of that API
+    #[arg(long, default_value_t = 8000, value_name = "P")]
+    pub port: u16,
+    /// The flags of RunPod's SDK (`--rp_serve_api`, `--rp_api_port`, `--test_input`, …), which are read before these.
+    #[arg(skip)]
+    pub runpod: LocalFlags,
 }
 
 /// `enqueue`.
@@ -446,9 +457,27 @@ choice!(
     }
 );
 
+/// Reads the command line; ends the program with a message where it is wrong. `worker` also takes the flags of RunPod's SDK.
+pub fn parse() -> Cli {
+    let is_worker = std::env::args_os().nth(1).is_some_and(|command| command == "worker");
+    let texts: std::result::Result<Vec<String>, _> = std::env::args_os().map(std::ffi::OsString::into_string).collect();
+    let (true, Ok(texts)) = (is_worker, texts) else {
+        return Cli::parse();
+    };
+    let (flags, rest) = LocalFlags::parse(texts)
+        .unwrap_or_else(|failure| Cli::command().error(clap::error::ErrorKind::InvalidValue, failure).exit());
+    let mut cli = Cli::parse_from(rest);
+    if let Command::Worker(arguments) = &mut cli.command {
+        arguments.runpod = flags;
+    }
+    cli
+}
+
 /// Runs one command to its exit code.
 pub fn run(cli: Cli) -> ExitCode {
-    init_logging();
+    if !serverless::init_logging(&cli.command) {
+        init_logging();
+    }
     crate::storage::http::install_crypto_provider();
     let json = wants_json(&cli.command);
     let result = tokio::runtime::Builder::new_multi_thread()
@@ -533,7 +562,6 @@ fn init_logging() {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_tree_is_consistent() {

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::output::{self, print_json, print_line};
-use super::{EnqueueArguments, JobArguments, OrchestrateArguments, WorkerArguments};
+use super::{EnqueueArguments, JobArguments, OrchestrateArguments, WorkerArguments, serverless};
 use crate::config::{Config, database_url};
 use crate::error::{Failure, Result};
 use crate::job::run::TrainHandler;
@@ -73,7 +73,7 @@ pub async fn migrate() -> Result<()> {
     print_line(&format!("The schema is in place at {}.", queue.place()))
 }
 
-fn runner_config(config: &Config, slots: usize, until_idle: bool) -> RunnerConfig {
+pub(super) fn runner_config(config: &Config, slots: usize, until_idle: bool) -> RunnerConfig {
     RunnerConfig {
         slots,
         lease: Duration::from_secs(config.worker.lease_seconds),
@@ -119,6 +119,9 @@ pub async fn worker(mut config: Config, arguments: &WorkerArguments) -> Result<(
         config.model.path = Some(model.clone());
     }
     config.worker.slots = arguments.slots.unwrap_or(config.worker.slots).max(1);
+    if let Some(giver) = serverless::Giver::of(arguments) {
+        return serverless::work(config, arguments, giver).await;
+    }
     let storage = open_storage(&config)?;
     let queue = connect().await?;
     // Say now, not with the first job, that the model is not where it should be.
