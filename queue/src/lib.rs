@@ -19,6 +19,7 @@
 
 mod config;
 mod connection;
+mod dispatch;
 mod error;
 mod job;
 mod outbox;
@@ -29,6 +30,7 @@ mod sql;
 mod tls;
 
 pub use config::QueueConfig;
+pub use dispatch::{DispatchEnd, DispatchRequest, DispatchTicket, Dispatched, Spend, WaitingJob};
 pub use error::{Error, Place, Result};
 pub use job::{
     Blame, CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, NewJob,

@@ -16,6 +16,7 @@ mod crash_resume;
 mod datasets;
 mod first_adapter;
 mod full_disk;
+mod push;
 mod race;
 mod runpod;
 mod secrets;

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Failure, Result};
+use crate::orchestrator::settings::OrchestratorSettings;
 use crate::secret::Secret;
 use crate::spec::TrainSpec;
 
@@ -32,6 +33,8 @@ pub struct Config {
     pub train: TrainSpec,
     /// Price of one GPU hour in dollars by the app's GPU type.
     pub prices: Prices,
+    /// Pushing jobs to RunPod.
+    pub orchestrator: OrchestratorSettings,
 }
 
 /// Which base model is trained.
@@ -180,6 +183,7 @@ impl Config {
         })?;
         config.train.check()?;
         config.worker.check()?;
+        config.orchestrator.check()?;
         Ok(config)
     }
 }

@@ -12,6 +12,7 @@
 //! | [`storage`] | where files live: a local folder, Supabase Storage, S3 |
 //! | [`job`] | the life of one job, from claim to the final transaction |
 //! | [`runpod`] | RunPod: the serverless worker, a local stand-in of its API, a client for an orchestrator |
+//! | [`orchestrator`] | pushing waiting jobs to RunPod endpoints; what it counts |
 //! | [`cli`] | the commands of `brightrun` |
 //! | [`config`] | settings of the program: flags, environment, file |
 //! | [`recipe`] | from files to a proven adapter: what the command line and a job share |
@@ -33,6 +34,7 @@ pub mod demo;
 pub mod error;
 pub mod job;
 pub mod model;
+pub mod orchestrator;
 pub mod recipe;
 pub mod runpod;
 pub mod secret;

@@ -41,7 +41,7 @@ pub enum Command {
     Demo(DemoArguments),
     /// Create or update the database schema (`DATABASE_URL`)
     Migrate,
-    /// Validate datasets and rescue abandoned jobs
+    /// Validate datasets, push jobs to RunPod endpoints, rescue abandoned jobs
     Orchestrate(OrchestrateArguments),
     /// Train jobs: from the queue, from RunPod where it has started this process, or from a local API
     Worker(WorkerArguments),
