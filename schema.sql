@@ -2936,7 +2936,9 @@ declare
 begin
     -- Orchestrators count one after the other, or two could both find the last free place, or the last of the money.
     perform pg_catalog.pg_advisory_xact_lock(4702111234474983747);
-    if (select pg_catalog.count(*) from brightrun.dispatch where endpoint = p_endpoint) >= p_most then
+    -- The dispatch of a job that has ended stays until somebody has looked at it, but takes no place.
+    if (select pg_catalog.count(*) from brightrun.dispatch join brightrun.job on job.id = dispatch.job_id
+        where dispatch.endpoint = p_endpoint and job.outcome is null) >= p_most then
         return null;
     end if;
     select ready.claims, job.owner into v_claims, v_owner

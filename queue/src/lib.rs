@@ -17,6 +17,7 @@
 //! 4. Only the database's clock decides, and nobody is declared dead because the database was away.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
+mod clock;
 mod config;
 mod connection;
 mod dispatch;

@@ -39,6 +39,7 @@ statements! {
     OUTBOX_NACK = "outbox_nack";
     MIGRATE_BEGIN = "migrate_begin";
     LISTEN = "listen";
+    CLOCK = "clock";
     DISPATCH_WAITING = "dispatch_waiting";
     DISPATCH_BEGIN = "dispatch_begin";
     DISPATCH_SENT = "dispatch_sent";

@@ -14,6 +14,7 @@ mod cancel;
 mod cli;
 mod crash_resume;
 mod datasets;
+mod faults;
 mod first_adapter;
 mod full_disk;
 mod push;

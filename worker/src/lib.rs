@@ -15,6 +15,7 @@
 //! | [`orchestrator`] | pushing waiting jobs to RunPod endpoints; what it counts |
 //! | [`cli`] | the commands of `brightrun` |
 //! | [`config`] | settings of the program: flags, environment, file |
+//! | [`preflight`] | whether this machine can work: volume, model, storage, database, clock |
 //! | [`recipe`] | from files to a proven adapter: what the command line and a job share |
 //! | [`spec`] | every training setting: default, range, meaning |
 //! | [`demo`] | the main job on one machine, with a private Postgres and a miniature model |
@@ -35,6 +36,7 @@ pub mod error;
 pub mod job;
 pub mod model;
 pub mod orchestrator;
+pub mod preflight;
 pub mod recipe;
 pub mod runpod;
 pub mod secret;

@@ -10,6 +10,7 @@ use serde_json::Value;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::Instrument;
 use uuid::Uuid;
 
 use super::running::{Running, RunningJobs};
@@ -167,7 +168,8 @@ impl OnDemand {
         );
         NamedRun {
             entry,
-            task: tokio::spawn(run),
+            // The caller's span says on whose behalf every line of the log is.
+            task: tokio::spawn(run.in_current_span()),
         }
     }
 }

@@ -4,6 +4,7 @@
 //! (one per step for `train`), nothing else there. Human text goes to standard output, progress bars and logs to standard error.
 //! Exit codes: 0 success, 1 the user's input is at fault, 2 wrong usage, 3 this machine or a service is at fault.
 
+mod deploy;
 mod doctor;
 mod model;
 pub mod output;
@@ -66,7 +67,9 @@ pub enum Command {
     /// Continue a prompt, with or without an adapter
     Generate(GenerateArguments),
     /// Check that everything this machine needs is in place
-    Doctor(OutputArguments),
+    Doctor(DoctorArguments),
+    /// Show the calls that create a RunPod endpoint from `runpod.toml`
+    Deploy(DeployArguments),
     /// Print every setting with its value
     Config,
 }
@@ -128,6 +131,37 @@ pub struct WorkerArguments {
     /// The flags of RunPod's SDK (`--rp_serve_api`, `--rp_api_port`, `--test_input`, …), which are read before these.
     #[arg(skip)]
     pub runpod: LocalFlags,
+}
+
+/// `deploy`.
+#[derive(Debug, Args)]
+pub struct DeployArguments {
+    /// Show the calls; nothing is sent
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Project file
+    #[arg(long, value_name = "FILE", default_value = "runpod.toml")]
+    pub file: PathBuf,
+    /// The image, with its digest
+    #[arg(long, value_name = "IMAGE")]
+    pub image: String,
+    /// Network volume, by RunPod's id
+    #[arg(long, value_name = "ID")]
+    pub volume: Option<String>,
+    /// Output form.
+    #[command(flatten)]
+    pub output: OutputArguments,
+}
+
+/// `doctor`.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct DoctorArguments {
+    /// Only what this machine alone can tell: neither storage nor database is asked
+    #[arg(long)]
+    pub quick: bool,
+    /// Output form.
+    #[command(flatten)]
+    pub output: OutputArguments,
 }
 
 /// `enqueue`.
@@ -516,6 +550,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Eval(arguments) => tokio::task::block_in_place(|| model::eval(&config, arguments)),
         Command::Generate(arguments) => tokio::task::block_in_place(|| model::generate(&config, arguments)),
         Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
+        Command::Deploy(arguments) => deploy::deploy(arguments),
         Command::Config => print_config(&config),
     }
 }
@@ -539,7 +574,8 @@ fn wants_json(command: &Command) -> bool {
         | Command::Train(TrainArguments { output, .. })
         | Command::Eval(EvalArguments { output, .. })
         | Command::Generate(GenerateArguments { output, .. })
-        | Command::Doctor(output) => output.json,
+        | Command::Deploy(DeployArguments { output, .. })
+        | Command::Doctor(DoctorArguments { output, .. }) => output.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }
 }

@@ -13,6 +13,7 @@ use crate::config::{Config, database_url};
 use crate::error::{Failure, Result};
 use crate::job::serverless::{Database, ServerlessHandler};
 use crate::job::services::{Services, open_storage};
+use crate::preflight;
 use crate::runpod::local::{listen, run_once};
 use crate::runpod::{Environment, Handler, LocalApi, LocalOptions, LogLayer, Redactor, Settings, Worker};
 
@@ -85,7 +86,9 @@ pub async fn work(config: Config, arguments: &WorkerArguments, giver: Giver) -> 
                 ..Settings::default()
             };
             let settings = settings.with_variables(&variables)?;
-            let worker = Worker::new(Environment::read(&variables)?, settings);
+            let quick = config.clone();
+            let worker = Worker::new(Environment::read(&variables)?, settings)
+                .check("preflight", move || async move { fit(&preflight::quick(&quick).await) });
             let jobs = tokio::runtime::Handle::current();
             let exit = tokio::task::spawn_blocking(move || worker.run(handler, jobs)).await;
             let exit = exit.map_err(|error| Failure::system("INTERNAL_PANIC", error.to_string()))?;
@@ -95,6 +98,16 @@ pub async fn work(config: Config, arguments: &WorkerArguments, giver: Giver) -> 
     };
     // A handler that cannot be stopped is not waited for: it is the reason for some of these ends.
     std::process::exit(i32::from(code))
+}
+
+/// What the quick checks found wrong, in words for RunPod's console.
+fn fit(checks: &[preflight::Check]) -> std::result::Result<(), String> {
+    let wrong: Vec<&str> = checks
+        .iter()
+        .filter(|check| !check.ok)
+        .map(|check| check.detail.as_str())
+        .collect();
+    if wrong.is_empty() { Ok(()) } else { Err(wrong.join(" ")) }
 }
 
 fn handler(config: &Config, giver: Giver) -> Result<Arc<dyn Handler>> {
