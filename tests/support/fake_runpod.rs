@@ -302,6 +302,15 @@ impl FakeRunPod {
         state.remote.values().cloned().collect()
     }
 
+    /// The next waiting job, as a worker gets it.
+    pub fn take(&self) -> Option<Value> {
+        let mut state = self.state.lock().unwrap();
+        let job = state.jobs.pop_front()?;
+        let id = job["id"].as_str().unwrap_or_default().to_owned();
+        state.becomes(&id, "IN_PROGRESS", &[]);
+        Some(job)
+    }
+
     /// Ends a submitted job as the platform may; no worker gets it any more.
     pub fn end(&self, id: &str, status: &str) {
         let mut state = self.state.lock().unwrap();

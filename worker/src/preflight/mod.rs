@@ -198,7 +198,11 @@ fn gpu(driver: &Path) -> Result<String> {
 }
 
 fn compute(config: &Config) -> Result<String> {
-    Ok(Cpu::new(config.worker.backend_threads())?.name().to_owned())
+    Ok(name_of(&Cpu::new(config.worker.backend_threads())?))
+}
+
+fn name_of<B: Backend>(device: &B) -> String {
+    device.name().to_owned()
 }
 
 async fn storage(config: &Config) -> Result<String> {
