@@ -2874,7 +2874,7 @@ end $$;
 
 -- >>> dispatch
 -- ---------------------------------------------------------------------------------------------------------------------
--- 4.8  Dispatch: pushing waiting jobs to an outside system that starts workers for them (RunPod)
+-- 4.8  Dispatch: pushing waiting jobs to an outside system that starts workers for them (RunPod); webhooks to the app
 -- ---------------------------------------------------------------------------------------------------------------------
 -- A dispatch says that a waiting job was, or is about to be, handed to an endpoint. It grants nothing: the worker that comes
 -- of it claims the job like any other, and a pull worker may be faster. So a job that is sent twice is still run once.
@@ -3094,6 +3094,35 @@ language sql stable security definer set search_path = '' as $$
          (select coalesce(sum(dispatch.reserved), 0)::float8 from brightrun.dispatch where owner = p_owner)
 $$;
 
+-- Topics of the outbox that somebody reads, and until when: nothing is written for nobody.
+create table if not exists brightrun.outbox_topic (
+    topic        text primary key check (topic <> '' and length(topic) <= 100),
+    wanted_until timestamptz not null
+);
+alter table brightrun.outbox_topic enable row level security;
+
+create or replace function brightrun.outbox_subscribe(p_topic text, p_for interval) returns void
+language sql volatile security definer set search_path = '' as $$
+    insert into brightrun.outbox_topic (topic, wanted_until) values (p_topic, brightrun.now() + p_for)
+    on conflict (topic) do update set wanted_until = greatest(outbox_topic.wanted_until, excluded.wanted_until)
+$$;
+
+-- A webhook per step that a user would want to hear of, in the transaction that makes it true.
+create or replace function brightrun.on_training_job_told() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  if exists (select from brightrun.outbox_topic where topic = 'webhook' and wanted_until > brightrun.now()) then
+    perform brightrun.outbox_put('webhook', jsonb_build_object(
+      'type', 'training_job.' || new.status, 'timestamp', now(),
+      'data', jsonb_build_object('job_id', new.id, 'user_id', new.user_id, 'status', new.status, 'artifact_id', new.artifact_id,
+                                 'error_message', new.error_message, 'final_cost', new.final_cost)), new.id::text);
+  end if;
+  return null;
+end $$;
+create or replace trigger brightrun_told after update of status on public.training_jobs
+  for each row when (new.status is distinct from old.status and new.status in ('running', 'completed', 'failed', 'cancelled'))
+  execute function brightrun.on_training_job_told();
+
 do $$
 declare
     v_role text;
@@ -3105,7 +3134,7 @@ begin
             'dispatch_waiting(text,text,integer)', 'dispatch_begin(uuid,text,integer,numeric,numeric,interval)',
             'dispatch_sent(uuid,bigint,text,interval)', 'dispatch_take(integer,interval)',
             'dispatch_again(uuid,bigint,interval)', 'dispatch_over(uuid,bigint)', 'dispatch_failed(uuid,bigint,jsonb)',
-            'dispatch_refuse(uuid,jsonb)', 'dispatch_spend(uuid)'
+            'dispatch_refuse(uuid,jsonb)', 'dispatch_spend(uuid)', 'outbox_subscribe(text,interval)'
         ] loop
             execute format('grant execute on function brightrun.%s to %I', v_name, v_role);
         end loop;

@@ -28,6 +28,7 @@ pub mod private_server;
 mod queue;
 mod runner;
 mod sql;
+mod subscription;
 mod tls;
 
 pub use config::QueueConfig;

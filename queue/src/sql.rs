@@ -40,6 +40,7 @@ statements! {
     MIGRATE_BEGIN = "migrate_begin";
     LISTEN = "listen";
     CLOCK = "clock";
+    OUTBOX_SUBSCRIBE = "outbox_subscribe";
     DISPATCH_WAITING = "dispatch_waiting";
     DISPATCH_BEGIN = "dispatch_begin";
     DISPATCH_SENT = "dispatch_sent";

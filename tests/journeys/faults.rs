@@ -20,7 +20,6 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::database::eventually;
 use crate::fake_runpod::{CANARY_KEY, FakeRunPod, Route, Step};
 use crate::world::World;
 
@@ -123,6 +122,7 @@ impl Run {
     fn restart(&mut self, place: usize, signal: Signal) {
         kill_process(Pid::from_child(&self.workers[place]), signal).unwrap();
         self.workers[place].wait().unwrap();
+        self.plane.lose(&format!("pod{place}"));
         self.workers[place] = self.start_worker(place);
     }
 
@@ -190,6 +190,14 @@ impl Run {
         self.world.database.count(open, &[]).await == 0 && self.world.database.count("brightrun.dispatch", &[]).await == 0
     }
 
+    /// What is known of jobs that have not ended, for a message.
+    async fn open(&self) -> Value {
+        let open = "select coalesce(jsonb_agg(to_jsonb(job) - array['payload'] || jsonb_build_object('dispatch', to_jsonb(dispatch))), '[]')
+                      from brightrun.job_status job left join brightrun.dispatch on dispatch.job_id = job.id
+                     where job.finished_at is null or dispatch.job_id is not null";
+        json!({"rows": self.world.database.json(open, &[]).await, "runpod": self.plane.submitted(), "trace": self.plane.trace()})
+    }
+
     /// Every promise, from the rows and the files alone.
     async fn check(&self, seed: u64) -> Value {
         let database = &self.world.database;
@@ -251,7 +259,11 @@ async fn one_run(seed: u64) -> Value {
         let kind = KINDS[run.random.below(KINDS.len())];
         run.inject(kind).await;
     }
-    eventually("every job is over", || run.is_over()).await;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(180);
+    while !run.is_over().await {
+        assert!(tokio::time::Instant::now() < deadline, "seed {seed} hangs: {:#}", run.open().await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     // Ended jobs' leftovers are swept by whoever works next.
     let last = run.world.job(10, 1).await;
     run.world.becomes(last, "completed").await;

@@ -22,3 +22,4 @@ mod race;
 mod runpod;
 mod secrets;
 mod trouble;
+mod webhooks;

@@ -153,6 +153,8 @@ struct State {
     /// What clients submitted, by id: the object that `/status` answers with.
     remote: BTreeMap<String, Value>,
     submitted: usize,
+    /// Which worker took a job last, the job itself, and how often it was lost.
+    taken: BTreeMap<String, (String, Value, usize)>,
 }
 
 impl State {
@@ -174,6 +176,30 @@ impl State {
         self.jobs.push_back(json!({"id": id, "input": request.json()["input"]}));
         self.remote.insert(id.clone(), json!({"id": id, "status": "IN_QUEUE"}));
         json!({"id": id, "status": "IN_QUEUE"})
+    }
+
+    fn take(&mut self, worker: &str, job: &Value) {
+        let id = job["id"].as_str().unwrap_or_default().to_owned();
+        self.becomes(&id, "IN_PROGRESS", &[]);
+        let lost = self.taken.get(&id).map_or(0, |(_, _, lost)| *lost);
+        self.taken.insert(id, (worker.to_owned(), job.clone(), lost));
+    }
+
+    /// A worker is silent: its jobs are handed out once more, or have failed.
+    fn lose(&mut self, worker: &str) {
+        let ids: Vec<String> = self.taken.keys().cloned().collect();
+        for id in ids {
+            let Some((_, job, lost)) = self.taken.get_mut(&id).filter(|(taker, ..)| taker == worker) else { continue };
+            *lost += 1;
+            let (job, lost) = (job.clone(), *lost);
+            let is_open = self.remote.get(&id).is_some_and(|remote| remote["status"] == "IN_PROGRESS");
+            if is_open && lost == 1 {
+                self.becomes(&id, "IN_QUEUE", &[]);
+                self.jobs.push_back(job);
+            } else if is_open {
+                self.becomes(&id, "FAILED", &[("error", json!("job timed out after 1 retries"))]);
+            }
+        }
     }
 
     fn cancel(&mut self, id: &str) {
@@ -306,9 +332,14 @@ impl FakeRunPod {
     pub fn take(&self) -> Option<Value> {
         let mut state = self.state.lock().unwrap();
         let job = state.jobs.pop_front()?;
-        let id = job["id"].as_str().unwrap_or_default().to_owned();
-        state.becomes(&id, "IN_PROGRESS", &[]);
+        state.take("", &job);
         Some(job)
+    }
+
+    /// Notices that a worker is silent, as the platform does after some missed heartbeats.
+    pub fn lose(&self, worker: &str) {
+        self.state.lock().unwrap().lose(worker);
+        self.changed.notify_waiters();
     }
 
     /// Ends a submitted job as the platform may; no worker gets it any more.
@@ -471,9 +502,9 @@ async fn behave(state: &Mutex<State>, changed: &Notify, request: &Request) -> St
                         .map_or(1, |count| count.parse().unwrap());
                     let count = state.at_once.unwrap_or(asked).min(state.jobs.len());
                     let mut jobs: Vec<Value> = state.jobs.drain(..count).collect();
+                    let worker = request.job().to_owned();
                     for job in &jobs {
-                        let id = job["id"].as_str().unwrap_or_default().to_owned();
-                        state.becomes(&id, "IN_PROGRESS", &[]);
+                        state.take(&worker, job);
                     }
                     let is_single = count == 1 && asked == 1;
                     return Step::json(if is_single {

@@ -20,6 +20,7 @@ use crate::job::services::{Services, model_folder, open_storage};
 use crate::job::validate::ValidateHandler;
 use crate::orchestrator::Orchestrator;
 use crate::orchestrator::metrics::{self, Metrics};
+use crate::orchestrator::webhooks::Webhooks;
 use crate::secret::Secret;
 use crate::storage::name::sanitized_file_name;
 
@@ -150,6 +151,10 @@ pub async fn orchestrate(mut config: Config, arguments: &OrchestrateArguments) -
         let address = metrics::serve(address, queue.clone(), metrics.clone(), pushes, shutdown.clone()).await?;
         print_line(&format!("Serving http://{address}/metrics and /health"))?;
     }
+    if let Some(webhooks) = webhooks(&queue, &config)? {
+        let shutdown = shutdown.clone();
+        tokio::spawn(async move { webhooks.run(&shutdown).await });
+    }
     let validating = validate_runner(queue.clone(), &config, storage, arguments.until_idle).run(shutdown.clone());
     let report = if pushes {
         let key = api_key()?;
@@ -167,6 +172,22 @@ pub async fn orchestrate(mut config: Config, arguments: &OrchestrateArguments) -
     };
     tracing::info!(validated = report.claimed, "the orchestrator ends");
     Ok(())
+}
+
+/// The sender of webhooks, where an address is set.
+fn webhooks(queue: &Queue, config: &Config) -> Result<Option<Webhooks>> {
+    let settings = &config.orchestrator;
+    if settings.webhook_url.is_empty() {
+        return Ok(None);
+    }
+    let secret = std::env::var("BRIGHTRUN_WEBHOOK_SECRET").ok().filter(|secret| !secret.is_empty());
+    let secret = secret.ok_or_else(|| {
+        Failure::user("CONFIG_MISSING", "A webhook is configured, but no secret to sign it with")
+            .at("environment variable `BRIGHTRUN_WEBHOOK_SECRET`")
+            .hint("Set it to a random text, and give the app the same")
+    })?;
+    let poll = Duration::from_secs(settings.poll_seconds);
+    Webhooks::new(queue.clone(), &settings.webhook_url, Secret::new(secret), poll).map(Some)
 }
 
 /// The key of RunPod's public API.

@@ -15,6 +15,7 @@
 //! | [`look`] | what row and RunPod's answer together mean |
 //! | `endpoint` | one endpoint's client, and its rest after trouble |
 //! | [`metrics`] | what is counted; `/metrics` and `/health` |
+//! | [`webhooks`] | the app is told what became of its jobs |
 //!
 //! # Invariants
 //!
@@ -28,6 +29,7 @@ pub mod look;
 pub mod metrics;
 pub mod plan;
 pub mod settings;
+pub mod webhooks;
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -25,6 +25,8 @@ pub struct OrchestratorSettings {
     pub poll_seconds: u64,
     /// Address of `/health` and `/metrics`, such as `127.0.0.1:9187`; empty: neither.
     pub listen: String,
+    /// Address of the app that is told what becomes of its jobs, signed with `BRIGHTRUN_WEBHOOK_SECRET`; empty: none.
+    pub webhook_url: String,
     /// Endpoints that jobs are pushed to; none: every job waits for a pull worker.
     pub endpoints: Vec<EndpointSettings>,
 }
@@ -58,6 +60,7 @@ impl Default for OrchestratorSettings {
             queue_hours: 24.0,
             poll_seconds: 5,
             listen: String::new(),
+            webhook_url: String::new(),
             endpoints: Vec::new(),
         }
     }
