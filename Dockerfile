@@ -45,7 +45,7 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 WORKDIR /home/brightrun
-HEALTHCHECK --interval=5m --timeout=60s --start-period=2m --retries=3 CMD ["brightrun", "doctor", "--json"]
+HEALTHCHECK --interval=5m --timeout=30s --start-period=2m --retries=3 CMD ["brightrun", "doctor", "--quick", "--json"]
 # The exec form: the worker is process 1 and gets SIGTERM itself.
 ENTRYPOINT ["/usr/local/bin/brightrun"]
 CMD ["worker"]

@@ -4281,6 +4281,276 @@ do $$ begin
    order by dataset.created_at;
 end $$;
 
+-- >>> dispatch
+-- ---------------------------------------------------------------------------------------------------------------------
+-- 4.8  Dispatch: pushing waiting jobs to an outside system that starts workers for them (RunPod); webhooks to the app
+-- ---------------------------------------------------------------------------------------------------------------------
+-- A dispatch says that a waiting job was, or is about to be, handed to an endpoint. It grants nothing: the worker that comes
+-- of it claims the job like any other, and a pull worker may be faster. So a job that is sent twice is still run once.
+--
+--   * At most one dispatch per job. It goes when the run outside is known to be over, or the job has ended.
+--   * Orchestrators take dispatches for a while (`due_at`); every act carries the token of the last taking. One that dies
+--     between sending and saying so is replaced after its hold, and the job is sent again.
+--   * A run that ended outside before any worker had claimed the job is an attempt that failed. That goes through the engine,
+--     by a lease of no length, so that retries, history and the app's rows are the same as for every other failure.
+--   * `claims` is the job's count when it was dispatched: another count means that a worker has come.
+-- Lock order: dispatch → baton → the app's rows → job. Only these functions lock a dispatch.
+
+create table if not exists brightrun.dispatch (
+    job_id      uuid primary key references brightrun.job (id) on delete cascade,
+    endpoint    text not null,
+    owner       uuid,
+    reserved    numeric(12,4) not null,
+    claims      integer not null,
+    external_id text,
+    sends       integer not null default 0,
+    token       bigint not null default pg_catalog.nextval('brightrun.lease_token'),
+    created_at  timestamptz not null,
+    sent_at     timestamptz,
+    due_at      timestamptz not null,
+    constraint dispatch_endpoint_is_a_name    check (endpoint <> '' and length(endpoint) <= 200),
+    constraint dispatch_external_id_is_a_name check (length(external_id) between 1 and 500),
+    constraint dispatch_reserve_is_money      check (reserved >= 0),
+    constraint dispatch_sent_iff_named        check ((external_id is null) = (sent_at is null))
+);
+create index if not exists dispatch_due on brightrun.dispatch (due_at);
+alter table brightrun.dispatch enable row level security;
+
+-- Waiting jobs of a kind that are not dispatched, in the order a claim would take them.
+create or replace function brightrun.dispatch_waiting(p_queue text, p_kind text, p_limit integer)
+returns table (job_id uuid, owner uuid, payload jsonb, attempt integer)
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+    perform brightrun._promote(brightrun.now());
+    return query
+    select ready.job_id, job.owner, job.payload, ready.attempt::integer
+    from brightrun.ready
+    join brightrun.job on job.id = ready.job_id
+    where ready.queue = p_queue and ready.kind = p_kind and ready.ready_seq is not null
+      and not exists (select from brightrun.dispatch where dispatch.job_id = ready.job_id)
+    order by ready.priority, ready.ready_seq limit p_limit;
+end
+$$;
+
+-- Takes a waiting job for an endpoint that has fewer than p_most dispatches, while its owner's money lasts (null: always). The
+-- token, or null: the endpoint is full, too much is set aside for the owner's other jobs, or the job is not there to be had.
+create or replace function brightrun.dispatch_begin(p_job_id uuid, p_endpoint text, p_most integer, p_reserved numeric,
+                                                    p_owner_most numeric, p_hold interval) returns bigint
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+    v_now    timestamptz := brightrun.now();
+    v_claims integer;
+    v_owner  uuid;
+    v_token  bigint;
+begin
+    -- Orchestrators count one after the other, or two could both find the last free place, or the last of the money.
+    perform pg_catalog.pg_advisory_xact_lock(4702111234474983747);
+    -- The dispatch of a job that has ended stays until somebody has looked at it, but takes no place.
+    if (select pg_catalog.count(*) from brightrun.dispatch join brightrun.job on job.id = dispatch.job_id
+        where dispatch.endpoint = p_endpoint and job.outcome is null) >= p_most then
+        return null;
+    end if;
+    select ready.claims, job.owner into v_claims, v_owner
+    from brightrun.ready join brightrun.job on job.id = ready.job_id
+    where ready.job_id = p_job_id and ready.ready_seq is not null and job.cancel_requested_at is null
+    for update of ready skip locked;
+    if not found or (v_owner is not null and p_owner_most < (select (spend.spent + spend.reserved)::numeric + p_reserved
+                                                              from brightrun.dispatch_spend(v_owner) as spend)) then
+        return null;
+    end if;
+    insert into brightrun.dispatch (job_id, endpoint, owner, reserved, claims, created_at, due_at)
+    values (p_job_id, p_endpoint, v_owner, p_reserved, v_claims, v_now, v_now + p_hold)
+    on conflict do nothing
+    returning token into v_token;
+    return v_token;
+end
+$$;
+
+-- The endpoint has the job under this name; look at it after p_look. False: somebody else has taken the dispatch since.
+create or replace function brightrun.dispatch_sent(p_job_id uuid, p_token bigint, p_external_id text, p_look interval)
+returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+    v_now      timestamptz := brightrun.now();
+    v_dispatch brightrun.dispatch;
+    v_ready    brightrun.ready;
+    v_detail   jsonb;
+begin
+    select * into v_dispatch from brightrun.dispatch where job_id = p_job_id and token = p_token for update;
+    if not found then
+        return false;
+    end if;
+    select * into v_ready from brightrun.ready where job_id = p_job_id for update skip locked;
+    -- A worker that was faster than this call has more to tell than that the job was sent.
+    if found and v_ready.claims = v_dispatch.claims then
+        v_detail := brightrun._detail(pg_catalog.jsonb_build_object('external_job_id', p_external_id,
+                                      'endpoint', v_dispatch.endpoint), v_ready.attempt, null);
+        perform brightrun._append(p_job_id, 'submitted', v_detail, v_ready.attempt, null, null);
+        perform brightrun._project(v_ready.kind, p_job_id, 'submitted', v_detail);
+    end if;
+    update brightrun.job set external_id = p_external_id where id = p_job_id and outcome is null;
+    update brightrun.dispatch
+    set external_id = p_external_id, sent_at = v_now, due_at = v_now + p_look, sends = sends + 1
+    where job_id = p_job_id;
+    return true;
+end
+$$;
+
+-- Dispatches that are to be looked at, kept from other orchestrators for p_hold, with what is known of their jobs.
+create or replace function brightrun.dispatch_take(p_limit integer, p_hold interval)
+returns table (job_id uuid, token bigint, endpoint text, external_id text, sent_seconds float8, state text, worker text,
+               was_claimed boolean, cancel_requested boolean, payload jsonb)
+language plpgsql volatile security definer set search_path = '' as $$
+#variable_conflict use_column
+declare
+    v_now timestamptz := brightrun.now();
+begin
+    return query
+    with due as materialized (
+        select dispatch.job_id from brightrun.dispatch where due_at <= v_now order by due_at limit p_limit
+        for update skip locked
+    ), taken as (
+        update brightrun.dispatch
+        set token = pg_catalog.nextval('brightrun.lease_token'), due_at = v_now + p_hold
+        from due where dispatch.job_id = due.job_id
+        returning dispatch.*
+    )
+    select taken.job_id, taken.token, taken.endpoint, taken.external_id,
+           extract(epoch from v_now - taken.sent_at)::float8, job_status.state, job_status.worker,
+           job_status.claims <> taken.claims, job_status.cancel_requested_at is not null, job_status.payload
+    from taken join brightrun.job_status on job_status.id = taken.job_id;
+end
+$$;
+
+-- Look again after p_after.
+create or replace function brightrun.dispatch_again(p_job_id uuid, p_token bigint, p_after interval) returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+    update brightrun.dispatch set due_at = brightrun.now() + p_after where job_id = p_job_id and token = p_token;
+    return found;
+end
+$$;
+
+-- The run outside is over, or never began: a job that still waits may be dispatched again.
+create or replace function brightrun.dispatch_over(p_job_id uuid, p_token bigint) returns boolean
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+    delete from brightrun.dispatch where job_id = p_job_id and token = p_token;
+    return found;
+end
+$$;
+
+-- Fails a waiting job as an attempt that no worker lived to begin. Its new state; null where it does not wait.
+create or replace function brightrun._fail_waiting(p_job_id uuid, p_worker text, p_error jsonb) returns text
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_kind  text;
+    v_lease brightrun.lease;
+begin
+    select kind into v_kind from brightrun.ready where job_id = p_job_id for update skip locked;
+    if not found or brightrun._grant(v_kind, array[p_job_id], p_worker, interval '1 minute') = '{}' then
+        return null;
+    end if;
+    select * into v_lease from brightrun.lease where job_id = p_job_id;
+    return brightrun._fail(v_lease, p_error, null);
+end
+$$;
+
+-- The run outside ended badly before any worker had claimed the job. Returns the job's new state, 'claimed' where a worker has
+-- come after all, or null: the dispatch is not the caller's any more, or the job is just being claimed.
+create or replace function brightrun.dispatch_failed(p_job_id uuid, p_token bigint, p_error jsonb) returns text
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+    v_dispatch brightrun.dispatch;
+    v_claims   integer;
+    v_state    text;
+begin
+    select * into v_dispatch from brightrun.dispatch where job_id = p_job_id and token = p_token for update;
+    if not found then
+        return null;
+    end if;
+    select claims into v_claims from brightrun.ready where job_id = p_job_id for update skip locked;
+    if not found then
+        return null;
+    end if;
+    if v_claims = v_dispatch.claims then
+        v_state := brightrun._fail_waiting(p_job_id, 'endpoint ' || v_dispatch.endpoint, p_error);
+        if v_state is null then
+            return null;
+        end if;
+    end if;
+    delete from brightrun.dispatch where job_id = p_job_id;
+    return coalesce(v_state, 'claimed');
+end
+$$;
+
+-- A waiting job that must not be sent at all, for what it would cost. Null where it does not wait any more.
+create or replace function brightrun.dispatch_refuse(p_job_id uuid, p_error jsonb) returns text
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+    if exists (select from brightrun.dispatch where job_id = p_job_id) then
+        return null;
+    end if;
+    return brightrun._fail_waiting(p_job_id, 'orchestrator', p_error);
+end
+$$;
+
+-- What a user's jobs have cost since the month began (UTC), and what is set aside for those that are dispatched.
+create or replace function brightrun.dispatch_spend(p_owner uuid) returns table (spent float8, reserved float8)
+language sql stable security definer set search_path = '' as $$
+  select (select coalesce(sum(amount), 0)::float8 from public.cost_records
+           where user_id = p_owner and billing_period >= date_trunc('month', brightrun.now() at time zone 'utc')::date),
+         (select coalesce(sum(dispatch.reserved), 0)::float8 from brightrun.dispatch where owner = p_owner)
+$$;
+
+-- Topics of the outbox that somebody reads, and until when: nothing is written for nobody.
+create table if not exists brightrun.outbox_topic (
+    topic        text primary key check (topic <> '' and length(topic) <= 100),
+    wanted_until timestamptz not null
+);
+alter table brightrun.outbox_topic enable row level security;
+
+create or replace function brightrun.outbox_subscribe(p_topic text, p_for interval) returns void
+language sql volatile security definer set search_path = '' as $$
+    insert into brightrun.outbox_topic (topic, wanted_until) values (p_topic, brightrun.now() + p_for)
+    on conflict (topic) do update set wanted_until = greatest(outbox_topic.wanted_until, excluded.wanted_until)
+$$;
+
+-- A webhook per step that a user would want to hear of, in the transaction that makes it true.
+create or replace function brightrun.on_training_job_told() returns trigger
+language plpgsql security definer set search_path = '' as $$
+begin
+  if exists (select from brightrun.outbox_topic where topic = 'webhook' and wanted_until > brightrun.now()) then
+    perform brightrun.outbox_put('webhook', jsonb_build_object(
+      'type', 'training_job.' || new.status, 'timestamp', now(),
+      'data', jsonb_build_object('job_id', new.id, 'user_id', new.user_id, 'status', new.status, 'artifact_id', new.artifact_id,
+                                 'error_message', new.error_message, 'final_cost', new.final_cost)), new.id::text);
+  end if;
+  return null;
+end $$;
+create or replace trigger brightrun_told after update of status on public.training_jobs
+  for each row when (new.status is distinct from old.status and new.status in ('running', 'completed', 'failed', 'cancelled'))
+  execute function brightrun.on_training_job_told();
+
+do $$
+declare
+    v_role text;
+    v_name text;
+begin
+    foreach v_role in array array['brightrun_worker', 'service_role'] loop
+        continue when to_regrole(v_role) is null;
+        foreach v_name in array array[
+            'dispatch_waiting(text,text,integer)', 'dispatch_begin(uuid,text,integer,numeric,numeric,interval)',
+            'dispatch_sent(uuid,bigint,text,interval)', 'dispatch_take(integer,interval)',
+            'dispatch_again(uuid,bigint,interval)', 'dispatch_over(uuid,bigint)', 'dispatch_failed(uuid,bigint,jsonb)',
+            'dispatch_refuse(uuid,jsonb)', 'dispatch_spend(uuid)', 'outbox_subscribe(text,interval)'
+        ] loop
+            execute format('grant execute on function brightrun.%s to %I', v_name, v_role);
+        end loop;
+    end loop;
+end $$;
+-- <<< dispatch
+
 -- =====================================================================================================================
 -- 5  PRIVILEGES
 -- =====================================================================================================================

@@ -19,8 +19,10 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::panic))]
 
 mod bulk;
+mod clock;
 mod config;
 mod connection;
+mod dispatch;
 mod error;
 mod job;
 mod lane;
@@ -30,10 +32,12 @@ pub mod private_server;
 mod queue;
 mod runner;
 mod sql;
+mod subscription;
 mod tls;
 mod wake;
 
 pub use config::QueueConfig;
+pub use dispatch::{DispatchEnd, DispatchRequest, DispatchTicket, Dispatched, Spend, WaitingJob};
 pub use error::{Error, Place, Result};
 pub use job::{
     Blame, CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, Machine, NewJob,
@@ -43,7 +47,10 @@ pub use lane::{Batch, BatchJob, BatchPlace, Lane, LaneConfig, LaneHandler, LaneR
 pub use operate::{Alarm, Finding, Schedule, Scope, TopJob};
 pub use outbox::OutboxMessage;
 pub use queue::{ClaimRequest, ENGINE_VERSION, Queue};
-pub use runner::{Ending, Handler, JobContext, Runner, RunnerConfig, RunnerReport, StopReason, StopSignal};
+pub use runner::{
+    Ending, Granted, Handler, HeldJob, JobContext, NamedRun, OnDemand, Runner, RunnerConfig, RunnerReport, StopReason,
+    StopSignal,
+};
 
 /// The examples of the README are compiled and run.
 #[cfg(doctest)]

@@ -62,4 +62,15 @@ statements! {
     OUTBOX_NACK = "outbox_nack";
     MIGRATE_BEGIN = "migrate_begin";
     LISTEN = "listen";
+    CLOCK = "clock";
+    OUTBOX_SUBSCRIBE = "outbox_subscribe";
+    DISPATCH_WAITING = "dispatch_waiting";
+    DISPATCH_BEGIN = "dispatch_begin";
+    DISPATCH_SENT = "dispatch_sent";
+    DISPATCH_TAKE = "dispatch_take";
+    DISPATCH_AGAIN = "dispatch_again";
+    DISPATCH_OVER = "dispatch_over";
+    DISPATCH_FAILED = "dispatch_failed";
+    DISPATCH_REFUSE = "dispatch_refuse";
+    DISPATCH_SPEND = "dispatch_spend";
 }

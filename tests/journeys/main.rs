@@ -6,14 +6,20 @@
 #[path = "../support/database.rs"]
 #[allow(dead_code)]
 mod database;
+#[path = "../support/fake_runpod.rs"]
+mod fake_runpod;
 mod world;
 
 mod cancel;
 mod cli;
 mod crash_resume;
 mod datasets;
+mod faults;
 mod first_adapter;
 mod full_disk;
+mod push;
 mod race;
+mod runpod;
 mod secrets;
 mod trouble;
+mod webhooks;

@@ -1,7 +1,7 @@
 //! A scripted control plane: speaks HTTP/1.1 by hand, so that tests see raw requests and can misbehave in every way a network can.
 //!
 //! Without a script it behaves well: takes are long polls that hand out queued jobs, results and heartbeats are accepted, the stop channel
-//! names queued ids. A script for a route answers its next requests instead, in order.
+//! names queued ids; clients submit, look and cancel over the same jobs. A script for a route answers its next requests instead, in order.
 #![allow(dead_code, clippy::unwrap_used, clippy::panic)]
 
 use std::collections::{BTreeMap, VecDeque};
@@ -27,6 +27,9 @@ pub enum Route {
     Stream,
     Stop,
     Ping,
+    Run,
+    Status,
+    Cancel,
     Other,
 }
 
@@ -147,6 +150,66 @@ struct State {
     /// Hand out this many at once, whatever was asked for.
     at_once: Option<usize>,
     stops: Vec<Value>,
+    /// What clients submitted, by id: the object that `/status` answers with.
+    remote: BTreeMap<String, Value>,
+    submitted: usize,
+    /// Which worker took a job last, the job itself, and how often it was lost.
+    taken: BTreeMap<String, (String, Value, usize)>,
+}
+
+impl State {
+    /// Gives a submitted job a status, unless it has a final one.
+    fn becomes(&mut self, id: &str, status: &str, more: &[(&str, Value)]) {
+        let Some(job) = self.remote.get_mut(id) else { return };
+        if ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"].iter().any(|over| job["status"] == *over) {
+            return;
+        }
+        job["status"] = json!(status);
+        for (name, value) in more {
+            job[*name] = value.clone();
+        }
+    }
+
+    fn submit(&mut self, request: &Request) -> Value {
+        self.submitted += 1;
+        let id = format!("remote-{}-u1", self.submitted);
+        self.jobs.push_back(json!({"id": id, "input": request.json()["input"]}));
+        self.remote.insert(id.clone(), json!({"id": id, "status": "IN_QUEUE"}));
+        json!({"id": id, "status": "IN_QUEUE"})
+    }
+
+    fn take(&mut self, worker: &str, job: &Value) {
+        let id = job["id"].as_str().unwrap_or_default().to_owned();
+        self.becomes(&id, "IN_PROGRESS", &[]);
+        let lost = self.taken.get(&id).map_or(0, |(_, _, lost)| *lost);
+        self.taken.insert(id, (worker.to_owned(), job.clone(), lost));
+    }
+
+    /// A worker is silent: its jobs are handed out once more, or have failed.
+    fn lose(&mut self, worker: &str) {
+        let ids: Vec<String> = self.taken.keys().cloned().collect();
+        for id in ids {
+            let Some((_, job, lost)) = self.taken.get_mut(&id).filter(|(taker, ..)| taker == worker) else { continue };
+            *lost += 1;
+            let (job, lost) = (job.clone(), *lost);
+            let is_open = self.remote.get(&id).is_some_and(|remote| remote["status"] == "IN_PROGRESS");
+            if is_open && lost == 1 {
+                self.becomes(&id, "IN_QUEUE", &[]);
+                self.jobs.push_back(job);
+            } else if is_open {
+                self.becomes(&id, "FAILED", &[("error", json!("job timed out after 1 retries"))]);
+            }
+        }
+    }
+
+    fn cancel(&mut self, id: &str) {
+        let waited = self.jobs.len();
+        self.jobs.retain(|job| job["id"] != id);
+        if self.jobs.len() == waited {
+            self.stops.push(json!(id));
+        }
+        self.becomes(id, "CANCELLED", &[]);
+    }
 }
 
 /// The control plane. Its own runtime keeps it going when a test blocks; dropping it closes every connection.
@@ -252,6 +315,45 @@ impl FakeRunPod {
     pub fn stop(&self, ids: impl IntoIterator<Item = Value>) {
         self.state.lock().unwrap().stops.extend(ids);
         self.changed.notify_waiters();
+    }
+
+    /// The base address of the public API.
+    pub fn api(&self) -> String {
+        format!("{}/v2", self.url())
+    }
+
+    /// Jobs that clients have submitted, oldest first: id, status and input.
+    pub fn submitted(&self) -> Vec<Value> {
+        let state = self.state.lock().unwrap();
+        state.remote.values().cloned().collect()
+    }
+
+    /// The next waiting job, as a worker gets it.
+    pub fn take(&self) -> Option<Value> {
+        let mut state = self.state.lock().unwrap();
+        let job = state.jobs.pop_front()?;
+        state.take("", &job);
+        Some(job)
+    }
+
+    /// Notices that a worker is silent, as the platform does after some missed heartbeats.
+    pub fn lose(&self, worker: &str) {
+        self.state.lock().unwrap().lose(worker);
+        self.changed.notify_waiters();
+    }
+
+    /// Ends a submitted job as the platform may; no worker gets it any more.
+    pub fn end(&self, id: &str, status: &str) {
+        let mut state = self.state.lock().unwrap();
+        state.jobs.retain(|job| job["id"] != id);
+        state.becomes(id, status, &[]);
+    }
+
+    /// Forgets a submitted job, as the platform does when its time to live is over.
+    pub fn forget(&self, id: &str) {
+        let mut state = self.state.lock().unwrap();
+        state.jobs.retain(|job| job["id"] != id);
+        state.remote.remove(id);
     }
 
     pub fn requests(&self) -> Vec<Request> {
@@ -400,6 +502,10 @@ async fn behave(state: &Mutex<State>, changed: &Notify, request: &Request) -> St
                         .map_or(1, |count| count.parse().unwrap());
                     let count = state.at_once.unwrap_or(asked).min(state.jobs.len());
                     let mut jobs: Vec<Value> = state.jobs.drain(..count).collect();
+                    let worker = request.job().to_owned();
+                    for job in &jobs {
+                        state.take(&worker, job);
+                    }
                     let is_single = count == 1 && asked == 1;
                     return Step::json(if is_single {
                         jobs.swap_remove(0)
@@ -416,6 +522,38 @@ async fn behave(state: &Mutex<State>, changed: &Notify, request: &Request) -> St
                     if let Some(step) = state.scripts.get_mut(&request.route).and_then(VecDeque::pop_front) {
                         return step;
                     }
+                }
+                Route::Done => {
+                    let body = request.json();
+                    let part = |name: &str| body.get(name).map(|value| (name.to_owned(), value.clone()));
+                    let parts: Vec<_> = ["output", "error"].into_iter().filter_map(part).collect();
+                    let parts: Vec<_> = parts.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+                    let status = match (request.is_progress(), body.get("error").is_some()) {
+                        (true, _) => "IN_PROGRESS",
+                        (false, true) => "FAILED",
+                        (false, false) => "COMPLETED",
+                    };
+                    state.becomes(request.job(), status, &parts);
+                    return Step::status(200);
+                }
+                Route::Run => {
+                    let answer = state.submit(request);
+                    changed.notify_waiters();
+                    return Step::json(answer);
+                }
+                Route::Status => {
+                    return match state.remote.get(request.job()) {
+                        Some(job) => Step::json(job.clone()),
+                        None => Step::status(404),
+                    };
+                }
+                Route::Cancel => {
+                    state.cancel(request.job());
+                    changed.notify_waiters();
+                    return match state.remote.get(request.job()) {
+                        Some(job) => Step::json(job.clone()),
+                        None => Step::status(404),
+                    };
                 }
                 _ => return Step::status(200),
             }
@@ -450,6 +588,9 @@ async fn read_head(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> std::io::Res
         ("/job-stream", Route::Stream),
         ("/job-stop", Route::Stop),
         ("/ping", Route::Ping),
+        ("/status/", Route::Status),
+        ("/cancel/", Route::Cancel),
+        ("/run", Route::Run),
     ];
     let route = routes.into_iter().find(|(part, _)| target.contains(part));
     Ok(Some(Request {

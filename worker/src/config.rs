@@ -18,6 +18,7 @@ use crate::error::{Failure, Result};
 use crate::model::load::snapshot::SnapshotSettings;
 use crate::model::load::stream::Limits;
 use crate::model::{LoadSettings, ModelRoots};
+use crate::orchestrator::settings::OrchestratorSettings;
 use crate::secret::Secret;
 use crate::spec::TrainSpec;
 
@@ -35,6 +36,8 @@ pub struct Config {
     pub train: TrainSpec,
     /// Price of one GPU hour in dollars by the app's GPU type.
     pub prices: Prices,
+    /// Pushing jobs to RunPod.
+    pub orchestrator: OrchestratorSettings,
 }
 
 /// Which base model is trained.
@@ -76,6 +79,8 @@ pub struct WorkerSettings {
     pub heartbeat_seconds: u64,
     /// Longest wait between two looks at the queue when no notification arrives.
     pub poll_seconds: u64,
+    /// Accept `http://` addresses of this machine as the data set of a whole RunPod job: for tests.
+    pub loopback_datasets: bool,
 }
 
 /// What computes.
@@ -160,6 +165,7 @@ impl Default for WorkerSettings {
             lease_seconds: 120,
             heartbeat_seconds: 10,
             poll_seconds: 5,
+            loopback_datasets: false,
         }
     }
 }
@@ -239,6 +245,7 @@ impl Config {
         })?;
         config.train.check()?;
         config.worker.check()?;
+        config.orchestrator.check()?;
         Ok(config)
     }
 }

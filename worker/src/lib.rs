@@ -14,8 +14,10 @@
 //! | [`hub`] | models from a hub to a folder: room checked first, resumed, verified |
 //! | [`job`] | the life of one job, from claim to the final transaction |
 //! | [`runpod`] | RunPod: the serverless worker, a local stand-in of its API, a client for an orchestrator |
+//! | [`orchestrator`] | pushing waiting jobs to RunPod endpoints; what it counts |
 //! | [`cli`] | the commands of `brightrun` |
 //! | [`config`] | settings of the program: flags, environment, file |
+//! | [`preflight`] | whether this machine can work: volume, model, storage, database, clock |
 //! | [`recipe`] | from files to a proven adapter: what the command line and a job share |
 //! | [`spec`] | every training setting: default, range, meaning |
 //! | [`demo`] | the main job on one machine, with a private Postgres and a miniature model |
@@ -37,6 +39,8 @@ pub mod hub;
 pub mod job;
 pub mod model;
 pub mod plan;
+pub mod orchestrator;
+pub mod preflight;
 pub mod recipe;
 pub mod runpod;
 pub mod secret;

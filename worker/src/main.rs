@@ -2,9 +2,8 @@
 
 use std::process::ExitCode;
 
-use brightrun_worker::cli::{self, Cli};
-use clap::Parser;
+use brightrun_worker::cli;
 
 fn main() -> ExitCode {
-    cli::run(Cli::parse())
+    cli::run(cli::parse())
 }

@@ -20,6 +20,7 @@ mod context;
 mod endings;
 mod heartbeat;
 pub(crate) mod listener;
+mod on_demand;
 pub(crate) mod running;
 pub(crate) mod sweeper;
 pub(crate) mod task;
@@ -41,6 +42,7 @@ use crate::queue::{ClaimRequest, Queue};
 use crate::wake::{Look, WakeUp};
 
 pub use context::{JobContext, StopReason, StopSignal};
+pub use on_demand::{Granted, HeldJob, NamedRun, OnDemand};
 use running::{Running, RunningJobs};
 
 /// How long shutdown waits for the release of jobs whose handlers did not stop.

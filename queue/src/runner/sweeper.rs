@@ -13,7 +13,7 @@ const SWEEP_LIMIT: usize = 100;
 
 /// Sweeps further apart than this many intervals (or two seconds) count as an outage, after which
 /// leases get a full length before they are judged.
-const GAP_INTERVALS: u32 = 4;
+pub(super) const GAP_INTERVALS: u32 = 4;
 
 /// Sweeps until `end`.
 pub(crate) async fn run(queue: Queue, config: RunnerConfig, end: CancellationToken) {

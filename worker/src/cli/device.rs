@@ -12,7 +12,7 @@ use crate::config::{Config, DeviceChoice};
 use crate::error::{Failure, Result};
 
 /// A backend that was opened.
-pub(super) enum Chosen {
+pub(crate) enum Chosen {
     Cpu(Cpu),
     Cuda(Cuda),
     Emulated(Emulated),
@@ -50,7 +50,7 @@ impl Chosen {
     ///
     /// # Errors
     /// When it was named and is not there, or does not start.
-    pub(super) fn by(config: &Config) -> Result<Self> {
+    pub(crate) fn by(config: &Config) -> Result<Self> {
         let threads = config.worker.backend_threads();
         match config.worker.device {
             DeviceChoice::Cpu => Ok(Self::Cpu(Cpu::new(threads)?)),

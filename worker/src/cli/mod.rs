@@ -4,7 +4,8 @@
 //! (one per step for `train`), nothing else there. Human text goes to standard output, progress bars and logs to standard error.
 //! Exit codes: 0 success, 1 the user's input is at fault, 2 wrong usage, 3 this machine or a service is at fault.
 
-mod device;
+pub(crate) mod device;
+mod deploy;
 mod doctor;
 pub mod export;
 mod kernels;
@@ -13,6 +14,7 @@ mod model;
 pub mod output;
 pub mod plan;
 mod queue;
+mod serverless;
 pub mod service;
 mod snapshot;
 mod synth;
@@ -21,11 +23,12 @@ mod validate;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
 use crate::config::{Config, DeviceChoice};
 use crate::error::{Failure, Result};
+use crate::runpod::LocalFlags;
 use crate::spec::{BaseDtype, OptimizerKind, Order, Schedule, Supervise, TrainSpec};
 
 /// Trains LoRA adapters from rows of a Postgres table.
@@ -50,9 +53,9 @@ pub enum Command {
     Demo(DemoArguments),
     /// Create or update the database schema (`DATABASE_URL`)
     Migrate,
-    /// Validate datasets and rescue abandoned jobs
+    /// Validate datasets, push jobs to RunPod endpoints, rescue abandoned jobs
     Orchestrate(OrchestrateArguments),
-    /// Pull jobs from the queue and train them
+    /// Train jobs: from the queue, from RunPod where it has started this process, or from a local API
     Worker(WorkerArguments),
     /// Upload a dataset file and queue a training job for it
     Enqueue(EnqueueArguments),
@@ -85,9 +88,11 @@ pub enum Command {
     /// Snapshots of quantised weights: make, list, verify, remove
     Snapshot(snapshot::SnapshotArguments),
     /// Check that everything this machine needs is in place
-    Doctor(OutputArguments),
+    Doctor(DoctorArguments),
     /// Look at the queue and operate it
     Queue(queue::QueueArguments),
+    /// Show the calls that create a RunPod endpoint from `runpod.toml`
+    Deploy(DeployArguments),
     /// Print every setting with its value
     Config,
     /// The GPU's kernels: list them, compile them ahead of time, see which devices there are
@@ -168,6 +173,46 @@ pub struct WorkerArguments {
     /// Leave when the queue is empty
     #[arg(long)]
     pub until_idle: bool,
+    /// Serve RunPod's API on this machine instead; RunPod's own clients drive it
+    #[arg(long)]
+    pub serve: bool,
+    /// Port of that API
+    #[arg(long, default_value_t = 8000, value_name = "P")]
+    pub port: u16,
+    /// The flags of RunPod's SDK (`--rp_serve_api`, `--rp_api_port`, `--test_input`, …), which are read before these.
+    #[arg(skip)]
+    pub runpod: LocalFlags,
+}
+
+/// `deploy`.
+#[derive(Debug, Args)]
+pub struct DeployArguments {
+    /// Show the calls; nothing is sent
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Project file
+    #[arg(long, value_name = "FILE", default_value = "runpod.toml")]
+    pub file: PathBuf,
+    /// The image, with its digest
+    #[arg(long, value_name = "IMAGE")]
+    pub image: String,
+    /// Network volume, by RunPod's id
+    #[arg(long, value_name = "ID")]
+    pub volume: Option<String>,
+    /// Output form.
+    #[command(flatten)]
+    pub output: OutputArguments,
+}
+
+/// `doctor`.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct DoctorArguments {
+    /// Only what this machine alone can tell: neither storage nor database is asked
+    #[arg(long)]
+    pub quick: bool,
+    /// Output form.
+    #[command(flatten)]
+    pub output: OutputArguments,
 }
 
 /// `enqueue`.
@@ -530,9 +575,27 @@ choice!(
     }
 );
 
+/// Reads the command line; ends the program with a message where it is wrong. `worker` also takes the flags of RunPod's SDK.
+pub fn parse() -> Cli {
+    let is_worker = std::env::args_os().nth(1).is_some_and(|command| command == "worker");
+    let texts: std::result::Result<Vec<String>, _> = std::env::args_os().map(std::ffi::OsString::into_string).collect();
+    let (true, Ok(texts)) = (is_worker, texts) else {
+        return Cli::parse();
+    };
+    let (flags, rest) = LocalFlags::parse(texts)
+        .unwrap_or_else(|failure| Cli::command().error(clap::error::ErrorKind::InvalidValue, failure).exit());
+    let mut cli = Cli::parse_from(rest);
+    if let Command::Worker(arguments) = &mut cli.command {
+        arguments.runpod = flags;
+    }
+    cli
+}
+
 /// Runs one command to its exit code.
 pub fn run(cli: Cli) -> ExitCode {
-    init_logging();
+    if !serverless::init_logging(&cli.command) {
+        init_logging();
+    }
     crate::storage::http::install_crypto_provider();
     let json = wants_json(&cli.command);
     let result = tokio::runtime::Builder::new_multi_thread()
@@ -588,6 +651,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Snapshot(arguments) => tokio::task::block_in_place(|| snapshot::snapshot(&config, arguments)),
         Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
         Command::Queue(arguments) => queue::run(arguments).await,
+        Command::Deploy(arguments) => deploy::deploy(arguments),
         Command::Config => print_config(&config),
         Command::Kernels(command) => tokio::task::block_in_place(|| kernels::kernels(command)),
     }
@@ -622,7 +686,8 @@ fn wants_json(command: &Command) -> bool {
         )
         | Command::Fetch(fetch::FetchArguments { output, .. })
         | Command::Synth(synth::SynthArguments { output, .. })
-        | Command::Doctor(output) => output.json,
+        | Command::Deploy(DeployArguments { output, .. })
+        | Command::Doctor(DoctorArguments { output, .. }) => output.json,
         Command::Snapshot(arguments) => arguments.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }
@@ -646,7 +711,6 @@ fn init_logging() {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_tree_is_consistent() {

@@ -12,12 +12,16 @@ use uuid::Uuid;
 
 use super::device::on_device;
 use super::output::{self, print_json, print_line};
-use super::{EnqueueArguments, JobArguments, OrchestrateArguments, WorkerArguments};
+use super::{EnqueueArguments, JobArguments, OrchestrateArguments, WorkerArguments, serverless};
 use crate::config::{Config, database_url};
 use crate::error::{Failure, Result};
 use crate::job::run::TrainHandler;
 use crate::job::services::{Services, model_folder, open_storage};
 use crate::job::validate::ValidateHandler;
+use crate::orchestrator::Orchestrator;
+use crate::orchestrator::metrics::{self, Metrics};
+use crate::orchestrator::webhooks::Webhooks;
+use crate::secret::Secret;
 use crate::storage::name::sanitized_file_name;
 
 /// The schema, whole: what `brightrun migrate` applies.
@@ -73,7 +77,7 @@ pub async fn migrate() -> Result<()> {
     print_line(&format!("The schema is in place at {}.", queue.place()))
 }
 
-fn runner_config(config: &Config, slots: usize, until_idle: bool) -> RunnerConfig {
+pub(super) fn runner_config(config: &Config, slots: usize, until_idle: bool) -> RunnerConfig {
     RunnerConfig {
         slots,
         lease: Duration::from_secs(config.worker.lease_seconds),
@@ -118,6 +122,9 @@ pub async fn worker(mut config: Config, arguments: &WorkerArguments) -> Result<(
         config.model.path = Some(model.clone());
     }
     config.worker.slots = arguments.slots.unwrap_or(config.worker.slots).max(1);
+    if let Some(giver) = serverless::Giver::of(arguments) {
+        return serverless::work(config, arguments, giver).await;
+    }
     let storage = open_storage(&config)?;
     let queue = connect().await?;
     // Say now, not with the first job, that the model is not where it should be.
@@ -130,14 +137,69 @@ pub async fn worker(mut config: Config, arguments: &WorkerArguments) -> Result<(
 }
 
 /// `brightrun orchestrate`.
-pub async fn orchestrate(config: Config, arguments: &OrchestrateArguments) -> Result<()> {
+pub async fn orchestrate(mut config: Config, arguments: &OrchestrateArguments) -> Result<()> {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    config.orchestrator = std::mem::take(&mut config.orchestrator).with_aliases(variable)?;
     let storage = open_storage(&config)?;
     let queue = connect().await?;
-    let report = validate_runner(queue, &config, storage, arguments.until_idle)
-        .run(shutdown_token())
-        .await?;
+    let shutdown = shutdown_token();
+    let metrics = Arc::new(Metrics::default());
+    let pushes = !config.orchestrator.endpoints.is_empty();
+    if !config.orchestrator.listen.is_empty() {
+        let address = &config.orchestrator.listen;
+        let address = metrics::serve(address, queue.clone(), metrics.clone(), pushes, shutdown.clone()).await?;
+        print_line(&format!("Serving http://{address}/metrics and /health"))?;
+    }
+    if let Some(webhooks) = webhooks(&queue, &config)? {
+        let shutdown = shutdown.clone();
+        tokio::spawn(async move { webhooks.run(&shutdown).await });
+    }
+    let validating = validate_runner(queue.clone(), &config, storage, arguments.until_idle).run(shutdown.clone());
+    let report = if pushes {
+        let key = api_key()?;
+        let orchestrator = Orchestrator::new(queue, config.clone(), &key, metrics)?;
+        // With --until-idle the pushing ends with the validation: what is pushed then belongs to the next start.
+        let over = CancellationToken::new();
+        let validating = async {
+            let report = validating.await;
+            over.cancel();
+            report
+        };
+        tokio::join!(validating, orchestrator.run(&over)).0?
+    } else {
+        validating.await?
+    };
     tracing::info!(validated = report.claimed, "the orchestrator ends");
     Ok(())
+}
+
+/// The sender of webhooks, where an address is set.
+fn webhooks(queue: &Queue, config: &Config) -> Result<Option<Webhooks>> {
+    let settings = &config.orchestrator;
+    if settings.webhook_url.is_empty() {
+        return Ok(None);
+    }
+    let secret = std::env::var("BRIGHTRUN_WEBHOOK_SECRET").ok().filter(|secret| !secret.is_empty());
+    let secret = secret.ok_or_else(|| {
+        Failure::user("CONFIG_MISSING", "A webhook is configured, but no secret to sign it with")
+            .at("environment variable `BRIGHTRUN_WEBHOOK_SECRET`")
+            .hint("Set it to a random text, and give the app the same")
+    })?;
+    let poll = Duration::from_secs(settings.poll_seconds);
+    Webhooks::new(queue.clone(), &settings.webhook_url, Secret::new(secret), poll).map(Some)
+}
+
+/// The key of RunPod's public API.
+fn api_key() -> Result<Secret> {
+    ["RUNPOD_API_KEY", "GPU_CLUSTER_API_KEY"]
+        .iter()
+        .find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+        .map(Secret::new)
+        .ok_or_else(|| {
+            Failure::user("CONFIG_MISSING", "An endpoint is configured, but no RunPod API key")
+                .at("environment variable `RUNPOD_API_KEY`")
+                .hint("Set it to a key that may use the endpoints of the setting `orchestrator.endpoints`")
+        })
 }
 
 async fn status_of(queue: &Queue, job: Uuid) -> Result<JobStatus> {

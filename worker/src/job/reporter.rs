@@ -1,10 +1,12 @@
 //! From the training thread to the heartbeat: progress, chart points, and the question whether to stop.
 
+use std::sync::Arc;
 use std::time::Instant;
 
-use brightrun_queue::{JobContext, StopReason};
+use brightrun_queue::StopReason;
 
 use super::chart::is_charted;
+use super::link::Link;
 use super::projection::{self, Metrics, Point, Progress};
 use crate::recipe::Delivery;
 use crate::train::{self, Control, EvaluationReport, StepReport, TrainEvents};
@@ -52,9 +54,9 @@ impl Stage {
     }
 }
 
-/// Listens to a run and speaks to the queue.
+/// Listens to a run and speaks to the queue, or to whoever sent the job.
 pub struct Reporter {
-    context: JobContext,
+    link: Arc<dyn Link>,
     started: Instant,
     stage: Stage,
     points: Vec<Point>,
@@ -64,9 +66,9 @@ pub struct Reporter {
 
 impl Reporter {
     /// A reporter for a job whose compute began at `started`.
-    pub fn new(context: JobContext, started: Instant) -> Self {
+    pub fn new(link: Arc<dyn Link>, started: Instant) -> Self {
         Self {
-            context,
+            link,
             started,
             stage: Stage::Training,
             points: Vec::new(),
@@ -89,7 +91,7 @@ impl Reporter {
 
     /// Why the run was stopped.
     pub fn stop_reason(&self) -> StopReason {
-        self.context.stop().requested().unwrap_or(StopReason::Shutdown)
+        self.link.stop().unwrap_or(StopReason::Shutdown)
     }
 
     /// The last step's measurements with the proven held-out loss.
@@ -116,10 +118,12 @@ impl Reporter {
 
     fn say(&self) {
         let latest = self.latest.as_ref();
-        let share = latest.map_or(0.0, |report| report.step as f64 / report.total_steps.max(1) as f64);
         let (begin, end) = (Stage::Training.begins_at(), Stage::Verifying.begins_at());
-        self.context.progress(projection::encode(&Progress {
-            progress: self.stage.begins_at().max(begin + (end - begin) * share),
+        let trained = latest.map_or(0.0, |report| {
+            begin + (end - begin) * (report.step as f64 / report.total_steps.max(1) as f64)
+        });
+        self.link.progress(projection::encode(&Progress {
+            progress: self.stage.begins_at().max(trained),
             stage: self.stage.name(),
             epoch: latest.map(epoch_of),
             step: latest.map(|report| report.step as u64),
@@ -138,7 +142,7 @@ fn epoch_of(report: &StepReport) -> u64 {
 
 impl TrainEvents for Reporter {
     fn control(&mut self) -> Control {
-        match self.context.stop().requested() {
+        match self.link.stop() {
             None => Control::Continue,
             Some(StopReason::Shutdown) => Control::Stop(train::StopReason::Shutdown),
             Some(_) => Control::Stop(train::StopReason::Cancel),

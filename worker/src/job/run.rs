@@ -10,16 +10,17 @@ use serde::Serialize;
 use serde_json::Value;
 use tracing::Instrument;
 
+use super::compute::{Computed, OwnedLabels, Work, compute};
 use super::input::{Resolved, TrainJob};
 use super::projection::{self, Completed, Progress, ResolvedReport, RunningReport};
 use super::reporter::{Reporter, Stage};
-use super::services::{Loaded, Services, blocking};
-use crate::artifact::{self, AdapterDtype, Destination};
+use super::services::{Services, blocking};
+use crate::artifact::{self, Destination};
 use crate::dataset;
 use crate::error::{Blame, Failure, Result};
-use crate::recipe::{self, Checkpoints, Delivery, Labels, Learnt, Prepared};
+use crate::recipe::{self, Prepared};
 use crate::storage::Fetched;
-use crate::train::{self, data_order::DataOrder};
+use crate::train::data_order::DataOrder;
 
 /// Runs jobs of kind `train`.
 pub struct TrainHandler<B: Backend> {
@@ -107,7 +108,18 @@ impl<B: Backend> Attempt<B> {
             dataset_name: job.dataset.name.clone(),
             warnings,
         };
-        let (reporter, learnt, delivery) = self.compute(loaded, Arc::new(data), &resolved, labels.clone()).await?;
+        let work = Work {
+            data: Arc::new(data),
+            spec: resolved.spec.clone(),
+            labels: labels.clone(),
+            folder: self.services.job_folder(job.job_id),
+        };
+        let reporter = Reporter::new(Arc::new(self.context.clone()), self.started);
+        let Computed {
+            reporter,
+            learnt,
+            delivery,
+        } = compute(loaded, work, reporter).await?.map_err(Interruption::Stopped)?;
 
         self.stage(Stage::Uploading)?;
         let destination = Destination {
@@ -270,59 +282,6 @@ impl<B: Backend> Attempt<B> {
             .storage
             .probe(&self.services.config.storage.models_bucket, &prefix)
             .await
-    }
-
-    /// Training, writing and proving, on a thread of its own.
-    async fn compute(
-        &self,
-        loaded: Arc<Loaded<B>>,
-        data: Arc<Prepared>,
-        resolved: &Resolved,
-        labels: OwnedLabels,
-    ) -> std::result::Result<(Reporter, Learnt<B>, Delivery), Interruption> {
-        let folder = self.services.job_folder(labels.job_id);
-        let spec = resolved.spec.clone();
-        let mut reporter = Reporter::new(self.context.clone(), self.started);
-        blocking(move || {
-            let checkpoints = folder.join("checkpoints");
-            let place = Checkpoints {
-                folder: &checkpoints,
-                resume: true,
-            };
-            reporter.enter(Stage::Training);
-            let learnt = recipe::learn(&loaded.base, &data, &spec, Some(place), &mut reporter)?;
-            if let train::Outcome::Stopped(_) = learnt.summary.outcome {
-                return Ok(Err(reporter.stop_reason()));
-            }
-            reporter.enter(Stage::Verifying);
-            let labels = labels.borrow(&loaded.template);
-            let delivery = recipe::deliver(&loaded.base, &data, &spec, &learnt, &labels, &folder.join("artifact"))?;
-            Ok(Ok((reporter, learnt, delivery)))
-        })
-        .await?
-        .map_err(Interruption::Stopped)
-    }
-}
-
-/// [`Labels`] that can cross to another thread.
-#[derive(Clone)]
-struct OwnedLabels {
-    job_id: uuid::Uuid,
-    base_model: String,
-    dataset_name: String,
-    warnings: Vec<String>,
-}
-
-impl OwnedLabels {
-    fn borrow<'a>(&self, template: &'a crate::template::ChatTemplate) -> Labels<'a> {
-        Labels {
-            template,
-            job_id: self.job_id,
-            base_model: self.base_model.clone(),
-            dataset_name: self.dataset_name.clone(),
-            adapter_dtype: AdapterDtype::F32,
-            warnings: self.warnings.clone(),
-        }
     }
 }
 

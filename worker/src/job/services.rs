@@ -110,8 +110,8 @@ impl<B: Backend> Services<B> {
         self.config.worker.work_dir.join("jobs").join(job_id.to_string())
     }
 
-    /// Removes the folders of jobs that have ended, and what was uploaded for those that were cancelled: their last worker may
-    /// have died, or learnt of the cancel only after its upload. Best effort: what cannot be asked or removed stays.
+    /// Removes the folders of jobs that have ended, and what was uploaded for those that were not completed: their last worker
+    /// may have died, or learnt of the cancel only after its upload. Best effort: what cannot be asked or removed stays.
     pub async fn sweep_job_folders(&self, queue: &Queue) {
         let Ok(entries) = std::fs::read_dir(self.config.worker.work_dir.join("jobs")) else {
             return;
@@ -126,7 +126,7 @@ impl<B: Backend> Services<B> {
             if !status.state.is_terminal() {
                 continue;
             }
-            if status.state == JobState::Cancelled
+            if status.state != JobState::Completed
                 && let Some(owner) = status.owner
             {
                 self.remove_uploaded(owner, job_id).await;

@@ -33,6 +33,7 @@
 //! | [`logs`], [`redact`] | lines as RunPod's console reads them, without credentials |
 //! | [`local`] | the public API on this machine |
 //! | [`client`], [`status`] | the public API from an orchestrator's side |
+//! | [`deploy`] | the calls that would create an endpoint |
 //! | [`pace`] | every waiting time |
 //!
 //! # Invariants
@@ -75,13 +76,16 @@
 //! | Z01 | `runpod_process.rs`, with 3,000 jobs and not 10,000 |
 //! | Z02 | property tests of [`job`] |
 //!
-//! Not covered, and why: **D03** (resume after a crash) is a property of the handler, not of the protocol. **H01**'s upper bound of ten
+//! **D03** (resume after a crash) is a property of the handler: `tests/journeys/runpod.rs`.
+//!
+//! Not covered, and why: **H01**'s upper bound of ten
 //! per cent and **T17**'s 100 ms are not timed, since tests time nothing; intervals are bounded from below, and T17 counts heartbeats
 //! during fifty jobs. **R21** refuses an oversize output and never spills it to storage: outputs are references here. **S06** refuses and
 //! never splits. **R22** runs for seconds and not for sixty. The **realtime** mode (`RUNPOD_REALTIME_PORT`) does not exist: no current
 //! documentation mentions it. Bundled root certificates are not carried; the image has the system's.
 
 pub mod client;
+pub mod deploy;
 pub mod environment;
 pub mod handler;
 pub mod job;

@@ -1,0 +1,1 @@
+select brightrun.now()

@@ -1,0 +1,1 @@
+select brightrun.dispatch_again($1, $2, make_interval(secs => $3))

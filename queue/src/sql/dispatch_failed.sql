@@ -1,0 +1,1 @@
+select brightrun.dispatch_failed($1, $2, $3)

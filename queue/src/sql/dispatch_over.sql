@@ -1,0 +1,1 @@
+select brightrun.dispatch_over($1, $2)

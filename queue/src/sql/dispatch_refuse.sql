@@ -1,0 +1,1 @@
+select brightrun.dispatch_refuse($1, $2)

@@ -1,0 +1,1 @@
+select spent, reserved from brightrun.dispatch_spend($1)

@@ -1,0 +1,1 @@
+select job_id, owner, payload, attempt from brightrun.dispatch_waiting($1, $2, $3)

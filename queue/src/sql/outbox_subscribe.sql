@@ -1,0 +1,1 @@
+select brightrun.outbox_subscribe($1, make_interval(secs => $2))
