@@ -6,7 +6,8 @@ needs torch, transformers 5, peft 0.19 or later.
     tests/peft_layout_check.py CASE /tmp/exported
 
 Golden cases were recorded with PEFT's rewriting of target_modules on mixtures of experts switched off; here it is on, as it is by
-default. Fails when logits differ by more than a thousandth of what the adapter changes.
+default. Fails when logits differ by more than a hundredth of what the adapter changes: on one recorded case, with routed experts, the
+peer is four thousandths away from its own record. Adapters loaded as PEFT rewrites them are ninety hundredths away.
 """
 import json, sys, torch
 from peft import PeftModel
@@ -22,4 +23,4 @@ with torch.no_grad():
 difference = (logits - expected["lora.logits"]).abs().max().item()
 changed = (expected["base.logits"] - expected["lora.logits"]).abs().max().item()
 print(json.dumps({"case": case, "largest_difference": difference, "adapter_changes": changed}))
-sys.exit(difference > 1e-3 * changed)
+sys.exit(difference > 1e-2 * changed)
