@@ -254,10 +254,7 @@ impl Queue {
     pub async fn dispatch_refuse(&self, job_id: Uuid, failure: &JobFailure) -> Result<Option<JobState>> {
         let error = encoded(failure)?;
         let told: Option<String> = self
-            .value(
-                sql::DISPATCH_REFUSE,
-                &[(&job_id, Type::UUID), (&error, Type::JSONB)],
-            )
+            .value(sql::DISPATCH_REFUSE, &[(&job_id, Type::UUID), (&error, Type::JSONB)])
             .await?;
         told.as_deref().map(JobState::parse).transpose()
     }

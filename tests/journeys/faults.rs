@@ -114,8 +114,12 @@ impl Run {
 
     fn start_worker(&self, place: usize) -> Child {
         let mut command = self.world.brightrun(&["worker"]);
-        command.envs(self.plane.variables()).env("RUNPOD_POD_ID", format!("pod{place}"));
-        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        command
+            .envs(self.plane.variables())
+            .env("RUNPOD_POD_ID", format!("pod{place}"));
+        command
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null());
         command.spawn().unwrap()
     }
 
@@ -139,13 +143,21 @@ impl Run {
             }
             "results reset" => self.plane.script(Route::Done, vec![Step::Drop; 4]),
             "control plane down" => {
-                for route in [Route::Take, Route::Done, Route::Ping, Route::Stop, Route::Run, Route::Status] {
+                for route in [
+                    Route::Take,
+                    Route::Done,
+                    Route::Ping,
+                    Route::Stop,
+                    Route::Run,
+                    Route::Status,
+                ] {
                     self.plane.script(route, vec![Step::DropEarly; 3]);
                 }
             }
             "429 storm" => {
                 for route in [Route::Run, Route::Status, Route::Cancel, Route::Take, Route::Done] {
-                    self.plane.script(route, vec![Step::status(429).with("Retry-After", "1"); 2]);
+                    self.plane
+                        .script(route, vec![Step::status(429).with("Retry-After", "1"); 2]);
                 }
             }
             "duplicate delivery" => self.redeliver().await,
@@ -182,12 +194,14 @@ impl Run {
     async fn redeliver(&mut self) {
         let job = self.jobs[self.random.below(self.jobs.len())];
         self.duplicates += 1;
-        self.plane.job(&format!("again-{}-e1", self.duplicates), json!({"job_id": job}));
+        self.plane
+            .job(&format!("again-{}-e1", self.duplicates), json!({"job_id": job}));
     }
 
     async fn is_over(&self) -> bool {
         let open = "brightrun.job where outcome is null";
-        self.world.database.count(open, &[]).await == 0 && self.world.database.count("brightrun.dispatch", &[]).await == 0
+        self.world.database.count(open, &[]).await == 0
+            && self.world.database.count("brightrun.dispatch", &[]).await == 0
     }
 
     /// What is known of jobs that have not ended, for a message.
@@ -207,14 +221,21 @@ impl Run {
             let told = format!("seed {seed}, job {job}");
             let row = database.job(*job).await;
             let status = row["status"].as_str().unwrap().to_owned();
-            assert_eq!(database.engine_state(*job).await.as_deref(), Some(status.as_str()), "{told}");
+            assert_eq!(
+                database.engine_state(*job).await.as_deref(),
+                Some(status.as_str()),
+                "{told}"
+            );
             if self.cancelled.contains(job) {
                 assert_eq!(status, "cancelled", "a cancel was overwritten: {told}");
             }
             let ended = "brightrun.event where job_id = $1 and event in ('completed', 'failed', 'cancelled')";
             assert_eq!(database.count(ended, &[job]).await, 1, "{told}");
             let costs = database.count("cost_records where job_id = $1", &[job]).await;
-            assert!(costs == 1 || (costs == 0 && row["started_at"].is_null()), "{told}: {costs} cost records");
+            assert!(
+                costs == 1 || (costs == 0 && row["started_at"].is_null()),
+                "{told}: {costs} cost records"
+            );
             let artifacts = database.count("model_artifacts where job_id = $1", &[job]).await;
             assert_eq!(artifacts, i64::from(status == "completed"), "{told}, {status}");
             self.check_files(*job, status == "completed", &told);
@@ -261,7 +282,11 @@ async fn one_run(seed: u64) -> Value {
     }
     let deadline = tokio::time::Instant::now() + Duration::from_secs(180);
     while !run.is_over().await {
-        assert!(tokio::time::Instant::now() < deadline, "seed {seed} hangs: {:#}", run.open().await);
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "seed {seed} hangs: {:#}",
+            run.open().await
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     // Ended jobs' leftovers are swept by whoever works next.

@@ -68,13 +68,18 @@ impl Cloud {
     fn worker(&self, pod: &str) -> Worker {
         let log = std::fs::File::create(self.world.folder.path().join(format!("{pod}.log"))).unwrap();
         let mut command = self.world.brightrun(&["worker"]);
-        command.envs(self.plane.variables()).env("RUNPOD_POD_ID", pod).stdout(log);
+        command
+            .envs(self.plane.variables())
+            .env("RUNPOD_POD_ID", pod)
+            .stdout(log);
         Worker(command.spawn().unwrap())
     }
 
     fn runs(&self, job: Uuid) -> usize {
         let runs = self.plane.of(Route::Run);
-        runs.iter().filter(|request| request.json()["input"]["job_id"] == json!(job)).count()
+        runs.iter()
+            .filter(|request| request.json()["input"]["job_id"] == json!(job))
+            .count()
     }
 
     async fn row(&self, job: Uuid) -> Value {
@@ -105,7 +110,11 @@ async fn a_row_is_pushed_trained_by_the_endpoints_worker_and_forgotten_at_runpod
     cloud.world.becomes(job, "completed").await;
     eventually("no dispatch is left", || async { cloud.dispatches().await == 0 }).await;
     let run = cloud.plane.of(Route::Run).remove(0);
-    assert_eq!(run.json()["input"], json!({"job_id": job}), "a reference and nothing else");
+    assert_eq!(
+        run.json()["input"],
+        json!({"job_id": job}),
+        "a reference and nothing else"
+    );
     assert!(run.json()["policy"]["executionTimeout"].as_u64().unwrap() >= 3_600_000);
     assert_eq!(cloud.runs(job), 1);
     assert!(cloud.plane.of(Route::Cancel).is_empty(), "{}", cloud.plane.trace());
@@ -125,7 +134,9 @@ async fn two_orchestrators_push_each_job_once_and_no_more_than_the_endpoint_take
     });
     // Looks at RunPod are made by both, several times, before anything may go on.
     let plane = cloud.plane.clone();
-    tokio::task::spawn_blocking(move || plane.more(Route::Status, 12)).await.unwrap();
+    tokio::task::spawn_blocking(move || plane.more(Route::Status, 12))
+        .await
+        .unwrap();
     assert_eq!((cloud.plane.of(Route::Run).len(), cloud.dispatches().await), (4, 4));
     let _workers = [cloud.worker("pod1"), cloud.worker("pod2")];
     for job in &jobs {
@@ -144,7 +155,9 @@ async fn a_run_that_ends_before_a_worker_came_is_an_attempt_and_the_last_one_fai
     let mut known = String::new();
     for (attempt, status) in ["FAILED", "TIMED_OUT", "CANCELLED"].into_iter().enumerate() {
         eventually("a new run", || async {
-            cloud.row(job).await["external_job_id"].as_str().is_some_and(|id| id != known)
+            cloud.row(job).await["external_job_id"]
+                .as_str()
+                .is_some_and(|id| id != known)
         })
         .await;
         known = cloud.submitted(job).await;
@@ -152,7 +165,10 @@ async fn a_run_that_ends_before_a_worker_came_is_an_attempt_and_the_last_one_fai
         cloud.plane.end(&known, status);
     }
     let row = cloud.world.becomes(job, "failed").await;
-    assert!(row["error_message"].as_str().unwrap().contains("[RUNPOD_CANCELLED]"), "{row:#}");
+    assert!(
+        row["error_message"].as_str().unwrap().contains("[RUNPOD_CANCELLED]"),
+        "{row:#}"
+    );
     assert_eq!(cloud.runs(job), 3);
     assert!(pushing.metrics.text().contains("brightrun_push_lost_total 3\n"));
     eventually("no dispatch is left", || async { cloud.dispatches().await == 0 }).await;
@@ -190,7 +206,11 @@ async fn a_storm_of_429_and_an_answer_that_got_lost_delay_a_job_and_nothing_else
     let cloud = Cloud::new().await;
     cloud.plane.script(
         Route::Run,
-        [Step::status(429).with("Retry-After", "1"), Step::status(500), Step::status(503)],
+        [
+            Step::status(429).with("Retry-After", "1"),
+            Step::status(500),
+            Step::status(503),
+        ],
     );
     let job = cloud.world.job(10, 1).await;
     let _pushing = cloud.push().await;
@@ -198,7 +218,14 @@ async fn a_storm_of_429_and_an_answer_that_got_lost_delay_a_job_and_nothing_else
     let _worker = cloud.worker("pod1");
     cloud.world.becomes(job, "completed").await;
     assert_eq!(cloud.row(job).await["retry_count"], 0);
-    assert_eq!(cloud.world.database.count("cost_records where job_id = $1", &[&job]).await, 1);
+    assert_eq!(
+        cloud
+            .world
+            .database
+            .count("cost_records where job_id = $1", &[&job])
+            .await,
+        1
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -215,7 +242,11 @@ async fn an_orchestrator_that_died_between_submitting_and_noting_it_is_replaced(
     let _workers = [cloud.worker("pod1"), cloud.worker("pod2")];
     cloud.world.becomes(job, "completed").await;
     let claims = "brightrun.event where job_id = $1 and event in ('claimed', 'resumed')";
-    assert_eq!(cloud.world.database.count(claims, &[&job]).await, 1, "two runs outside, one inside");
+    assert_eq!(
+        cloud.world.database.count(claims, &[&job]).await,
+        1,
+        "two runs outside, one inside"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -227,7 +258,8 @@ async fn a_pull_worker_that_is_faster_calls_the_run_at_runpod_off() {
     let puller = cloud.world.worker().await;
     eventually("the run is called off", || async {
         let jobs = cloud.plane.submitted();
-        jobs.iter().any(|job| job["id"] == json!(remote) && job["status"] == "CANCELLED")
+        jobs.iter()
+            .any(|job| job["id"] == json!(remote) && job["status"] == "CANCELLED")
     })
     .await;
     cloud.world.becomes(job, "completed").await;
@@ -244,7 +276,8 @@ async fn what_costs_too_much_is_refused_with_the_reason_and_a_month_is_not_overd
         let world = &cloud.world;
         async move {
             let job = world.job(10, 1).await;
-            let set = "update brightrun.job set payload = jsonb_set(payload, '{estimated_total_cost}', to_jsonb($2::float8))
+            let set =
+                "update brightrun.job set payload = jsonb_set(payload, '{estimated_total_cost}', to_jsonb($2::float8))
                        where id = $1";
             database.owner.execute(set, &[&job, &dollars]).await.unwrap();
             job
@@ -255,16 +288,34 @@ async fn what_costs_too_much_is_refused_with_the_reason_and_a_month_is_not_overd
     let second = priced(28.0).await;
     let _pushing = cloud.push().await;
     let row = cloud.world.becomes(expensive, "failed").await;
-    assert!(row["error_message"].as_str().unwrap().contains("[JOB_TOO_EXPENSIVE]"), "{row:#}");
+    assert!(
+        row["error_message"].as_str().unwrap().contains("[JOB_TOO_EXPENSIVE]"),
+        "{row:#}"
+    );
     cloud.submitted(first).await;
     let plane = cloud.plane.clone();
-    tokio::task::spawn_blocking(move || plane.more(Route::Status, 3)).await.unwrap();
-    assert_eq!(cloud.runs(second), 0, "what is set aside for the first leaves too little for the second");
+    tokio::task::spawn_blocking(move || plane.more(Route::Status, 3))
+        .await
+        .unwrap();
+    assert_eq!(
+        cloud.runs(second),
+        0,
+        "what is set aside for the first leaves too little for the second"
+    );
     let spent = "insert into cost_records (user_id, job_id, cost_type, amount, details, billing_period)
                  values ($1, $2, 'training_compute', 40, '{}', (now() at time zone 'utc')::date)";
-    cloud.world.database.owner.execute(spent, &[&cloud.world.user, &first]).await.unwrap();
+    cloud
+        .world
+        .database
+        .owner
+        .execute(spent, &[&cloud.world.user, &first])
+        .await
+        .unwrap();
     let row = cloud.world.becomes(second, "failed").await;
-    assert!(row["error_message"].as_str().unwrap().contains("[USER_SPEND_LIMIT]"), "{row:#}");
+    assert!(
+        row["error_message"].as_str().unwrap().contains("[USER_SPEND_LIMIT]"),
+        "{row:#}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -272,19 +323,50 @@ async fn the_command_pushes_serves_its_numbers_and_says_what_is_missing() {
     use std::io::BufRead;
     let mut cloud = Cloud::new().await;
     cloud.world.config.orchestrator.listen = "127.0.0.1:0".to_owned();
-    let refused = cloud.world.brightrun(&["orchestrate"]).env_remove("RUNPOD_API_KEY").output().unwrap();
+    let refused = cloud
+        .world
+        .brightrun(&["orchestrate"])
+        .env_remove("RUNPOD_API_KEY")
+        .output()
+        .unwrap();
     assert!(String::from_utf8_lossy(&refused.stderr).contains("RUNPOD_API_KEY"));
     let job = cloud.world.job(10, 1).await;
     let mut command = cloud.world.brightrun(&["orchestrate"]);
     let mut child = Worker(command.env("RUNPOD_API_KEY", CANARY_KEY).spawn().unwrap());
     let mut line = String::new();
-    std::io::BufReader::new(child.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    let base = line.trim().strip_prefix("Serving ").unwrap().split("/metrics").next().unwrap().to_owned();
+    std::io::BufReader::new(child.0.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    let base = line
+        .trim()
+        .strip_prefix("Serving ")
+        .unwrap()
+        .split("/metrics")
+        .next()
+        .unwrap()
+        .to_owned();
     cloud.submitted(job).await;
     let client = reqwest::Client::new();
-    let health: Value = client.get(format!("{base}/health")).send().await.unwrap().json().await.unwrap();
+    let health: Value = client
+        .get(format!("{base}/health"))
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     assert_eq!(health["ok"], true, "{health}");
-    let text = client.get(format!("{base}/metrics")).send().await.unwrap().text().await.unwrap();
-    assert!(text.contains("brightrun_jobs{queue=\"default\",kind=\"train\",state=\"ready\"} 1"), "{text}");
+    let text = client
+        .get(format!("{base}/metrics"))
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap();
+    assert!(
+        text.contains("brightrun_jobs{queue=\"default\",kind=\"train\",state=\"ready\"} 1"),
+        "{text}"
+    );
     assert!(text.contains("brightrun_push_sent_total 1") && !text.contains(CANARY_KEY));
 }

@@ -56,7 +56,9 @@ impl Drop for Serverless {
 
 async fn result(plane: &Arc<FakeRunPod>, delivery: &str) -> Value {
     let (plane, delivery) = (Arc::clone(plane), delivery.to_owned());
-    tokio::task::spawn_blocking(move || plane.result(&delivery)).await.unwrap()
+    tokio::task::spawn_blocking(move || plane.result(&delivery))
+        .await
+        .unwrap()
 }
 
 async fn events(world: &World, job: Uuid, names: &[&str]) -> i64 {
@@ -68,7 +70,10 @@ async fn events(world: &World, job: Uuid, names: &[&str]) -> i64 {
 
 async fn one_of_everything(world: &World, job: Uuid) {
     for table in ["model_artifacts", "cost_records"] {
-        let count = world.database.count(&format!("{table} where job_id = $1"), &[&job]).await;
+        let count = world
+            .database
+            .count(&format!("{table} where job_id = $1"), &[&job])
+            .await;
         assert_eq!(count, 1, "{table}");
     }
     assert_eq!(world.leases(job).await, 0);
@@ -88,7 +93,9 @@ async fn a_job_that_runpod_names_is_trained_and_a_second_delivery_gets_the_same_
     let first = result(&plane, "first-e1").await;
     assert_eq!(first["output"]["status"], "success", "{first}");
     assert_eq!(first["output"]["model_metadata"]["base_model"], BASE_MODEL);
-    let path = first["output"]["artifacts"]["adapter_model.safetensors"].as_str().unwrap();
+    let path = first["output"]["artifacts"]["adapter_model.safetensors"]
+        .as_str()
+        .unwrap();
     assert!(world.storage_folder().join("lora-models").join(path).exists());
     let row = world.database.job(job).await;
     assert_eq!(row["status"], "completed", "{row:#}");
@@ -142,7 +149,10 @@ async fn sigterm_gives_the_row_back_unposted_and_the_next_delivery_continues_to_
     let _next = Serverless::start(&world, &plane, "next.log");
     plane.job("r-e1", json!({"job_id": job}));
     assert_eq!(result(&plane, "r-e1").await["output"]["status"], "success");
-    assert!(world.adapter(job) == world.adapter(undisturbed), "stopped after step {reached}: other bytes");
+    assert!(
+        world.adapter(job) == world.adapter(undisturbed),
+        "stopped after step {reached}: other bytes"
+    );
     one_of_everything(&world, job).await;
 }
 
@@ -195,12 +205,18 @@ async fn a_job_that_cannot_be_done_fails_with_an_error_in_words() {
     let (world, plane) = (World::new().await, Arc::new(FakeRunPod::start()));
     let worker = Serverless::start(&world, &plane, "worker.log");
     plane.job("unknown-e1", json!({"job_id": Uuid::new_v4()}));
-    assert_eq!(error_of(&result(&plane, "unknown-e1").await)["error_code"], "JOB_NOT_FOUND");
+    assert_eq!(
+        error_of(&result(&plane, "unknown-e1").await)["error_code"],
+        "JOB_NOT_FOUND"
+    );
     plane.job("empty-e1", json!({}));
     let told = error_of(&result(&plane, "empty-e1").await);
     assert_eq!(told["error_code"], "JOB_INPUT_INVALID");
     let message = told["error_message"].as_str().unwrap();
-    assert!(message.starts_with("Validation error: Missing required field: job_id"), "{message}");
+    assert!(
+        message.starts_with("Validation error: Missing required field: job_id"),
+        "{message}"
+    );
     let refused = world.insert(Uuid::new_v4(), settings(1)).await;
     plane.job("missing-e1", json!({"job_id": refused}));
     let told = error_of(&result(&plane, "missing-e1").await);
@@ -232,7 +248,10 @@ async fn a_whole_job_needs_no_database_and_answers_in_the_words_of_the_app() {
     let worker = Serverless::start_alone(&world, &plane);
     plane.job("refused-e1", whole(&url));
     let told = error_of(&result(&plane, "refused-e1").await);
-    assert_eq!(told["error_code"], "STORAGE_URL_INVALID", "unencrypted addresses need the setting: {told}");
+    assert_eq!(
+        told["error_code"], "STORAGE_URL_INVALID",
+        "unencrypted addresses need the setting: {told}"
+    );
     assert_eq!(worker.leave(), Some(0));
 
     world.config.worker.loopback_datasets = true;
@@ -240,15 +259,25 @@ async fn a_whole_job_needs_no_database_and_answers_in_the_words_of_the_app() {
     plane.job("whole-e1", whole(&url));
     let answer = result(&plane, "whole-e1").await;
     let output = &answer["output"];
-    assert_eq!((&output["status"], &output["progress"]), (&json!("success"), &json!(100)), "{answer}");
-    assert_eq!((&output["job_id"], &output["current_step"]), (&json!("owner-job-1"), &json!(18)));
+    assert_eq!(
+        (&output["status"], &output["progress"]),
+        (&json!("success"), &json!(100)),
+        "{answer}"
+    );
+    assert_eq!(
+        (&output["job_id"], &output["current_step"]),
+        (&json!("owner-job-1"), &json!(18))
+    );
     assert_eq!(output["model_metadata"]["lora_rank"], 4);
     assert!(output["model_metadata"]["final_loss"].as_f64().unwrap() > 0.0);
     let adapter = output["model_files"]["adapter_model.safetensors"].as_str().unwrap();
     let file = adapter.strip_prefix("file://").unwrap();
     assert!(std::fs::metadata(file).unwrap().len() > 1000);
     let is_told = |request: &Request| request.is_progress() && request.json()["output"]["progress"].is_number();
-    assert!(plane.of(Route::Done).iter().any(is_told), "progress is told in the poller's words");
+    assert!(
+        plane.of(Route::Done).iter().any(is_told),
+        "progress is told in the poller's words"
+    );
     assert!(!plane.trace().contains("canary-not-a-real-token"));
     assert_eq!(worker.leave(), Some(0));
 }
@@ -266,7 +295,10 @@ async fn one_job_from_the_command_line_is_run_and_its_end_is_the_exit_code() {
     let told = said.lines().last().unwrap().strip_prefix("Job result: ").unwrap();
     let told: Value = serde_json::from_str(told).unwrap();
     assert_eq!(told["output"]["status"], "success");
-    let failed = world.brightrun(&["worker", "--test_input={\"input\":{}}"]).output().unwrap();
+    let failed = world
+        .brightrun(&["worker", "--test_input={\"input\":{}}"])
+        .output()
+        .unwrap();
     assert_eq!(failed.status.code(), Some(1));
 }
 
@@ -276,21 +308,42 @@ async fn the_local_api_trains_a_row_by_runsync_and_cancels_by_cancel() {
     let world = World::new().await;
     let mut child = Serverless(world.brightrun(&["worker", "--serve", "--port", "0"]).spawn().unwrap());
     let mut line = String::new();
-    std::io::BufReader::new(child.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    std::io::BufReader::new(child.0.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
     let base = line.trim().strip_prefix("Serving ").unwrap().to_owned();
     brightrun_worker::storage::http::install_crypto_provider();
     let client = reqwest::Client::new();
     let post = |path: &str, body: Value| client.post(format!("{base}/{path}")).json(&body).send();
     let job = world.job(10, 2).await;
-    let answer: Value = post("runsync?wait=60000", json!({"input": {"job_id": job}})).await.unwrap().json().await.unwrap();
-    assert_eq!((&answer["status"], &answer["output"]["status"]), (&json!("COMPLETED"), &json!("success")), "{answer}");
+    let answer: Value = post("runsync?wait=60000", json!({"input": {"job_id": job}}))
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
+    assert_eq!(
+        (&answer["status"], &answer["output"]["status"]),
+        (&json!("COMPLETED"), &json!("success")),
+        "{answer}"
+    );
     one_of_everything(&world, job).await;
 
     let job = world.job(10, 20).await;
-    let answer: Value = post("run", json!({"input": {"job_id": job}})).await.unwrap().json().await.unwrap();
+    let answer: Value = post("run", json!({"input": {"job_id": job}}))
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     let id = answer["id"].as_str().unwrap();
     eventually("a checkpoint", || async { world.checkpointed_step(job) >= 5 }).await;
-    let answer: Value = post(&format!("cancel/{id}"), json!({})).await.unwrap().json().await.unwrap();
+    let answer: Value = post(&format!("cancel/{id}"), json!({}))
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     assert_eq!(answer["status"], "CANCELLED");
     eventually("the lease is over", || async { world.leases(job).await == 0 }).await;
     assert_eq!(world.database.job(job).await["status"], "queued");

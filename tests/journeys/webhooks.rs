@@ -24,7 +24,11 @@ async fn app(heard: Heard) -> String {
         axum::routing::post(move |headers: HeaderMap, body: String| async move {
             let mut heard = heard.lock().unwrap();
             heard.push((headers, serde_json::from_str(&body).unwrap()));
-            if heard.len() == 1 { StatusCode::BAD_GATEWAY } else { StatusCode::NO_CONTENT }
+            if heard.len() == 1 {
+                StatusCode::BAD_GATEWAY
+            } else {
+                StatusCode::NO_CONTENT
+            }
         }),
     );
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -39,7 +43,11 @@ async fn the_app_hears_of_each_step_signed_and_again_until_it_listens() {
     brightrun_worker::storage::http::install_crypto_provider();
     let unheard = world.job(10, 1).await;
     world.work_until(unheard, "completed").await;
-    assert_eq!(world.database.count("brightrun.outbox", &[]).await, 0, "nothing is written for nobody");
+    assert_eq!(
+        world.database.count("brightrun.outbox", &[]).await,
+        0,
+        "nothing is written for nobody"
+    );
 
     let heard = Heard::default();
     let url = app(heard.clone()).await;
@@ -48,20 +56,33 @@ async fn the_app_hears_of_each_step_signed_and_again_until_it_listens() {
     let over = CancellationToken::new();
     let stop = over.clone();
     tokio::spawn(async move { webhooks.run(&stop).await });
-    eventually("the topic is wanted", || async { world.database.count("brightrun.outbox_topic", &[]).await == 1 }).await;
+    eventually("the topic is wanted", || async {
+        world.database.count("brightrun.outbox_topic", &[]).await == 1
+    })
+    .await;
     let job = world.job(10, 1).await;
     world.work_until(job, "completed").await;
-    eventually("everything is heard", || async { world.database.count("brightrun.outbox", &[]).await == 0 }).await;
+    eventually("everything is heard", || async {
+        world.database.count("brightrun.outbox", &[]).await == 0
+    })
+    .await;
     over.cancel();
 
     let heard = heard.lock().unwrap();
     let accepted: Vec<&Value> = heard.iter().skip(1).map(|(_, body)| &body["type"]).collect();
     assert!(accepted.contains(&&json!("training_job.running")) && accepted.contains(&&json!("training_job.completed")));
     let of_id = |place: usize| heard[place].0["webhook-id"].clone();
-    assert!((1..heard.len()).any(|place| of_id(place) == of_id(0)), "what was refused comes again under its name");
+    assert!(
+        (1..heard.len()).any(|place| of_id(place) == of_id(0)),
+        "what was refused comes again under its name"
+    );
     assert!(heard.iter().all(|(_, body)| body["data"]["job_id"] == json!(job)));
     for (headers, _) in heard.iter() {
-        let code = headers["webhook-signature"].to_str().unwrap().strip_prefix("v1,").unwrap();
+        let code = headers["webhook-signature"]
+            .to_str()
+            .unwrap()
+            .strip_prefix("v1,")
+            .unwrap();
         assert_eq!(BASE64_STANDARD.decode(code).unwrap().len(), 32);
     }
 }

@@ -161,7 +161,10 @@ impl State {
     /// Gives a submitted job a status, unless it has a final one.
     fn becomes(&mut self, id: &str, status: &str, more: &[(&str, Value)]) {
         let Some(job) = self.remote.get_mut(id) else { return };
-        if ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"].iter().any(|over| job["status"] == *over) {
+        if ["COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"]
+            .iter()
+            .any(|over| job["status"] == *over)
+        {
             return;
         }
         job["status"] = json!(status);
@@ -189,10 +192,15 @@ impl State {
     fn lose(&mut self, worker: &str) {
         let ids: Vec<String> = self.taken.keys().cloned().collect();
         for id in ids {
-            let Some((_, job, lost)) = self.taken.get_mut(&id).filter(|(taker, ..)| taker == worker) else { continue };
+            let Some((_, job, lost)) = self.taken.get_mut(&id).filter(|(taker, ..)| taker == worker) else {
+                continue;
+            };
             *lost += 1;
             let (job, lost) = (job.clone(), *lost);
-            let is_open = self.remote.get(&id).is_some_and(|remote| remote["status"] == "IN_PROGRESS");
+            let is_open = self
+                .remote
+                .get(&id)
+                .is_some_and(|remote| remote["status"] == "IN_PROGRESS");
             if is_open && lost == 1 {
                 self.becomes(&id, "IN_QUEUE", &[]);
                 self.jobs.push_back(job);
@@ -527,7 +535,10 @@ async fn behave(state: &Mutex<State>, changed: &Notify, request: &Request) -> St
                     let body = request.json();
                     let part = |name: &str| body.get(name).map(|value| (name.to_owned(), value.clone()));
                     let parts: Vec<_> = ["output", "error"].into_iter().filter_map(part).collect();
-                    let parts: Vec<_> = parts.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+                    let parts: Vec<_> = parts
+                        .iter()
+                        .map(|(name, value)| (name.as_str(), value.clone()))
+                        .collect();
                     let status = match (request.is_progress(), body.get("error").is_some()) {
                         (true, _) => "IN_PROGRESS",
                         (false, true) => "FAILED",

@@ -47,8 +47,12 @@ async fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let number = |place: usize, default| arguments.get(place).map_or(default, |text| text.parse().unwrap());
     let (jobs, slots, work_ms) = (number(0, 10_000), number(1, 50), number(2, 500));
-    let url = brightrun_queue::private_server::testing::fresh_database("bench").await.unwrap();
-    let queue = Queue::connect(&QueueConfig::new(&url).unwrap().pool_size(8)).await.unwrap();
+    let url = brightrun_queue::private_server::testing::fresh_database("bench")
+        .await
+        .unwrap();
+    let queue = Queue::connect(&QueueConfig::new(&url).unwrap().pool_size(8))
+        .await
+        .unwrap();
     queue.migrate(SCHEMA).await.unwrap();
     let user = insert(&queue, jobs).await;
     let plane = Arc::new(FakeRunPod::start());
@@ -57,7 +61,16 @@ async fn main() {
     let told = Arc::new(Told::default());
     let started = Instant::now();
     let running: Vec<_> = (0..slots)
-        .map(|slot| tokio::spawn(work(slot, queue.clone(), plane.clone(), told.clone(), user, work_ms as u64)))
+        .map(|slot| {
+            tokio::spawn(work(
+                slot,
+                queue.clone(),
+                plane.clone(),
+                told.clone(),
+                user,
+                work_ms as u64,
+            ))
+        })
         .collect();
     let mut peak_rss = 0;
     while told.done.load(Ordering::Relaxed) < jobs {
@@ -101,7 +114,10 @@ fn round(number: f64) -> f64 {
 async fn insert(queue: &Queue, jobs: usize) -> Uuid {
     let (user, dataset) = (Uuid::new_v4(), Uuid::new_v4());
     let client = queue.client().await.unwrap();
-    client.execute("insert into auth.users (id) values ($1)", &[&user]).await.unwrap();
+    client
+        .execute("insert into auth.users (id) values ($1)", &[&user])
+        .await
+        .unwrap();
     let path = format!("{user}/{dataset}/a.jsonl");
     client
         .execute(
@@ -153,7 +169,10 @@ async fn work(slot: usize, queue: Queue, plane: Arc<FakeRunPod>, told: Arc<Told>
             tokio::time::sleep(Duration::from_millis(5)).await;
             continue;
         };
-        told.waits_ms.lock().unwrap().push(free_since.elapsed().as_secs_f64() * 1000.0);
+        told.waits_ms
+            .lock()
+            .unwrap()
+            .push(free_since.elapsed().as_secs_f64() * 1000.0);
         let job: Uuid = delivery["input"]["job_id"].as_str().unwrap().parse().unwrap();
         let claimed = queue.claim_job(&name, job, Duration::from_secs(60)).await.unwrap();
         if let Some(claimed) = claimed {
@@ -186,6 +205,11 @@ fn resident_bytes(process: u32) -> u64 {
 fn cpu_seconds(process: u32) -> f64 {
     let text = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     let after_name = text.rsplit(')').next().unwrap_or_default();
-    let ticks = |place: usize| after_name.split(' ').nth(place).and_then(|text| text.parse::<f64>().ok());
+    let ticks = |place: usize| {
+        after_name
+            .split(' ')
+            .nth(place)
+            .and_then(|text| text.parse::<f64>().ok())
+    };
     (ticks(12).unwrap_or(0.0) + ticks(13).unwrap_or(0.0)) / TICKS
 }

@@ -10,13 +10,18 @@ use crate::runpod::deploy::{Deployment, calls};
 /// Prints the calls.
 pub fn deploy(arguments: &DeployArguments) -> Result<()> {
     if !arguments.dry_run {
-        return Err(Failure::user("DEPLOY_ONLY_SHOWN", "This program shows the calls and sends none")
-            .at("the command line")
-            .hint("Give --dry-run, check what is printed, and send it with your own key"));
+        return Err(
+            Failure::user("DEPLOY_ONLY_SHOWN", "This program shows the calls and sends none")
+                .at("the command line")
+                .hint("Give --dry-run, check what is printed, and send it with your own key"),
+        );
     }
     let text = std::fs::read_to_string(&arguments.file).map_err(|error| {
-        Failure::user("DEPLOY_FILE_INVALID", format!("The project file cannot be read: {error}"))
-            .at(arguments.file.display().to_string())
+        Failure::user(
+            "DEPLOY_FILE_INVALID",
+            format!("The project file cannot be read: {error}"),
+        )
+        .at(arguments.file.display().to_string())
     })?;
     let deployment = Deployment {
         image: &arguments.image,

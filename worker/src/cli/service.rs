@@ -179,11 +179,16 @@ fn webhooks(queue: &Queue, config: &Config) -> Result<Option<Webhooks>> {
     if settings.webhook_url.is_empty() {
         return Ok(None);
     }
-    let secret = std::env::var("BRIGHTRUN_WEBHOOK_SECRET").ok().filter(|secret| !secret.is_empty());
+    let secret = std::env::var("BRIGHTRUN_WEBHOOK_SECRET")
+        .ok()
+        .filter(|secret| !secret.is_empty());
     let secret = secret.ok_or_else(|| {
-        Failure::user("CONFIG_MISSING", "A webhook is configured, but no secret to sign it with")
-            .at("environment variable `BRIGHTRUN_WEBHOOK_SECRET`")
-            .hint("Set it to a random text, and give the app the same")
+        Failure::user(
+            "CONFIG_MISSING",
+            "A webhook is configured, but no secret to sign it with",
+        )
+        .at("environment variable `BRIGHTRUN_WEBHOOK_SECRET`")
+        .hint("Set it to a random text, and give the app the same")
     })?;
     let poll = Duration::from_secs(settings.poll_seconds);
     Webhooks::new(queue.clone(), &settings.webhook_url, Secret::new(secret), poll).map(Some)

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use brightrun_queue::{Blame, Dispatched, JobFailure, JobState};
 
-use crate::runpod::client::RemoteJob;
 use crate::runpod::JobStatus;
+use crate::runpod::client::RemoteJob;
 
 /// Workers that RunPod has started call themselves so.
 const RUNPOD_WORKER: &str = "runpod:";
@@ -73,7 +73,11 @@ pub fn from_runpod(dispatched: &Dispatched, remote: Option<&RemoteJob>) -> FromR
     let is_final = remote.is_none_or(|remote| remote.status.is_final());
     if dispatched.state == JobState::Completed {
         let waits = remote.is_some_and(|remote| remote.status == JobStatus::InQueue);
-        return if waits { FromRunPod::CancelAndOver } else { FromRunPod::Over };
+        return if waits {
+            FromRunPod::CancelAndOver
+        } else {
+            FromRunPod::Over
+        };
     }
     if !is_final {
         return FromRunPod::Wait;
@@ -90,16 +94,30 @@ pub fn from_runpod(dispatched: &Dispatched, remote: Option<&RemoteJob>) -> FromR
 /// A run that ended before any worker had claimed its job.
 fn lost(remote: Option<&RemoteJob>) -> JobFailure {
     let (code, message) = match remote.map(|remote| &remote.status) {
-        None => ("RUNPOD_JOB_FORGOTTEN", "RunPod does not know the job any more: its time to live may be over"),
-        Some(JobStatus::TimedOut) => ("RUNPOD_TIMED_OUT", "RunPod ended the job: no worker came in time, or none began it"),
-        Some(JobStatus::Cancelled) => ("RUNPOD_CANCELLED", "Somebody cancelled the job at RunPod before a worker had begun it"),
-        Some(JobStatus::Completed) => ("RUNPOD_COMPLETED_WITHOUT_RESULT", "RunPod says completed, but no worker has begun the job"),
+        None => (
+            "RUNPOD_JOB_FORGOTTEN",
+            "RunPod does not know the job any more: its time to live may be over",
+        ),
+        Some(JobStatus::TimedOut) => (
+            "RUNPOD_TIMED_OUT",
+            "RunPod ended the job: no worker came in time, or none began it",
+        ),
+        Some(JobStatus::Cancelled) => (
+            "RUNPOD_CANCELLED",
+            "Somebody cancelled the job at RunPod before a worker had begun it",
+        ),
+        Some(JobStatus::Completed) => (
+            "RUNPOD_COMPLETED_WITHOUT_RESULT",
+            "RunPod says completed, but no worker has begun the job",
+        ),
         Some(_) => ("RUNPOD_FAILED", "The job failed at RunPod before a worker had begun it"),
     };
-    let told = remote.and_then(|remote| remote.error.as_ref()).map(|error| match error.as_str() {
-        Some(text) => text.to_owned(),
-        None => error.to_string(),
-    });
+    let told = remote
+        .and_then(|remote| remote.error.as_ref())
+        .map(|error| match error.as_str() {
+            Some(text) => text.to_owned(),
+            None => error.to_string(),
+        });
     let message = match told {
         Some(told) => format!("{message}: {}", told.chars().take(1000).collect::<String>()),
         None => message.to_owned(),
@@ -156,7 +174,11 @@ mod tests {
         assert_eq!(from_row(&sent(JobState::Cancelled)), FromRow::CancelAndOver);
         assert_eq!(from_row(&sent(JobState::Failed)), FromRow::CancelAndOver);
         assert_eq!(from_row(&run_by("runpod:pod1:x")), FromRow::Wait);
-        assert_eq!(from_row(&run_by("4711-pull")), FromRow::CancelAndOver, "a pull worker was faster");
+        assert_eq!(
+            from_row(&run_by("4711-pull")),
+            FromRow::CancelAndOver,
+            "a pull worker was faster"
+        );
         let cancelled = Dispatched {
             cancel_requested: true,
             ..run_by("runpod:pod1:x")
@@ -182,15 +204,25 @@ mod tests {
             ("COMPLETED", "RUNPOD_COMPLETED_WITHOUT_RESULT"),
         ] {
             let said = from_runpod(&sent(JobState::Ready), remote(status).as_ref());
-            assert!(matches!(said, FromRunPod::Failed(failure) if failure.code == code), "{status}");
+            assert!(
+                matches!(said, FromRunPod::Failed(failure) if failure.code == code),
+                "{status}"
+            );
             let claimed = Dispatched {
                 was_claimed: true,
                 ..sent(JobState::Scheduled)
             };
-            assert_eq!(from_runpod(&claimed, remote(status).as_ref()), FromRunPod::Over, "{status}");
+            assert_eq!(
+                from_runpod(&claimed, remote(status).as_ref()),
+                FromRunPod::Over,
+                "{status}"
+            );
         }
         for status in ["IN_QUEUE", "IN_PROGRESS", "SOMETHING_NEW"] {
-            assert_eq!(from_runpod(&sent(JobState::Ready), remote(status).as_ref()), FromRunPod::Wait);
+            assert_eq!(
+                from_runpod(&sent(JobState::Ready), remote(status).as_ref()),
+                FromRunPod::Wait
+            );
         }
     }
 
@@ -208,7 +240,10 @@ mod tests {
     #[test]
     fn a_completed_job_that_still_waits_at_runpod_is_called_off() {
         let done = sent(JobState::Completed);
-        assert_eq!(from_runpod(&done, remote("IN_QUEUE").as_ref()), FromRunPod::CancelAndOver);
+        assert_eq!(
+            from_runpod(&done, remote("IN_QUEUE").as_ref()),
+            FromRunPod::CancelAndOver
+        );
         assert_eq!(from_runpod(&done, remote("IN_PROGRESS").as_ref()), FromRunPod::Over);
         assert_eq!(from_runpod(&done, None), FromRunPod::Over);
     }

@@ -74,9 +74,21 @@ impl Metrics {
         let mut text = String::new();
         let counters = [
             ("brightrun_push_sent_total", "Jobs submitted to RunPod.", &self.sent),
-            ("brightrun_push_lost_total", "Runs at RunPod that ended before a worker had claimed the job.", &self.lost),
-            ("brightrun_push_refused_total", "Jobs refused for what they would cost.", &self.refused),
-            ("brightrun_push_trouble_total", "Calls to RunPod that went wrong.", &self.trouble),
+            (
+                "brightrun_push_lost_total",
+                "Runs at RunPod that ended before a worker had claimed the job.",
+                &self.lost,
+            ),
+            (
+                "brightrun_push_refused_total",
+                "Jobs refused for what they would cost.",
+                &self.refused,
+            ),
+            (
+                "brightrun_push_trouble_total",
+                "Calls to RunPod that went wrong.",
+                &self.trouble,
+            ),
         ];
         for (name, help, counter) in counters {
             let value = counter.load(Ordering::Relaxed);
@@ -113,9 +125,12 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> Result<std::net::SocketAddr> {
     let refuse = |error: std::io::Error| {
-        Failure::user("ORCHESTRATOR_LISTEN", format!("The orchestrator cannot listen: {error}"))
-            .at(format!("setting `orchestrator.listen` = {address}"))
-            .hint("Give an address and a free port, such as 127.0.0.1:9187")
+        Failure::user(
+            "ORCHESTRATOR_LISTEN",
+            format!("The orchestrator cannot listen: {error}"),
+        )
+        .at(format!("setting `orchestrator.listen` = {address}"))
+        .hint("Give an address and a free port, such as 127.0.0.1:9187")
     };
     let listener = tokio::net::TcpListener::bind(address).await.map_err(refuse)?;
     let local = listener.local_addr().map_err(refuse)?;

@@ -157,7 +157,9 @@ impl Orchestrator {
                 break;
             }
             let Some(plan) = self.plan(&job).await? else { continue };
-            let Some(endpoint) = self.endpoints.get(plan.endpoint) else { continue };
+            let Some(endpoint) = self.endpoints.get(plan.endpoint) else {
+                continue;
+            };
             if is_full.get(plan.endpoint).copied().unwrap_or(true) || endpoint.is_resting() {
                 continue;
             }

@@ -52,7 +52,11 @@ pub fn decide(payload: &Value, config: &Config) -> Decision {
         .find_map(|name| job.gpu_config.get(*name)?.as_str())
         .unwrap_or(DEFAULT_GPU);
     let takes = |types: &[String]| types.is_empty() || types.iter().any(|known| known == gpu_type);
-    let Some(endpoint) = settings.endpoints.iter().position(|endpoint| takes(&endpoint.gpu_types)) else {
+    let Some(endpoint) = settings
+        .endpoints
+        .iter()
+        .position(|endpoint| takes(&endpoint.gpu_types))
+    else {
         return Decision::Leave(gpu_type.to_owned());
     };
     let per_hour = dollars_per_hour(&job, gpu_type, config);
@@ -142,7 +146,10 @@ mod tests {
             gpu_types: types.iter().map(|name| (*name).to_owned()).collect(),
             max_jobs: 2,
         };
-        config.orchestrator.endpoints = vec![endpoint("large", &["H100"]), endpoint("usual", &["A100-80GB", "A100-40GB"])];
+        config.orchestrator.endpoints = vec![
+            endpoint("large", &["H100"]),
+            endpoint("usual", &["A100-80GB", "A100-40GB"]),
+        ];
         config
     }
 
@@ -168,7 +175,10 @@ mod tests {
         let config = config();
         // $28 at 2 × $3.50 are 4 hours.
         let usual = plan(json!({"type": "A100-80GB", "count": 2}), json!(28), &config);
-        assert_eq!((usual.dollars, usual.policy.execution_timeout.as_secs()), (28.0, 12 * 3600));
+        assert_eq!(
+            (usual.dollars, usual.policy.execution_timeout.as_secs()),
+            (28.0, 12 * 3600)
+        );
         assert_eq!(usual.policy.ttl.as_secs(), 36 * 3600);
         let short = plan(json!({"type": "A100-80GB"}), json!(0.01), &config);
         assert_eq!(short.policy.execution_timeout.as_secs(), 3600);
@@ -183,6 +193,10 @@ mod tests {
         let refused = decide(&payload(json!({"type": "A100-80GB"}), json!(7.01)), &config);
         assert!(matches!(refused, Decision::Refuse(failure) if failure.code == "JOB_TOO_EXPENSIVE"));
         let allowed = plan(json!({"type": "A100-80GB"}), json!(7.0), &config);
-        assert_eq!(allowed.policy.execution_timeout.as_secs(), 2 * 3600, "two hours cost seven dollars");
+        assert_eq!(
+            allowed.policy.execution_timeout.as_secs(),
+            2 * 3600,
+            "two hours cost seven dollars"
+        );
     }
 }

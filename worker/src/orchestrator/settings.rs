@@ -74,7 +74,10 @@ impl OrchestratorSettings {
     pub fn check(&self) -> Result<()> {
         let refuse = |what: &str| Err(Failure::user("CONFIG_OUT_OF_RANGE", what).at("section `orchestrator`"));
         let is_positive = |number: f64| number.is_finite() && number > 0.0;
-        if ![self.default_hours, self.max_hours, self.queue_hours].into_iter().all(is_positive) {
+        if ![self.default_hours, self.max_hours, self.queue_hours]
+            .into_iter()
+            .all(is_positive)
+        {
             return refuse("default_hours, max_hours and queue_hours must be above 0");
         }
         if ![self.max_job_dollars, self.max_user_dollars]
@@ -86,7 +89,11 @@ impl OrchestratorSettings {
         if self.poll_seconds == 0 {
             return refuse("poll_seconds must be at least 1");
         }
-        if self.endpoints.iter().any(|endpoint| endpoint.id.trim().is_empty() || endpoint.max_jobs == 0) {
+        if self
+            .endpoints
+            .iter()
+            .any(|endpoint| endpoint.id.trim().is_empty() || endpoint.max_jobs == 0)
+        {
             return refuse("every endpoint needs an id, and max_jobs of at least 1");
         }
         Ok(())
@@ -129,8 +136,15 @@ mod tests {
         let settings = OrchestratorSettings::default().with_aliases(variable).unwrap();
         assert_eq!(settings.api_base, "https://gpu.example/v2");
         assert_eq!(settings.endpoints[0].id, "ep9");
-        let again = settings.clone().with_aliases(|_| Some("https://other.example/v2/x".to_owned())).unwrap();
+        let again = settings
+            .clone()
+            .with_aliases(|_| Some("https://other.example/v2/x".to_owned()))
+            .unwrap();
         assert_eq!(again, settings);
-        assert!(OrchestratorSettings::default().with_aliases(|_| Some("nonsense".to_owned())).is_err());
+        assert!(
+            OrchestratorSettings::default()
+                .with_aliases(|_| Some("nonsense".to_owned()))
+                .is_err()
+        );
     }
 }

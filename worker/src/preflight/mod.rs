@@ -63,11 +63,10 @@ impl Check {
     async fn of(name: &'static str, found: impl Future<Output = Result<String>>) -> Self {
         let started = Instant::now();
         let found = tokio::time::timeout(PATIENCE, found).await.unwrap_or_else(|_| {
-            Err(Failure::platform(
-                "PREFLIGHT_TIMEOUT",
-                format!("There is no answer within {PATIENCE:?}"),
+            Err(
+                Failure::platform("PREFLIGHT_TIMEOUT", format!("There is no answer within {PATIENCE:?}"))
+                    .hint("Check the address and the network between"),
             )
-            .hint("Check the address and the network between"))
         });
         let (ok, detail, failure) = match found {
             Ok(detail) => (true, detail, None),
@@ -174,7 +173,9 @@ fn model(config: &Config) -> Result<String> {
 
 /// The driver's own table; no library is loaded for it.
 fn gpu(driver: &Path) -> Result<String> {
-    let expected = std::env::var("RUNPOD_GPU_COUNT").ok().and_then(|count| count.parse::<usize>().ok());
+    let expected = std::env::var("RUNPOD_GPU_COUNT")
+        .ok()
+        .and_then(|count| count.parse::<usize>().ok());
     let version = std::fs::read_to_string(driver.join("version")).unwrap_or_default();
     let entries = std::fs::read_dir(driver.join("gpus")).into_iter().flatten().flatten();
     let names: Vec<String> = entries
@@ -186,9 +187,11 @@ fn gpu(driver: &Path) -> Result<String> {
         .collect();
     if names.is_empty() {
         return match expected {
-            Some(1..) => Err(Failure::system("GPU_MISSING", "RunPod gave this worker a GPU, but no driver shows one")
-                .at(driver.display().to_string())
-                .hint("Run the image with NVIDIA's container runtime; on RunPod, have the worker replaced")),
+            Some(1..) => Err(
+                Failure::system("GPU_MISSING", "RunPod gave this worker a GPU, but no driver shows one")
+                    .at(driver.display().to_string())
+                    .hint("Run the image with NVIDIA's container runtime; on RunPod, have the worker replaced"),
+            ),
             _ => Ok("none; the CPU computes".to_owned()),
         };
     }
@@ -219,10 +222,11 @@ fn skew(milliseconds: i64) -> Result<String> {
     if milliseconds.abs() <= MOST_SKEW_SECONDS * 1000 {
         return Ok(format!("{seconds:+.3} s from the database's"));
     }
-    Err(
-        Failure::system("CLOCK_SKEWED", format!("This machine's clock is {seconds:+.0} s from the database's"))
-            .hint("Set the clock (NTP); storage refuses signatures made minutes away from its own time"),
+    Err(Failure::system(
+        "CLOCK_SKEWED",
+        format!("This machine's clock is {seconds:+.0} s from the database's"),
     )
+    .hint("Set the clock (NTP); storage refuses signatures made minutes away from its own time"))
 }
 
 #[cfg(test)]
@@ -256,7 +260,10 @@ mod tests {
         std::fs::create_dir_all(&one).unwrap();
         std::fs::write(one.join("information"), "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 1\n").unwrap();
         std::fs::write(driver.path().join("version"), "NVRM version: 570.1\nGCC\n").unwrap();
-        assert_eq!(gpu(driver.path()).unwrap(), "NVIDIA H100 80GB HBM3 (NVRM version: 570.1)");
+        assert_eq!(
+            gpu(driver.path()).unwrap(),
+            "NVIDIA H100 80GB HBM3 (NVRM version: 570.1)"
+        );
     }
 
     #[test]

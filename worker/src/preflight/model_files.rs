@@ -48,7 +48,11 @@ pub fn check(folder: &Path) -> Result<ModelFiles> {
     }
     let most = problems.iter().take(5).cloned().collect::<Vec<_>>().join("; ");
     let more = problems.len().saturating_sub(5);
-    let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+    let more = if more > 0 {
+        format!("; and {more} more")
+    } else {
+        String::new()
+    };
     Err(incomplete(folder, format!("{most}{more}")))
 }
 
@@ -64,7 +68,12 @@ fn names(folder: &Path) -> Result<BTreeSet<String>> {
     let files = parsed
         .get("weight_map")
         .and_then(Value::as_object)
-        .map(|map| map.values().filter_map(Value::as_str).map(str::to_owned).collect::<BTreeSet<_>>())
+        .map(|map| {
+            map.values()
+                .filter_map(Value::as_str)
+                .map(str::to_owned)
+                .collect::<BTreeSet<_>>()
+        })
         .unwrap_or_default();
     if files.is_empty() {
         return Err(incomplete(folder, format!("{INDEX} names no file")));
@@ -86,9 +95,9 @@ fn whole_length(path: &Path) -> std::result::Result<u64, String> {
         return Err("is no safetensors file".to_owned());
     }
     let mut text = vec![0; usize::try_from(head).map_err(|error| error.to_string())?];
-    file.read_exact(&mut text).map_err(|_| "is cut in its head".to_owned())?;
-    let tensors: Map<String, Value> =
-        serde_json::from_slice(&text).map_err(|_| "is no safetensors file".to_owned())?;
+    file.read_exact(&mut text)
+        .map_err(|_| "is cut in its head".to_owned())?;
+    let tensors: Map<String, Value> = serde_json::from_slice(&text).map_err(|_| "is no safetensors file".to_owned())?;
     let end = tensors
         .values()
         .filter_map(|tensor| tensor.pointer("/data_offsets/1")?.as_u64())
@@ -114,7 +123,8 @@ mod tests {
     use serde_json::json;
 
     fn write(folder: &Path, name: &str, bytes: usize, cut: usize) {
-        let head = json!({"w": {"dtype": "U8", "shape": [bytes], "data_offsets": [0, bytes]}, "__metadata__": {"a": "b"}});
+        let head =
+            json!({"w": {"dtype": "U8", "shape": [bytes], "data_offsets": [0, bytes]}, "__metadata__": {"a": "b"}});
         let head = head.to_string();
         let mut file = (head.len() as u64).to_le_bytes().to_vec();
         file.extend(head.as_bytes());
@@ -133,7 +143,11 @@ mod tests {
         assert!(found.count == 1 && found.bytes > 100);
         for cut in [1, 100, 101, 150] {
             write(folder.path(), SINGLE, 100, cut);
-            assert_eq!(check(folder.path()).unwrap_err().code, "MODEL_INCOMPLETE", "cut by {cut}");
+            assert_eq!(
+                check(folder.path()).unwrap_err().code,
+                "MODEL_INCOMPLETE",
+                "cut by {cut}"
+            );
         }
     }
 

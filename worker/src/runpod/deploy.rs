@@ -75,9 +75,12 @@ struct Endpoint {
 /// `DEPLOY_FILE_INVALID`: a key is missing or of another type. `DEPLOY_SECRET_IN_FILE`: a variable holds a secret's value.
 pub fn calls(file: &str, deployment: &Deployment<'_>) -> Result<Vec<Call>> {
     let file: File = toml::from_str(file).map_err(|error| {
-        Failure::user("DEPLOY_FILE_INVALID", format!("The project file is not understood: {}", error.message()))
-            .at("runpod.toml")
-            .hint("Compare it with the one of the repository")
+        Failure::user(
+            "DEPLOY_FILE_INVALID",
+            format!("The project file is not understood: {}", error.message()),
+        )
+        .at("runpod.toml")
+        .hint("Compare it with the one of the repository")
     })?;
     let template = json!({
         "name": file.name,
@@ -117,9 +120,12 @@ fn environment(mut variables: BTreeMap<String, String>) -> Result<BTreeMap<Strin
     let reference = |name: &str| format!("{{{{ RUNPOD_SECRET_{name} }}}}");
     for (name, value) in &variables {
         if names_a_secret(name) && !value.is_empty() && !value.starts_with("{{ RUNPOD_SECRET_") {
-            return Err(Failure::user("DEPLOY_SECRET_IN_FILE", format!("The variable {name} holds a value, not a reference"))
-                .at("runpod.toml, `[project.env_vars]`")
-                .hint(format!("Make a RunPod secret of it and write \"{}\"", reference(name))));
+            return Err(Failure::user(
+                "DEPLOY_SECRET_IN_FILE",
+                format!("The variable {name} holds a value, not a reference"),
+            )
+            .at("runpod.toml, `[project.env_vars]`")
+            .hint(format!("Make a RunPod secret of it and write \"{}\"", reference(name))));
         }
     }
     for name in SECRETS {
@@ -143,17 +149,29 @@ mod tests {
     fn the_repositorys_file_becomes_a_template_and_an_endpoint_with_references_for_secrets() {
         let calls = calls(OURS, &DEPLOYMENT).unwrap();
         let urls: Vec<&str> = calls.iter().map(|call| call.url.as_str()).collect();
-        assert_eq!(urls, ["https://rest.runpod.io/v1/templates", "https://rest.runpod.io/v1/endpoints"]);
+        assert_eq!(
+            urls,
+            [
+                "https://rest.runpod.io/v1/templates",
+                "https://rest.runpod.io/v1/endpoints"
+            ]
+        );
         let (template, endpoint) = (&calls[0].body, &calls[1].body);
         assert_eq!(template["env"]["DATABASE_URL"], "{{ RUNPOD_SECRET_DATABASE_URL }}");
         assert_eq!(template["env"]["DRAIN_MODE"], "checkpoint");
         assert_eq!(endpoint["executionTimeoutMs"], 43_200_000_u64);
-        assert_eq!((&endpoint["networkVolumeId"], &endpoint["workersMin"]), (&json!("volume-1"), &json!(0)));
+        assert_eq!(
+            (&endpoint["networkVolumeId"], &endpoint["workersMin"]),
+            (&json!("volume-1"), &json!(0))
+        );
     }
 
     #[test]
     fn a_secrets_value_in_the_file_is_refused_and_not_repeated() {
-        let file = OURS.replace("[project.env_vars]", "[project.env_vars]\nDATABASE_URL = \"canary-not-a-real-url\"");
+        let file = OURS.replace(
+            "[project.env_vars]",
+            "[project.env_vars]\nDATABASE_URL = \"canary-not-a-real-url\"",
+        );
         let failure = calls(&file, &DEPLOYMENT).unwrap_err();
         assert_eq!(failure.code, "DEPLOY_SECRET_IN_FILE");
         assert!(!failure.to_string().contains("canary"), "{failure}");
@@ -161,6 +179,9 @@ mod tests {
 
     #[test]
     fn a_file_without_its_keys_is_refused() {
-        assert_eq!(calls("name = 'x'", &DEPLOYMENT).unwrap_err().code, "DEPLOY_FILE_INVALID");
+        assert_eq!(
+            calls("name = 'x'", &DEPLOYMENT).unwrap_err().code,
+            "DEPLOY_FILE_INVALID"
+        );
     }
 }

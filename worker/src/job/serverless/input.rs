@@ -49,7 +49,8 @@ impl Request {
         let nothing = Map::new();
         let fields = input.as_object().unwrap_or(&nothing);
         let job_id = text(fields, "job_id");
-        let is_reference = has_database && !fields.contains_key("dataset_url") && !fields.contains_key("hyperparameters");
+        let is_reference =
+            has_database && !fields.contains_key("dataset_url") && !fields.contains_key("hyperparameters");
         if let (true, Some(id)) = (is_reference, &job_id) {
             return Uuid::try_parse(id)
                 .map(Self::Reference)
@@ -146,9 +147,12 @@ fn text(fields: &Map<String, Value>, name: &str) -> Option<String> {
 }
 
 fn invalid(problems: &[String]) -> Failure {
-    Failure::user("JOB_INPUT_INVALID", format!("Validation error: {}", problems.join("; ")))
-        .at("the job's `input`")
-        .hint("Send {job_id, dataset_url, hyperparameters, gpu_config}, or the id of a queued row as {job_id}")
+    Failure::user(
+        "JOB_INPUT_INVALID",
+        format!("Validation error: {}", problems.join("; ")),
+    )
+    .at("the job's `input`")
+    .hint("Send {job_id, dataset_url, hyperparameters, gpu_config}, or the id of a queued row as {job_id}")
 }
 
 #[cfg(test)]
@@ -200,7 +204,10 @@ mod tests {
             let mut input = whole();
             input["dataset_url"] = json!(wrong);
             let told = refusal(&input);
-            assert_eq!(told, "Validation error: dataset_url must be a valid HTTPS URL", "{wrong}");
+            assert_eq!(
+                told, "Validation error: dataset_url must be a valid HTTPS URL",
+                "{wrong}"
+            );
         }
     }
 
@@ -215,9 +222,15 @@ mod tests {
         };
         let (short, long) = (read(&whole()), read(&long));
         let config = Config::default();
-        assert_eq!(short.train.resolve(&config).unwrap(), long.train.resolve(&config).unwrap());
+        assert_eq!(
+            short.train.resolve(&config).unwrap(),
+            long.train.resolve(&config).unwrap()
+        );
         assert_eq!(short.train.job_id, long.train.job_id);
-        assert_eq!((short.train.dataset.name.as_str(), short.train.user_id), ("answers.jsonl", Uuid::nil()));
+        assert_eq!(
+            (short.train.dataset.name.as_str(), short.train.user_id),
+            ("answers.jsonl", Uuid::nil())
+        );
         assert!(!format!("{short:?}").contains("canary"), "the address is a secret");
     }
 
@@ -226,7 +239,9 @@ mod tests {
         let mut input = whole();
         input["hyperparameters"] = json!({"learning_rate": 1, "batch_size": 0, "epochs": 99, "rank": 2});
         input["gpu_config"] = json!({"type": "H100", "count": 9});
-        let Request::Whole(job) = Request::read(&input, false).unwrap() else { panic!("not whole") };
+        let Request::Whole(job) = Request::read(&input, false).unwrap() else {
+            panic!("not whole")
+        };
         assert_eq!(
             job.train.resolve(&Config::default()).unwrap_err().message,
             "Validation error: learning_rate must be between 0.00001 and 0.001; batch_size must be between 1 and 64; \

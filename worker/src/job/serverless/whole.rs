@@ -217,7 +217,11 @@ impl<B: Backend> Attempt<'_, B> {
 
     async fn fetch(&self) -> Result<PathBuf> {
         let target = self.folder.join("dataset");
-        let fetched = self.owner.source(&self.job).fetch(&self.job.dataset_url, &target).await?;
+        let fetched = self
+            .owner
+            .source(&self.job)
+            .fetch(&self.job.dataset_url, &target)
+            .await?;
         tracing::info!(bytes = fetched.bytes, sha256 = %fetched.sha256, "data set fetched");
         fetched.not_empty("`dataset_url`")?;
         Ok(target)
