@@ -210,6 +210,21 @@ DEVICE T block_sum(T value) {
     return sum;
 }
 
+// The largest of a block's values, in every thread; NaN is passed over.
+template <i32 THREADS>
+DEVICE f32 block_max(f32 value) {
+    constexpr i32 WARPS = THREADS / WARP_LANES;
+    SHARED(f32, partial, WARPS);
+    value = warp_max(value);
+    __syncthreads();  // the last call's readers are done
+    if (lane_index() == 0) partial[warp_index()] = value;
+    __syncthreads();
+    f32 largest = partial[0];
+#pragma unroll
+    for (i32 i = 1; i < WARPS; i++) largest = partial[i] > largest ? partial[i] : largest;
+    return largest;
+}
+
 // The sum over the GROUP threads (a warp, or a whole block) that share a row.
 template <i32 GROUP, class T>
 DEVICE T group_sum(T value) {
@@ -239,8 +254,7 @@ DEVICE void multiply_add(f32 (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     } sums = emu::together<Sums>(operands, emu::mma_m16n8k16_bf16, 40, EMU_SITE);
     for (i32 i = 0; i < 4; i++) sum[i] = sums.sum[i];
 #else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif

@@ -22,6 +22,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &rows::FAMILY,
     &optimizer::FAMILY,
     &quantize::FAMILY,
+    &quantize::DECODE_FAMILY,
     &matmul::TENSOR_FAMILY,
     &matmul::EXACT_FAMILY,
     #[cfg(test)]

@@ -29,6 +29,8 @@ mod matmul;
 mod memory;
 mod moe;
 mod norm;
+#[cfg(test)]
+mod offsets;
 mod optimizer;
 mod quantize;
 mod rows;

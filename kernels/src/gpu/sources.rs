@@ -29,6 +29,7 @@ pub(crate) static NORM: Source = source!("norm");
 pub(crate) static ROWS: Source = source!("rows");
 pub(crate) static OPTIMIZER: Source = source!("optimizer");
 pub(crate) static NF4: Source = source!("nf4");
+pub(crate) static QUANTIZE: Source = source!("quantize");
 pub(crate) static MATMUL: Source = source!("matmul");
 pub(crate) static MATMUL_F32: Source = source!("matmul_f32");
 
