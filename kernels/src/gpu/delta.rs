@@ -13,11 +13,11 @@ impl<R: Runtime> DeltaOps for Gpu<R> {
         self.absent("delta_rule_backward")
     }
 
-    fn delta_gates_forward(&self, _: DeltaGatesForward<'_, Self>) -> Result<()> {
-        self.absent("delta_gates_forward")
+    fn delta_gates_forward(&self, call: DeltaGatesForward<'_, Self>) -> Result<()> {
+        self.open_delta_gates(call)
     }
 
-    fn delta_gates_backward(&self, _: DeltaGatesBackward<'_, Self>) -> Result<()> {
-        self.absent("delta_gates_backward")
+    fn delta_gates_backward(&self, call: DeltaGatesBackward<'_, Self>) -> Result<()> {
+        self.close_delta_gates(call)
     }
 }

@@ -2,7 +2,7 @@
 
 use super::kernel::Kernel;
 use super::sources::Source;
-use super::{elementwise, norm, optimizer, quantize, rows};
+use super::{convolution, elementwise, gate, norm, optimizer, quantize, rows};
 use crate::ops::{Op, Support};
 
 /// The reason why an op is not supported.
@@ -22,6 +22,8 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &rows::FAMILY,
     &optimizer::FAMILY,
     &quantize::FAMILY,
+    &gate::FAMILY,
+    &convolution::FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,
 ];

@@ -29,6 +29,7 @@ mod matmul;
 mod memory;
 mod moe;
 mod norm;
+mod operands;
 mod optimizer;
 mod quantize;
 mod rows;

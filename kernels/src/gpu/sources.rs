@@ -29,11 +29,14 @@ pub(crate) static NORM: Source = source!("norm");
 pub(crate) static ROWS: Source = source!("rows");
 pub(crate) static OPTIMIZER: Source = source!("optimizer");
 pub(crate) static NF4: Source = source!("nf4");
+pub(crate) static CONVOLUTION: Source = source!("convolution");
+pub(crate) static GATE: Source = source!("gate");
 
 /// What the sources include, by name.
 pub const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../cu/common.cuh")),
     ("nf4.cuh", include_str!("../../cu/nf4.cuh")),
+    ("documents.cuh", include_str!("../../cu/documents.cuh")),
 ];
 
 /// The names of a source's entries.

@@ -337,14 +337,14 @@ fn a_prompt_and_then_single_tokens_continue_the_recurrence() {
     });
 }
 
-fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
+fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize, activation: DType) {
     let mut random = Random::new(width as u64);
     let mut spread = |count: usize, factor: f32| -> Vec<f32> {
         random.normal(count).into_iter().map(|value| factor * value).collect()
     };
     let count = tokens * width;
     // Far enough out that softplus is flat on one side and linear on the other.
-    let (a, b) = (spread(count, 20.0), spread(count, 4.0));
+    let (mut a, mut b) = (spread(count, 20.0), spread(count, 4.0));
     let (ddecay, dbeta) = (spread(count, 1.0), spread(count, 1.0));
     let (a_log, dt_bias) = (spread(width, 1.0), spread(width, 1.0));
     let device = run.backend;
@@ -354,13 +354,10 @@ fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
         let vector = |values: &[f32]| dense(device, dtype, [1, width], values).reshaped([width]).unwrap();
         let (a_log_t, dt_bias_t) = (vector(&a_log), vector(&dt_bias));
         let (a_log, dt_bias) = (device.read_f32(&a_log_t).unwrap(), device.read_f32(&dt_bias_t).unwrap());
-        let (a_t, b_t, ddecay_t, dbeta_t) = (
-            wide_tensor(&a),
-            wide_tensor(&b),
-            wide_tensor(&ddecay),
-            wide_tensor(&dbeta),
-        );
-        let (mut decay, mut beta, mut da, mut db) = (alloc(), alloc(), alloc(), alloc());
+        let [a_t, b_t] = [&mut a, &mut b].map(|values| run.upload(activation, [tokens, width], values));
+        let (ddecay_t, dbeta_t) = (wide_tensor(&ddecay), wide_tensor(&dbeta));
+        let (mut decay, mut beta) = (alloc(), alloc());
+        let [mut da, mut db] = [(); 2].map(|()| run.output(activation, [tokens, width]));
         device
             .delta_gates_forward(DeltaGatesForward {
                 a: &a_t,
@@ -392,7 +389,7 @@ fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
             let (da, db) = delta_gates_backward(&a, &narrow::<N>(&strengths), frozen, gradients);
             vec![wide(decay), wide(beta), wide(da), wide(db)]
         });
-        let mut case = run.case(format_args!("delta_gates {tokens}×{width} {dtype}"), 8);
+        let mut case = run.case(format_args!("delta_gates {tokens}×{width} {dtype} {activation}"), 8);
         for (i, (name, tensor)) in [("decay", &decay), ("beta", &beta), ("da", &da), ("db", &db)]
             .into_iter()
             .enumerate()
@@ -406,7 +403,9 @@ fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
 fn delta_gates_follow_their_formulas() {
     on_every_backend!("delta_gates", [DeltaGatesForward, DeltaGatesBackward], |run| {
         for (tokens, width) in [(0, 3), (1, 1), (7, 5), (33, 32)] {
-            gates(run, tokens, width);
+            for activation in run.activations() {
+                gates(run, tokens, width, *activation);
+            }
         }
     });
 }
