@@ -2,7 +2,7 @@
 
 use super::kernel::Kernel;
 use super::sources::Source;
-use super::{convolution, elementwise, gate, norm, optimizer, quantize, rows};
+use super::{convolution, delta, elementwise, gate, norm, optimizer, quantize, rows};
 use crate::ops::{Op, Support};
 
 /// The reason why an op is not supported.
@@ -24,6 +24,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &quantize::FAMILY,
     &gate::FAMILY,
     &convolution::FAMILY,
+    &delta::FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,
 ];

@@ -51,6 +51,8 @@ pub(crate) enum Argument<'a, R: Runtime> {
     /// A pointer that may be null.
     Optional(Option<&'a Tensor<Gpu<R>>>),
     Out(&'a mut Tensor<Gpu<R>>),
+    /// A pointer to be written that may be null.
+    OptionalOut(Option<&'a mut Tensor<Gpu<R>>>),
     /// The backend's record of faults (`i32*`).
     Faults,
     /// A count or an extent; must fit the parameter.
@@ -198,7 +200,10 @@ impl<R: Runtime> Gpu<R> {
                 pointer(tensor, element)
             }
             (Parameter::In(_), Argument::Optional(None)) => Ok(Value::Memory(None)),
-            (Parameter::Out(element), Argument::Out(tensor)) => pointer(tensor, element),
+            (Parameter::Out(element), Argument::Out(tensor) | Argument::OptionalOut(Some(tensor))) => {
+                pointer(tensor, element)
+            }
+            (Parameter::Out(_), Argument::OptionalOut(None)) => Ok(Value::Memory(None)),
             (Parameter::Out(Element::Is(DType::I32)), Argument::Faults) => {
                 Ok(Value::Memory(Some(self.inner.faults.arm())))
             }

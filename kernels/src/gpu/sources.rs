@@ -31,12 +31,14 @@ pub(crate) static OPTIMIZER: Source = source!("optimizer");
 pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static CONVOLUTION: Source = source!("convolution");
 pub(crate) static GATE: Source = source!("gate");
+pub(crate) static GATED_DELTA: Source = source!("gated_delta");
 
 /// What the sources include, by name.
 pub const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../cu/common.cuh")),
     ("nf4.cuh", include_str!("../../cu/nf4.cuh")),
     ("documents.cuh", include_str!("../../cu/documents.cuh")),
+    ("product.cuh", include_str!("../../cu/product.cuh")),
 ];
 
 /// The names of a source's entries.
