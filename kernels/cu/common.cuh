@@ -33,8 +33,8 @@ struct f16 {
 };
 
 #define DEVICE __device__ __forceinline__
-// An entry of at most `threads` threads a block.
-#define ENTRY(threads) extern "C" __global__ void __launch_bounds__(threads)
+// An entry of at most so many threads a block, and, if given, of which at least so many blocks share a multiprocessor.
+#define ENTRY(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 constexpr u32 FULL_WARP = 0xffffffffu;
 constexpr i32 WARP_LANES = 32;
@@ -208,6 +208,21 @@ DEVICE T block_sum(T value) {
 #pragma unroll
     for (i32 i = 1; i < WARPS; i++) sum += partial[i];
     return sum;
+}
+
+// The largest of a block's values, in every thread; NaN is passed over.
+template <i32 THREADS>
+DEVICE f32 block_max(f32 value) {
+    constexpr i32 WARPS = THREADS / WARP_LANES;
+    SHARED(f32, partial, WARPS);
+    value = warp_max(value);
+    __syncthreads();  // the last call's readers are done
+    if (lane_index() == 0) partial[warp_index()] = value;
+    __syncthreads();
+    f32 largest = partial[0];
+#pragma unroll
+    for (i32 i = 1; i < WARPS; i++) largest = partial[i] > largest ? partial[i] : largest;
+    return largest;
 }
 
 // The sum over the GROUP threads (a warp, or a whole block) that share a row.

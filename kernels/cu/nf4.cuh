@@ -11,9 +11,9 @@ constexpr i32 NF4_BLOCK = 64;
 constexpr i32 NF4_NESTED_BLOCK = 256;
 
 // The sixteen values, ascending (appendix E of the paper).
-#define NF4_VALUES                                                                                                      \
-    -1.0f, -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.0f, 0.0795803f,         \
-        0.1609302f, 0.2461123f, 0.33791524f, 0.44070983f, 0.562617f, 0.72295684f, 1.0f
+__constant__ f32 NF4_VALUES[16] = {-1.0f,        -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f,
+                                   -0.091050036f, 0.0f,        0.0795803f,   0.1609302f,  0.2461123f,   0.33791524f,
+                                   0.44070983f,  0.562617f,   0.72295684f,  1.0f};
 
 // Where the scales of a matrix come from. `nested_codes` is null where they are flat.
 struct Nf4Scales {
@@ -28,11 +28,9 @@ struct Nf4Scales {
     }
 };
 
-// CODE[code] without memory: a select tree over immediates would cost fifteen instructions; the table lies in shared memory
-// once per block instead, filled by `nf4_table`, where sixteen words are sixteen banks and equal codes are a broadcast.
+// Fills a table of the sixteen values in shared memory, which every thread then indexes by codes of its own: constant memory
+// would serve different addresses of a warp one after another, here they are sixteen banks, and equal codes a broadcast. A
+// barrier must follow.
 DEVICE void nf4_table(f32* table) {
-    const f32 values[16] = {NF4_VALUES};
-#pragma unroll
-    for (i32 i = 0; i < 16; i++)
-        if (i32(threadIdx.x) == i) table[i] = values[i];
+    if (threadIdx.x < 16) table[threadIdx.x] = NF4_VALUES[threadIdx.x];
 }

@@ -6,6 +6,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -14,6 +15,22 @@
 #include <mutex>
 #include <thread>
 #include <vector>
+
+// Built with the address sanitizer, the engine tells it of every switch between stacks and poisons the margins of shared arrays.
+#ifdef BRIGHTRUN_EMU_SANITIZED
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#include <ucontext.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, bytes) ((void)(address), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(address, bytes) ((void)(address), (void)(bytes))
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+#endif
+
+// A fault is handled on a stack that the sanitizer does not follow.
+#define UNSANITIZED __attribute__((no_sanitize("address")))
 
 namespace emu {
 
@@ -69,7 +86,9 @@ struct Block {
     void (*entry)(void**);
     void** arguments;
     const char* kernel;
-    void* scheduler;  // its stack pointer while a fiber runs
+    void* scheduler;  // its stack pointer while a fiber runs, and its stack
+    const void* scheduler_bottom;
+    size_t scheduler_bytes;
     unsigned char* shared;
     size_t shared_used, dynamic_bytes, static_bytes;
     std::vector<SharedArray> arrays;
@@ -137,10 +156,6 @@ static void* prepared(unsigned char* top, void (*main)()) {
 
 #else
 
-}  // namespace emu
-#include <ucontext.h>
-namespace emu {
-
 // A stack pointer is a context that lies at the top of its own stack; the scheduler's lies on its thread's stack.
 extern "C" void emu_switch(void** save, void* restore) {
     ucontext_t here;
@@ -161,7 +176,31 @@ static void* prepared(unsigned char* top, void (*main)()) {
 
 #endif
 
-static void to_scheduler() { emu_switch(&self->stack_pointer, self->block->scheduler); }
+// What the sanitizer wants to hear before and after a switch: the stack that is switched to, and where to keep what it knows of
+// the one that is left, if that is to be returned to.
+static void leaving(void** fake_stack, const void* bottom, size_t bytes) {
+#ifdef BRIGHTRUN_EMU_SANITIZED
+    __sanitizer_start_switch_fiber(fake_stack, bottom, bytes);
+#else
+    (void)fake_stack, (void)bottom, (void)bytes;
+#endif
+}
+
+static void arrived(void* fake_stack, const void** bottom, size_t* bytes) {
+#ifdef BRIGHTRUN_EMU_SANITIZED
+    __sanitizer_finish_switch_fiber(fake_stack, bottom, bytes);
+#else
+    (void)fake_stack, (void)bottom, (void)bytes;
+#endif
+}
+
+// Gives the thread back to the scheduler; for good, if this fiber is never resumed.
+static void to_scheduler(bool for_good = false) {
+    Block* block = self->block;
+    leaving(for_good ? nullptr : &self->fake_stack, block->scheduler_bottom, block->scheduler_bytes);
+    emu_switch(&self->stack_pointer, block->scheduler);
+    arrived(self->fake_stack, nullptr, nullptr);
+}
 
 static void wait_as(State state, const char* site) {
     self->state = state;
@@ -171,10 +210,11 @@ static void wait_as(State state, const char* site) {
 
 static void fiber_main() {
     Block* block = self->block;
+    arrived(nullptr, &block->scheduler_bottom, &block->scheduler_bytes);
     block->entry(block->arguments);
     self->state = FINISHED;
     block->alive--;
-    to_scheduler();
+    to_scheduler(true);
 }
 
 // ---- failing -------------------------------------------------------------------------------------------------------
@@ -192,7 +232,7 @@ void fail(const char* format, ...) {
     va_start(values, format);
     describe(self->block, format, values);
     va_end(values);
-    to_scheduler();
+    to_scheduler(true);
     abort();  // never resumed
 }
 
@@ -270,9 +310,11 @@ unsigned char (*warp_exchange(unsigned mask, const void* value, unsigned bytes, 
 
 static unsigned char* place(Block* block, const void* key, size_t bytes, size_t alignment) {
     size_t offset = (block->shared_used + alignment - 1) & ~(alignment - 1);
+    ASAN_UNPOISON_MEMORY_REGION(block->shared + block->shared_used, offset - block->shared_used + bytes + MARGIN);
     memset(block->shared + block->shared_used, MARGIN_BYTE, offset - block->shared_used);
     memset(block->shared + offset, POISON, bytes);
     memset(block->shared + offset + bytes, MARGIN_BYTE, MARGIN);
+    ASAN_POISON_MEMORY_REGION(block->shared + offset + bytes, MARGIN);
     block->shared_used = offset + bytes + MARGIN;
     block->arrays.push_back({key, offset, bytes});
     return block->shared + offset;
@@ -297,6 +339,7 @@ void* dynamic_shared() {
 size_t dynamic_shared_bytes() { return self->block->dynamic_bytes; }
 
 static void check_margins(Block* block) {
+    ASAN_UNPOISON_MEMORY_REGION(block->shared, block->shared_used);
     for (const SharedArray& array : block->arrays)
         for (size_t i = 0; i < MARGIN; i++)
             if (block->shared[array.offset + array.bytes + i] != MARGIN_BYTE && !block->failed) {
@@ -399,7 +442,11 @@ void ldmatrix_x4_transposed(unsigned char (*slots)[SLOT_BYTES]) { ldmatrix(slots
 
 static void enter(Block* block, Fiber* fiber) {
     self = fiber;
+    void* fake_stack = nullptr;
+    size_t index = size_t(fiber - block->fibers.data());
+    leaving(&fake_stack, block->stacks + index * STACK_BYTES + GUARD_BYTES, STACK_BYTES - GUARD_BYTES);
     emu_switch(&block->scheduler, fiber->stack_pointer);
+    arrived(fake_stack, nullptr, nullptr);
     self = nullptr;
 }
 
@@ -483,9 +530,9 @@ static void run_block(Block* block, const Launch& launch, size_t index) {
 // ---- memory outside a block's reach --------------------------------------------------------------------------------
 
 static __thread const Launch* running = nullptr;
-static struct sigaction previous_segv, previous_bus;
+static struct sigaction previous_segv, previous_bus, previous_ill;
 
-static void describe_fault(Block* block, const unsigned char* address) {
+UNSANITIZED static void describe_fault(Block* block, const unsigned char* address) {
     const Launch* launch = running;
     size_t best = 0;
     ptrdiff_t distance = PTRDIFF_MAX;
@@ -510,14 +557,29 @@ static void describe_fault(Block* block, const unsigned char* address) {
              block->frame.block.y, block->frame.block.z, self->thread.x, self->thread.y, self->thread.z, text);
 }
 
+// A check of the compiler's inside a fiber: misaligned access, index outside an array, overflow of a signed integer.
+UNSANITIZED static void describe_trap(Block* block, void* address) {
+    Dl_info info = {};
+    dladdr(address, &info);
+    size_t offset = size_t(static_cast<char*>(address) - static_cast<char*>(info.dli_fbase));
+    block->failed = true;
+    snprintf(block->message, sizeof block->message,
+             "block (%u, %u, %u), thread (%u, %u, %u): a misaligned access, an index outside an array or an overflow, at %s "
+             "(addr2line -e %s %#zx says where)",
+             block->frame.block.x, block->frame.block.y, block->frame.block.z, self->thread.x, self->thread.y, self->thread.z,
+             info.dli_sname ? info.dli_sname : "an unnamed function", info.dli_fname ? info.dli_fname : "?", offset);
+}
+
 // A fault inside a fiber ends its launch with a message; any other one goes to whoever handled it before.
-static void on_fault(int signal, siginfo_t* info, void* context) {
+UNSANITIZED static void on_fault(int signal, siginfo_t* info, void* context) {
     if (self) {
-        describe_fault(self->block, static_cast<unsigned char*>(info->si_addr));
-        void* discarded;
-        emu_switch(&discarded, self->block->scheduler);
+        if (signal == SIGILL)
+            describe_trap(self->block, info->si_addr);
+        else
+            describe_fault(self->block, static_cast<unsigned char*>(info->si_addr));
+        to_scheduler(true);
     }
-    struct sigaction& previous = signal == SIGSEGV ? previous_segv : previous_bus;
+    struct sigaction& previous = signal == SIGSEGV ? previous_segv : signal == SIGBUS ? previous_bus : previous_ill;
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(signal, info, context);
     } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
@@ -534,6 +596,7 @@ static void handle_faults() {
     sigemptyset(&action.sa_mask);
     sigaction(SIGSEGV, &action, &previous_segv);
     sigaction(SIGBUS, &action, &previous_bus);
+    sigaction(SIGILL, &action, &previous_ill);
 }
 
 static void* map(size_t bytes) {

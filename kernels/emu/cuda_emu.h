@@ -11,6 +11,8 @@
 //   - writing past a shared array: each has a checked margin;
 //   - a missing barrier: threads run in rising and in falling order by turns, so a value that a neighbour has "already" written
 //     in one order is missing in the other;
+//   - an access that is not aligned to its width, an index outside an array, an overflow of a signed integer: the compiler's own
+//     checks;
 //   - a copy that was not waited for: `cp.async` puts NaN in its place until the wait.
 //
 // The scheduler, memory and warp operations live in `cuda_emu.cpp`; this header is what is inlined into kernels.
@@ -79,6 +81,7 @@ struct Fiber {
     int state;
     const char* site;  // where it waits
     void* copies;      // its cp.async groups, made when first used
+    void* fake_stack;  // the address sanitizer's, while it waits
 };
 
 // What every thread of a block sees alike; first in `Block`.

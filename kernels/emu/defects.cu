@@ -97,3 +97,16 @@ ENTRY(THREADS) too_much_shared(f32* __restrict__ x) {
     kept[threadIdx.x] = 0.0f;
     x[threadIdx.x] = kept[threadIdx.x];
 }
+
+// A vector access one element off its alignment.
+ENTRY(THREADS) misaligned(f32* __restrict__ x) {
+    Pack pack;
+    load_wide(pack, x + 1);
+    x[threadIdx.x] = pack.at[threadIdx.x % PACK];
+}
+
+ENTRY(THREADS) index_outside(f32* __restrict__ x, i32 at) {
+    f32 kept[8] = {};
+    kept[at] = x[threadIdx.x];
+    x[threadIdx.x] = kept[at / 2];
+}

@@ -9,8 +9,9 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use brightrun_kernels::cpu::Cpu;
+use brightrun_kernels::emu::emulated;
 use brightrun_kernels::ops::{Device, QuantizeOps};
-use brightrun_kernels::{DType, Nf4Scales, Nf4Weight, Tensor, Weight};
+use brightrun_kernels::{DType, Error, Nf4Scales, Nf4Weight, Tensor, Weight};
 use safetensors::SafeTensors;
 
 /// The recorded vectors.
@@ -50,8 +51,8 @@ impl Golden {
 }
 
 /// Bits of a tensor against the recorded ones; the first difference is named.
-fn assert_same(cpu: &Cpu, golden: &Golden, name: &str, tensor: &Tensor<Cpu>) {
-    let ours = cpu.read(tensor).unwrap();
+fn assert_same<D: Device>(device: &D, golden: &Golden, name: &str, tensor: &Tensor<D>) {
+    let ours = device.read(tensor).unwrap();
     let tensors = golden.tensors();
     let theirs = tensors
         .tensor(name)
@@ -75,7 +76,7 @@ fn assert_same(cpu: &Cpu, golden: &Golden, name: &str, tensor: &Tensor<Cpu>) {
     }
 }
 
-fn quantized(cpu: &Cpu, golden: &Golden, case: &str) -> Nf4Weight<Cpu> {
+fn quantized<D: QuantizeOps>(device: &D, golden: &Golden, case: &str) -> Nf4Weight<D> {
     let tensors = golden.tensors();
     let weight = tensors.tensor(&format!("{case}.weight")).unwrap();
     let dtype = match weight.dtype() {
@@ -84,23 +85,21 @@ fn quantized(cpu: &Cpu, golden: &Golden, case: &str) -> Nf4Weight<Cpu> {
         safetensors::Dtype::F16 => DType::F16,
         other => panic!("{case}.weight is {other:?}"),
     };
-    let source = cpu
+    let source = device
         .upload(dtype, brightrun_kernels::Shape::new(weight.shape()), weight.data())
         .unwrap();
-    cpu.quantize_nf4(&source, case.ends_with("double")).unwrap()
+    device.quantize_nf4(&source, case.ends_with("double")).unwrap()
 }
 
-#[test]
-fn codes_scales_and_values_have_the_peers_bits() {
+fn compare<D: QuantizeOps>(device: &D) {
     let golden = Golden::open();
-    let cpu = Cpu::new(Some(2)).unwrap();
     let cases = golden.cases();
     assert!(!cases.is_empty(), "no case is recorded");
     let mut decoded = 0;
     for case in &cases {
-        let weight = quantized(&cpu, &golden, case);
+        let weight = quantized(device, &golden, case);
         match &weight.scales {
-            Nf4Scales::Flat(absmax) => assert_same(&cpu, &golden, &format!("{case}.absmax"), absmax),
+            Nf4Scales::Flat(absmax) => assert_same(device, &golden, &format!("{case}.absmax"), absmax),
             Nf4Scales::Nested {
                 codes,
                 nested_absmax,
@@ -113,20 +112,35 @@ fn codes_scales_and_values_have_the_peers_bits() {
                     recorded.to_bits(),
                     "{case}: offset {offset} against {recorded}"
                 );
-                assert_same(&cpu, &golden, &format!("{case}.nested_code"), nested_code);
-                assert_same(&cpu, &golden, &format!("{case}.nested_absmax"), nested_absmax);
-                assert_same(&cpu, &golden, &format!("{case}.absmax"), codes);
+                assert_same(device, &golden, &format!("{case}.nested_code"), nested_code);
+                assert_same(device, &golden, &format!("{case}.nested_absmax"), nested_absmax);
+                assert_same(device, &golden, &format!("{case}.absmax"), codes);
             }
         }
-        assert_same(&cpu, &golden, &format!("{case}.packed"), &weight.codes);
-        let mut values = cpu.alloc(DType::F32, [weight.outputs, weight.inputs]).unwrap();
-        cpu.dequantize(&Weight::Nf4(weight), &mut values).unwrap();
+        assert_same(device, &golden, &format!("{case}.packed"), &weight.codes);
+        let mut values = device.alloc(DType::F32, [weight.outputs, weight.inputs]).unwrap();
+        device.dequantize(&Weight::Nf4(weight), &mut values).unwrap();
         // A case may leave the values out where the peer itself is wrong or depends on the machine.
         if golden.tensors().tensor(&format!("{case}.dequantized")).is_ok() {
-            assert_same(&cpu, &golden, &format!("{case}.dequantized"), &values);
+            assert_same(device, &golden, &format!("{case}.dequantized"), &values);
             decoded += 1;
         }
     }
     assert!(decoded > 0, "no decoded values are recorded");
-    println!("{} cases bit-equal, {decoded} of them with decoded values", cases.len());
+    let (name, count) = (device.name(), cases.len());
+    println!("{name}: {count} cases bit-equal, {decoded} of them with decoded values");
+}
+
+#[test]
+fn codes_scales_and_values_have_the_peers_bits() {
+    compare(&Cpu::new(Some(2)).unwrap());
+}
+
+#[test]
+fn the_kernels_give_the_same_bits() {
+    match emulated(Some(2)) {
+        Ok(device) => compare(&device),
+        Err(Error::Unsupported { reason, .. }) => println!("emulated: absent: {reason}"),
+        Err(error) => panic!("{error}"),
+    }
 }

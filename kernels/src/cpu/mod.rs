@@ -18,7 +18,7 @@ mod matmul;
 mod matrix;
 mod memory;
 mod moe;
-mod nf4;
+pub(crate) mod nf4;
 mod norm;
 mod optimizer;
 mod products;

@@ -59,7 +59,7 @@ pub(super) fn quantize_block(values: &[f32], packed: &mut [u8]) -> f32 {
 }
 
 /// bitsandbytes' signed dynamic 8-bit map, ascending (Dettmers 2015, arXiv 1511.04561).
-pub(super) fn dynamic_map() -> [f32; 256] {
+pub(crate) fn dynamic_map() -> [f32; 256] {
     let mut map = [0.0; 256];
     map[0] = 1.0;
     let mut filled = 2; // the second stays 0
@@ -141,14 +141,21 @@ pub(super) fn mean(values: &[f32]) -> f32 {
     sum / values.len() as f32
 }
 
+/// Levels of a cascade.
+const LEVELS: usize = 4;
+
+/// Logarithm of the number of additions after which a level of a cascade of so many steps is added to the next.
+pub(crate) fn cascade_power(steps: usize) -> usize {
+    (ceil_log2(steps) / LEVELS).max(4)
+}
+
 /// Sum of vectors of `LANES` elements, lane by lane: four interleaved rows, each a cascade of four levels where a level is
 /// added to the next after `2^power` additions.
 fn cascade<const LANES: usize>(values: &[f32]) -> [f32; LANES] {
     const ROWS: usize = 4;
-    const LEVELS: usize = 4;
     let vectors: Vec<&[f32]> = values.chunks_exact(LANES).collect();
     let steps = vectors.len() / ROWS;
-    let power = (ceil_log2(steps) / LEVELS).max(4);
+    let power = cascade_power(steps);
     let mut levels = [[[0.0f32; LANES]; ROWS]; LEVELS];
     for step in 0..steps {
         for (row, sum) in levels[0].iter_mut().enumerate() {

@@ -12,6 +12,19 @@ const ENGINE: (&str, &str) = ("cuda_emu.cpp", include_str!("../../emu/cuda_emu.c
 /// The environment variable that names the compiler.
 pub const VARIABLE: &str = "BRIGHTRUN_EMULATION_CXX";
 
+/// What kernels are checked for as they run: a device does not forgive a misaligned access either. A violation is an illegal
+/// instruction, which the engine makes a message of; `-g1` is for where it was.
+const CHECKS: &[&str] = &[
+    "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero",
+    "-fsanitize-undefined-trap-on-error",
+    "-g1",
+];
+
+/// Set to anything, engine and kernels are built with the address sanitizer, whose library must be preloaded.
+pub const SANITIZE: &str = "BRIGHTRUN_EMULATION_SANITIZE";
+
+const SANITIZER: &[&str] = &["-fsanitize=address", "-fno-omit-frame-pointer", "-DBRIGHTRUN_EMU_SANITIZED"];
+
 /// A C++ compiler and how it is called.
 pub(super) struct Compiler {
     program: PathBuf,
@@ -37,7 +50,7 @@ impl Compiler {
                 return Ok(Self {
                     program,
                     version: String::from_utf8_lossy(&output.stdout).into_owned(),
-                    flags: flags(),
+                    flags: flags()?,
                     folder: cache::folder().join("emulated"),
                 });
             }
@@ -51,7 +64,7 @@ impl Compiler {
 
     /// The engine's library.
     pub(super) fn engine(&self) -> Result<PathBuf> {
-        self.library("engine", &[ENGINE_HEADER], ENGINE)
+        self.library("engine", &[], &[ENGINE_HEADER], ENGINE)
     }
 
     /// The library of one source's kernels, whose doors are named `emu_entry_…`.
@@ -63,17 +76,19 @@ impl Compiler {
         }
         let mut includes = vec![ENGINE_HEADER, (&file, source.text)];
         includes.extend(sources::HEADERS);
-        self.library(source.name, &includes, ("main.cpp", &main))
+        self.library(source.name, CHECKS, &includes, ("main.cpp", &main))
     }
 
-    fn library(&self, name: &str, includes: &[(&str, &str)], main: (&str, &str)) -> Result<PathBuf> {
+    fn library(
+        &self,
+        name: &str,
+        checks: &[&'static str],
+        includes: &[(&str, &str)],
+        main: (&str, &str),
+    ) -> Result<PathBuf> {
         let texts = includes.iter().chain([&main]).flat_map(|(name, text)| [*name, *text]);
-        let digest = cache::digest(
-            [self.version.as_str()]
-                .into_iter()
-                .chain(self.flags.iter().copied())
-                .chain(texts),
-        );
+        let flags: Vec<&str> = self.flags.iter().chain(checks).copied().collect();
+        let digest = cache::digest([self.version.as_str()].into_iter().chain(flags.iter().copied()).chain(texts));
         let path = self.folder.join(format!("{name}-{digest}.so"));
         if path.exists() {
             return Ok(path);
@@ -82,7 +97,7 @@ impl Compiler {
         let published = cache::publish(&path, |library| {
             let build = library.with_extension("build");
             std::fs::create_dir_all(&build)?;
-            let done = self.compile(&build, includes, main, library);
+            let done = self.compile(&build, &flags, includes, main, library);
             std::fs::remove_dir_all(&build)?;
             done.map(|message| failure = message)
         });
@@ -97,6 +112,7 @@ impl Compiler {
     fn compile(
         &self,
         build: &Path,
+        flags: &[&str],
         includes: &[(&str, &str)],
         main: (&str, &str),
         library: &Path,
@@ -106,7 +122,7 @@ impl Compiler {
         }
         let output = Command::new(&self.program)
             .current_dir(build)
-            .args(&self.flags)
+            .args(flags)
             .arg("-o")
             .arg(std::path::absolute(library)?)
             .arg(main.0)
@@ -128,7 +144,7 @@ fn failed(name: &str, message: String) -> Error {
 
 /// How sources are compiled: as C++17 without the freedom to change arithmetic beyond fusing multiply and add, which NVRTC has
 /// too.
-fn flags() -> Vec<&'static str> {
+fn flags() -> Result<Vec<&'static str>> {
     let mut flags = vec![
         "-std=c++17",
         "-O3",
@@ -144,5 +160,15 @@ fn flags() -> Vec<&'static str> {
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
         flags.extend(["-mavx2", "-mfma", "-mf16c"]);
     }
-    flags
+    if std::env::var_os(SANITIZE).is_some() {
+        // Its runtime ends the process when it is loaded later than everything else.
+        if !std::env::var("LD_PRELOAD").is_ok_and(|preloaded| preloaded.contains("libasan")) {
+            return Err(Error::Device {
+                op: "emulation",
+                message: format!("{SANITIZE} needs LD_PRELOAD=\"$(g++ -print-file-name=libasan.so)\""),
+            });
+        }
+        flags.extend(SANITIZER);
+    }
+    Ok(flags)
 }

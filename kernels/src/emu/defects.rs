@@ -30,6 +30,8 @@ pub(crate) static FAMILY: Family = Family {
         &UNWRITTEN_SHARED,
         &PAST_A_SHARED_ARRAY,
         &TOO_MUCH_SHARED,
+        &MISALIGNED,
+        &INDEX_OUTSIDE,
     ],
     ops: &[],
 };
@@ -61,6 +63,9 @@ static HALF_A_WARP: Kernel = kernel("half_a_warp", &[X]);
 static UNWRITTEN_SHARED: Kernel = kernel("unwritten_shared", &[X]);
 static PAST_A_SHARED_ARRAY: Kernel = kernel("past_a_shared_array", &[X]);
 static TOO_MUCH_SHARED: Kernel = kernel("too_much_shared", &[X]);
+
+static MISALIGNED: Kernel = kernel("misaligned", &[X]);
+static INDEX_OUTSIDE: Kernel = kernel("index_outside", &[X, ("at", Parameter::I32)]);
 
 const fn product(stem: &'static str) -> Kernel {
     Kernel {
@@ -186,6 +191,15 @@ fn a_barrier_that_not_all_threads_reach_is_found() {
     assert_complains(&HALF_A_BARRIER, &["barrier"]);
     assert_complains(&TWO_BARRIERS, &["two barriers", "defects.cu:"]);
     assert_complains(&HALF_A_WARP, &["never come"]);
+}
+
+#[test]
+fn a_misaligned_access_and_an_index_outside_an_array_are_found() {
+    assert_complains(&MISALIGNED, &["misaligned", "addr2line"]);
+    let Some((device, mut x)) = device() else { return };
+    let arguments = [Argument::Out(&mut x), Argument::Size(9)];
+    let launched = device.launch(&INDEX_OUTSIDE, &[], Geometry::cover(1, 1), &arguments);
+    assert!(launched.unwrap_err().to_string().contains("index outside an array"));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::Runtime;
 use crate::error::{Error, Result};
+use crate::weight::NF4_BLOCK;
 
 /// What a kernel may note; its code is its place here, counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,10 +21,12 @@ pub(super) enum Fault {
     Position = 2,
     /// `linear_cross_entropy`: a label that is neither −100 nor in the vocabulary.
     Label = 3,
+    /// `quantize_nf4`: an element that is not finite; the value is its block.
+    NotFinite = 4,
 }
 
 impl Fault {
-    const ALL: [Self; 3] = [Self::Id, Self::Position, Self::Label];
+    const ALL: [Self; 4] = [Self::Id, Self::Position, Self::Label, Self::NotFinite];
 
     /// As kernels get it.
     pub(super) fn code(self) -> i32 {
@@ -32,19 +35,23 @@ impl Fault {
 
     fn error(self, value: i32) -> Error {
         let (op, argument, problem) = match self {
-            Self::Id => ("gather_rows", "ids", "which is not a row of the table"),
-            Self::Position => ("rope", "positions", "which is beyond the table"),
-            Self::Label => (
-                "linear_cross_entropy",
-                "labels",
-                "which is neither -100 nor in the vocabulary",
+            Self::Id => (
+                "gather_rows",
+                "ids",
+                format!("has {value}, which is not a row of the table"),
             ),
+            Self::Position => ("rope", "positions", format!("has {value}, which is beyond the table")),
+            Self::Label => {
+                let problem = format!("has {value}, which is neither -100 nor in the vocabulary");
+                ("linear_cross_entropy", "labels", problem)
+            }
+            Self::NotFinite => {
+                let first = i64::from(value) * NF4_BLOCK as i64;
+                let problem = format!("has an element that is not finite, from element {first} on");
+                ("quantize_nf4", "source", problem)
+            }
         };
-        Error::Value {
-            op,
-            argument,
-            problem: format!("has {value}, {problem}"),
-        }
+        Error::Value { op, argument, problem }
     }
 }
 

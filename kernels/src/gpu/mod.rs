@@ -30,6 +30,8 @@ mod memory;
 mod moe;
 mod norm;
 mod operands;
+#[cfg(test)]
+mod offsets;
 mod optimizer;
 mod quantize;
 mod rows;

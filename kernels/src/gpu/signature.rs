@@ -118,13 +118,25 @@ fn written(kernel: &Kernel, types: &[DType]) -> Vec<String> {
     kernel.parameters.iter().map(one).collect()
 }
 
-/// The number that an `ENTRY`'s argument stands for.
-fn bound(source: &Source, threads: &str) -> u32 {
-    threads.parse().unwrap_or_else(|_| {
-        let marker = format!("constexpr i32 {threads} = ");
-        let (_, rest) = source.text.split_once(&marker).unwrap_or_else(|| panic!("no {marker}"));
-        rest.split(';').next().unwrap().trim().parse().unwrap()
-    })
+/// The threads that the first argument of an `ENTRY` stands for: a number, a constant, or a tile's.
+fn bound(source: &Source, arguments: &str) -> u32 {
+    let after = |marker: &str| {
+        let (_, rest) = source.text.split_once(marker).unwrap_or_else(|| panic!("no {marker}"));
+        rest.split(';').next().unwrap().trim().to_owned()
+    };
+    let threads = arguments.split(',').next().unwrap().trim();
+    if let Some(tile) = threads.strip_suffix("::THREADS") {
+        let numbers = after(&format!("using {tile} = Tile<"));
+        let numbers: Vec<u32> = numbers
+            .trim_end_matches('>')
+            .split(',')
+            .map(|n| n.trim().parse().unwrap())
+            .collect();
+        return numbers[2] * numbers[3] * 32;
+    }
+    threads
+        .parse()
+        .unwrap_or_else(|_| after(&format!("constexpr i32 {threads} = ")).parse().unwrap())
 }
 
 #[test]

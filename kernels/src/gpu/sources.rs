@@ -32,6 +32,9 @@ pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static CONVOLUTION: Source = source!("convolution");
 pub(crate) static GATE: Source = source!("gate");
 pub(crate) static GATED_DELTA: Source = source!("gated_delta");
+pub(crate) static QUANTIZE: Source = source!("quantize");
+pub(crate) static MATMUL: Source = source!("matmul");
+pub(crate) static MATMUL_F32: Source = source!("matmul_f32");
 
 /// What the sources include, by name.
 pub const HEADERS: &[(&str, &str)] = &[
@@ -39,6 +42,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("nf4.cuh", include_str!("../../cu/nf4.cuh")),
     ("documents.cuh", include_str!("../../cu/documents.cuh")),
     ("product.cuh", include_str!("../../cu/product.cuh")),
+    ("tile.cuh", include_str!("../../cu/tile.cuh")),
 ];
 
 /// The names of a source's entries.

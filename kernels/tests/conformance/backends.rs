@@ -14,7 +14,7 @@ use half::bf16;
 const REQUIRED: &str = "BRIGHTRUN_REQUIRED_BACKENDS";
 
 /// Multiply-adds of one case that an emulated device can afford: a fraction of a second.
-const EMULATED_WORK: usize = 8_000_000;
+const EMULATED_WORK: usize = 20_000_000;
 
 /// Runs the cases of one op, which needs these ops, on every backend there is, and prints how many tensors were compared on
 /// each; a backend or an op that is absent is printed as absent. Fails with every broken case.

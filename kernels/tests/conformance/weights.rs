@@ -120,6 +120,59 @@ fn wide64(values: &[f32]) -> Vec<f64> {
     values.iter().copied().map(f64::from).collect()
 }
 
+/// Bits of every tensor of an NF4 weight, and of its offset.
+fn bits<D: Device>(device: &D, weight: &Nf4Weight<D>) -> Vec<Vec<u8>> {
+    let read = |tensor| device.read(tensor).unwrap();
+    match &weight.scales {
+        Nf4Scales::Flat(absmax) => vec![read(&weight.codes), read(absmax)],
+        Nf4Scales::Nested {
+            codes,
+            nested_absmax,
+            nested_code,
+            offset,
+        } => vec![
+            read(&weight.codes),
+            read(codes),
+            read(nested_absmax),
+            read(nested_code),
+            offset.to_le_bytes().to_vec(),
+        ],
+    }
+}
+
+/// The shapes above, fewer scales than a vector of their mean has lanes, and enough for three levels of its cascade.
+#[test]
+fn weights_are_quantised_to_the_same_bits_on_every_backend() {
+    let cpu = Cpu::with_simd(Some(1), SimdLevel::Portable).unwrap();
+    on_every_backend!("quantize_nf4", [QuantizeNf4], |run| {
+        for shape in SHAPES.into_iter().chain([[6, 64], [31, 64], [1_100, 512]]) {
+            let mut values = Random::new(shape[0] as u64).adversarial(shape[0] * shape[1]);
+            values.iter_mut().take(64).for_each(|value| *value = 0.0);
+            for (dtype, nested) in [
+                (DType::F32, false),
+                (DType::F32, true),
+                (DType::BF16, true),
+                (DType::F16, true),
+            ] {
+                let theirs = cpu.quantize_nf4(&dense(&cpu, dtype, shape, &values), nested).unwrap();
+                let ours = run
+                    .backend
+                    .quantize_nf4(&dense(run.backend, dtype, shape, &values), nested);
+                let (ours, theirs) = (bits(run.backend, &ours.unwrap()), bits(&cpu, &theirs));
+                for (part, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+                    let different = ours.iter().zip(theirs).position(|(a, b)| a != b);
+                    assert_eq!(
+                        different, None,
+                        "byte of part {part}: {shape:?} {dtype} {nested} on {}",
+                        run.name
+                    );
+                }
+                run.case("quantize_nf4", 0);
+            }
+        }
+    });
+}
+
 #[test]
 fn dense_weights_decode_to_their_own_values() {
     on_every_backend!("dequantize, dense", [Dequantize], |run| {
