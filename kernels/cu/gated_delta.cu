@@ -370,8 +370,7 @@ DEVICE void row_dots(Product<A, CHUNK>& tile, f32* square, Other other, Take tak
     f32 sum = 0.0f;
 #pragma unroll
     for (i32 j = 0; j < 16; j++) sum += square[row * SQUARE_ROW + part + j];
-    sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-    sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+    sum = lanes_sum<4>(sum);
     if (part == 0) take(row, sum);
     __syncthreads();
 }
@@ -488,8 +487,7 @@ DEVICE void delta_gradients(const A* q, const A* k, const A* v, const f32* decay
         i32 row = i32(threadIdx.x) / 4, part = i32(threadIdx.x) % 4;
         f32 dot = 0.0f;
         for (i32 e = part; e < heads.value_dim; e += 4) dot += through.get(row, e) * value.get(row, e);
-        dot += __shfl_xor_sync(FULL_WARP, dot, 1);
-        dot += __shfl_xor_sync(FULL_WARP, dot, 2);
+        dot = lanes_sum<4>(dot);
         if (part == 0 && row < rows) dbeta[(i64(first) + row) * heads.value_heads + head] = own_db[row] + dot;
         i64 place = (i64(blockIdx.x) * heads.value_heads + head) * state_size;
         f32 both = 0.0f;

@@ -102,16 +102,13 @@ impl<R: Runtime> ConvolutionOps for Gpu<R> {
         let ConvolutionSizes { channels, taps } = contract::convolution_forward(&call)?;
         let (tokens, documents) = (call.segments.tokens(), call.segments.len());
         let offsets = self.upload_offsets(call.segments)?;
-        let bias = call
-            .bias
-            .map(|bias| self.single("convolution_forward", bias))
-            .transpose()?;
+        let bias = call.bias.map(|bias| self.held(bias, DType::F32)).transpose()?;
         let mut state = call.state;
         let kernel = if taps == 4 { &FORWARD_TAPS4 } else { &FORWARD_ANY };
         let arguments = [
             Argument::In(call.x),
             Argument::In(call.weight),
-            Argument::Optional(bias.as_ref().map(AsRef::as_ref)),
+            Argument::Optional(bias.as_deref()),
             Argument::In(&offsets),
             Argument::Optional(state.as_deref()),
             Argument::Out(call.y),
@@ -141,15 +138,12 @@ impl<R: Runtime> ConvolutionOps for Gpu<R> {
         let ConvolutionSizes { channels, taps } = contract::convolution_backward(&call)?;
         let tokens = call.segments.tokens();
         let offsets = self.upload_offsets(call.segments)?;
-        let bias = call
-            .bias
-            .map(|bias| self.single("convolution_backward", bias))
-            .transpose()?;
+        let bias = call.bias.map(|bias| self.held(bias, DType::F32)).transpose()?;
         let kernel = if taps == 4 { &BACKWARD_TAPS4 } else { &BACKWARD_ANY };
         let arguments = [
             Argument::In(call.x),
             Argument::In(call.weight),
-            Argument::Optional(bias.as_ref().map(AsRef::as_ref)),
+            Argument::Optional(bias.as_deref()),
             Argument::In(&offsets),
             Argument::In(call.dy),
             Argument::Out(call.dx),

@@ -2,7 +2,7 @@
 
 use super::kernel::Kernel;
 use super::sources::Source;
-use super::{convolution, delta, elementwise, gate, matmul, norm, optimizer, quantize, rows};
+use super::{convolution, delta, elementwise, gate, matmul, moe, norm, optimizer, quantize, rows};
 use crate::ops::{Op, Support};
 
 /// The reason why an op is not supported.
@@ -25,6 +25,9 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &gate::FAMILY,
     &convolution::FAMILY,
     &delta::FAMILY,
+    &moe::FAMILY,
+    &moe::TENSOR_FAMILY,
+    &moe::EXACT_FAMILY,
     &quantize::DECODE_FAMILY,
     &matmul::TENSOR_FAMILY,
     &matmul::EXACT_FAMILY,

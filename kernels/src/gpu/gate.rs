@@ -322,13 +322,13 @@ impl<R: Runtime> Gpu<R> {
     pub(super) fn open_delta_gates(&self, call: DeltaGatesForward<'_, Self>) -> Result<()> {
         let heads = contract::delta_gates_forward(&call)?;
         let count = call.a.shape().elements();
-        let a_log = self.single("delta_gates_forward", call.a_log)?;
-        let bias = self.single("delta_gates_forward", call.dt_bias)?;
+        let a_log = self.held(call.a_log, DType::F32)?;
+        let bias = self.held(call.dt_bias, DType::F32)?;
         let arguments = [
             Argument::In(call.a),
             Argument::In(call.b),
-            Argument::In(a_log.as_ref()),
-            Argument::In(bias.as_ref()),
+            Argument::In(&a_log),
+            Argument::In(&bias),
             Argument::Out(call.decay),
             Argument::Out(call.beta),
             Argument::Size(count),
@@ -341,12 +341,12 @@ impl<R: Runtime> Gpu<R> {
     pub(super) fn close_delta_gates(&self, call: DeltaGatesBackward<'_, Self>) -> Result<()> {
         let heads = contract::delta_gates_backward(&call)?;
         let count = call.a.shape().elements();
-        let a_log = self.single("delta_gates_backward", call.a_log)?;
-        let bias = self.single("delta_gates_backward", call.dt_bias)?;
+        let a_log = self.held(call.a_log, DType::F32)?;
+        let bias = self.held(call.dt_bias, DType::F32)?;
         let arguments = [
             Argument::In(call.a),
-            Argument::In(a_log.as_ref()),
-            Argument::In(bias.as_ref()),
+            Argument::In(&a_log),
+            Argument::In(&bias),
             Argument::In(call.beta),
             Argument::In(call.ddecay),
             Argument::In(call.dbeta),

@@ -32,6 +32,9 @@ pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static CONVOLUTION: Source = source!("convolution");
 pub(crate) static GATE: Source = source!("gate");
 pub(crate) static GATED_DELTA: Source = source!("gated_delta");
+pub(crate) static MOE: Source = source!("moe");
+pub(crate) static GROUPED: Source = source!("grouped");
+pub(crate) static GROUPED_F32: Source = source!("grouped_f32");
 pub(crate) static QUANTIZE: Source = source!("quantize");
 pub(crate) static MATMUL: Source = source!("matmul");
 pub(crate) static MATMUL_F32: Source = source!("matmul_f32");
@@ -42,6 +45,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("nf4.cuh", include_str!("../../cu/nf4.cuh")),
     ("documents.cuh", include_str!("../../cu/documents.cuh")),
     ("product.cuh", include_str!("../../cu/product.cuh")),
+    ("grouped.cuh", include_str!("../../cu/grouped.cuh")),
     ("tile.cuh", include_str!("../../cu/tile.cuh")),
 ];
 

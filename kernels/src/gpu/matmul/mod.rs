@@ -8,6 +8,8 @@
 mod exact;
 mod tensor;
 
+pub(super) use self::tensor::Tile;
+
 use std::ops::Deref;
 
 use super::family::Family;
@@ -32,7 +34,7 @@ pub(super) static EXACT_FAMILY: Family = Family {
 };
 
 /// A tensor that was there already, or one made for the occasion.
-enum Held<'a, R: Runtime> {
+pub(super) enum Held<'a, R: Runtime> {
     Borrowed(&'a Tensor<Gpu<R>>),
     Made(Tensor<Gpu<R>>),
 }
@@ -96,7 +98,7 @@ struct Outer<'a, R: Runtime> {
 }
 
 /// What factors are kept in.
-fn factors(precision: Precision) -> DType {
+pub(super) fn factors(precision: Precision) -> DType {
     match precision {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
@@ -105,7 +107,7 @@ fn factors(precision: Precision) -> DType {
 
 impl<R: Runtime> Gpu<R> {
     /// A tensor in another dtype, or itself.
-    fn held<'a>(&self, tensor: &'a Tensor<Self>, dtype: DType) -> Result<Held<'a, R>> {
+    pub(super) fn held<'a>(&self, tensor: &'a Tensor<Self>, dtype: DType) -> Result<Held<'a, R>> {
         if tensor.dtype() == dtype {
             return Ok(Held::Borrowed(tensor));
         }

@@ -16,11 +16,11 @@ pub(super) const NF4_ROW: usize = 32;
 
 /// A tile of `tile.cuh`, by the same numbers as in `matmul.cu`.
 #[derive(Clone, Copy)]
-struct Tile {
-    rows: usize,
-    columns: usize,
-    warps: u32,
-    stages: usize,
+pub(in super::super) struct Tile {
+    pub(in super::super) rows: usize,
+    pub(in super::super) columns: usize,
+    pub(in super::super) warps: u32,
+    pub(in super::super) stages: usize,
 }
 
 const LARGE: Tile = Tile {
@@ -41,18 +41,18 @@ const SMALL: Tile = Tile {
 const DEPTH: usize = 64;
 
 impl Tile {
-    const fn threads(self) -> u32 {
+    pub(in super::super) const fn threads(self) -> u32 {
         self.warps * 32
     }
 
     /// `Tile::SHARED_BYTES`: the ring of stages, or the finished tile in f32 if that is larger.
-    const fn shared_bytes(self) -> usize {
+    pub(in super::super) const fn shared_bytes(self) -> usize {
         let ring = self.stages * (self.rows + self.columns) * DEPTH * 2;
         let result = self.rows * (self.columns + 8) * 4;
         if ring > result { ring } else { result }
     }
 
-    fn geometry(self, rows: usize, columns: usize, parts: usize) -> Geometry {
+    pub(in super::super) fn geometry(self, rows: usize, columns: usize, parts: usize) -> Geometry {
         Geometry::grid([rows.div_ceil(self.rows), columns.div_ceil(self.columns), parts])
             .with_shared(self.shared_bytes())
     }
