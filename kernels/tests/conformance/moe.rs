@@ -34,6 +34,7 @@ const CROWDS: &[Crowd] = &[
     crowd(7, 3, 1),
     crowd(9, 12, 5),
     crowd(150, 4, 2),
+    crowd(3, 200, 2),
     crowd(33, 512, 10),
 ];
 
