@@ -283,8 +283,7 @@ DEVICE void multiply_add(f32 (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     } sums = emu::together<Sums>(operands, emu::mma_m16n8k16_bf16, 40, EMU_SITE);
     for (i32 i = 0; i < 4; i++) sum[i] = sums.sum[i];
 #else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif

@@ -12,10 +12,12 @@
 // Bytes, for activations of 2 bytes: 2 M K + W + 2 M N; W is 2 N K, or 0.5 N K and its scales. W is read once from device
 // memory and M / 128 times from the second level of cache: blocks that share columns of W are neighbours in the grid.
 //
-// Decomposition: see tile.cuh. Two tiles, chosen by the host from a table: `large` 128 × 128, eight warps, three stages (96 KB
-// of shared memory, which every target has; sm_90 has room for two), and `small` 32 × 64, four warps, four stages, for few tokens and
-// for products as narrow as an adapter's rank. u = x Aᵀ is a launch of its own: as a part of every tile of y it
-// would cost R / 128 of y's arithmetic, as a launch it reads x once more, which is K / N of a few per cent.
+// Decomposition: see tile.cuh. Two tiles, chosen by the host from a table: `large` 128 × 128, four warps of 64 × 64, three stages
+// (96 KB of shared memory, which every target has; sm_90 has room for two blocks), and `small` 32 × 64, four warps, four stages,
+// for few tokens and for products as narrow as an adapter's rank. Eight warps of 64 × 32 would load each fragment of the left
+// factor twice as often, and decoding then makes shared memory the limit: 1280 cycles a step against 1024 of tensor cores.
+// u = x Aᵀ is a launch of its own: as a part of every tile of y it would cost R / 128 of y's arithmetic; as a launch it reads x
+// once more.
 //
 // Numerics: products of bf16 factors summed in f32; the low-rank term is summed after the layer's own in the same registers;
 // bias and what is added to come last. s · u and s · dy B are rounded to bf16 before they enter their second product. The
@@ -24,7 +26,7 @@
 #include "tile.cuh"
 
 // Launched by these names; gpu/matmul.rs has the same numbers.
-using Large = Tile<128, 128, 2, 4, 3>;
+using Large = Tile<128, 128, 2, 2, 3>;
 using Small = Tile<32, 64, 1, 4, 4>;
 
 // What is done with a finished tile.

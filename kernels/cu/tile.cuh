@@ -21,7 +21,7 @@
 #include "nf4.cuh"
 
 // Shared memory of a multiprocessor, what the system takes left out.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)
 constexpr i32 SHARED_KILOBYTES = 227;
 #elif __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 870
 constexpr i32 SHARED_KILOBYTES = 163;
@@ -47,7 +47,6 @@ struct Tile {
     static constexpr i32 BLOCKS = SHARED_KILOBYTES * 1024 / (SHARED_BYTES + 1024);
     static_assert(BLOCKS > 0, "more shared memory than the target has");
     static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0, "fragments are loaded in pairs");
-    static_assert(N * K == THREADS * 32, "a thread decodes 32 elements of a tile");
 };
 
 // A warp's part of the sum.
@@ -67,31 +66,76 @@ struct Rows {
     DEVICE const bf16* row(i64 index) const { return index < count ? values + index * width : nullptr; }
 };
 
-// Begins to copy 8 elements of a row from `column` on; zeros where there are none, for which `values` stands as an address.
-DEVICE void copy_chunk(bf16* to, const bf16* values, const bf16* row, i64 column, i64 width) {
-    i64 left = row == nullptr ? 0 : width - column;
-    i32 count = left <= 0 ? 0 : left < PACK ? i32(left) : PACK;
-    if (width % PACK == 0) {
-        copy_async(to, count > 0 ? row + column : values, 2 * count);
-        return;
-    }
-    u32 words[4] = {};
-#pragma unroll
-    for (i32 i = 0; i < PACK; i++)
-        if (i < count) words[i / 2] |= u32(row[column + i].bits) << 16 * (i % 2);
-    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+// How many of `most` things from `first` on there are, of `count`.
+DEVICE i32 how_many(i64 first, i64 count, i32 most) {
+    i64 left = count - first;
+    return left <= 0 ? 0 : left < most ? i32(left) : most;
 }
 
-// Begins to copy HEIGHT rows of WIDTH elements from (`row`, `column`) of a matrix to a swizzled tile. MATRIX has `values`,
-// `row` and `width` as `Rows` has.
+// Where rows `first` to `first + here` of a matrix begin, `here` at most HEIGHT. The general form asks the matrix for each row;
+// rows that lie one after another are found from the first.
+template <class MATRIX, i32 HEIGHT>
+struct RowFinder {
+    const MATRIX& matrix;
+    i64 first;
+
+    DEVICE RowFinder(const MATRIX& matrix, i64 first) : matrix(matrix), first(first) {}
+    DEVICE bool find(i32 within, const bf16*& row) const {
+        const bf16* found = matrix.row(first + within);
+        row = found == nullptr ? matrix.values : found;
+        return found != nullptr;
+    }
+};
+
+template <i32 HEIGHT>
+struct RowFinder<Rows, HEIGHT> {
+    const bf16* base;
+    i32 here, width;
+
+    DEVICE RowFinder(const Rows& matrix, i64 first) {
+        here = how_many(first, matrix.count, HEIGHT);
+        base = matrix.values + (here > 0 ? first * matrix.width : 0);
+        width = i32(matrix.width);
+    }
+    DEVICE bool find(i32 within, const bf16*& row) const {
+        bool exists = within < here;
+        row = base + i64(exists ? within : 0) * width;
+        return exists;
+    }
+};
+
+// Begins to copy HEIGHT rows of WIDTH elements from (`row`, `column`) of a matrix to a swizzled tile; zeros where the matrix has
+// none. MATRIX has `values`, `width` (less than 2³¹) and `row`, as `Rows` has.
 template <i32 HEIGHT, i32 WIDTH, i32 THREADS, class MATRIX>
 DEVICE void copy_rectangle(bf16* tile, const MATRIX& matrix, i64 row, i64 column) {
     constexpr i32 CHUNKS = WIDTH / PACK;
+    static_assert(HEIGHT * CHUNKS % THREADS == 0 && THREADS % CHUNKS == 0, "every thread copies as many chunks, in one column");
+    i32 first = i32(threadIdx.x) / CHUNKS, chunk = i32(threadIdx.x) % CHUNKS;
+    column += chunk * PACK;
+    i32 count = how_many(column, matrix.width, PACK);
+    if (count == 0) column = 0;
+    RowFinder<MATRIX, HEIGHT> finder(matrix, row);
+    if (matrix.width % PACK == 0) {
 #pragma unroll
-    for (i32 i = i32(threadIdx.x); i < HEIGHT * CHUNKS; i += THREADS) {
-        i32 within = i / CHUNKS, chunk = i % CHUNKS;
-        copy_chunk(tile + swizzled<CHUNKS>(within, chunk) * PACK, matrix.values, matrix.row(row + within),
-                   column + chunk * PACK, matrix.width);
+        for (i32 i = 0; i < HEIGHT * CHUNKS / THREADS; i++) {
+            i32 within = first + i * (THREADS / CHUNKS);
+            const bf16* from;
+            bool exists = finder.find(within, from);
+            copy_async(tile + swizzled<CHUNKS>(within, chunk) * PACK, from + column, exists ? 2 * count : 0);
+        }
+        return;
+    }
+    // Rows that do not begin at 16-byte boundaries, element by element.
+#pragma unroll 1
+    for (i32 within = first; within < HEIGHT; within += THREADS / CHUNKS) {
+        const bf16* from;
+        i32 here = finder.find(within, from) ? count : 0;
+        u32 words[4] = {};
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++)
+            if (i < here) words[i / 2] |= u32(from[column + i].bits) << 16 * (i % 2);
+        *reinterpret_cast<uint4*>(tile + swizzled<CHUNKS>(within, chunk) * PACK) =
+            make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 
@@ -116,60 +160,77 @@ struct DenseRight {
     DEVICE void decode(bf16*, i32) const {}
 };
 
-// A right factor in NF4, `count` rows of `width` elements, a multiple of 32. A thread decodes 32 elements of a row for each tile:
-// 16 bytes of codes in one access, and one scale.
+// A right factor in NF4, `count` rows of `width` elements, a multiple of 32. A thread decodes one or two runs of 32 elements of
+// each tile, in rows some apart: 16 bytes of codes in one access, and one scale.
 struct Nf4Right {
+    static constexpr i32 RUN = 32;
+
     const u8* codes;
     Nf4Scales scales;
     i64 count, width;
     const f32* table;  // the sixteen values, in shared memory
 
-    // Codes and scale of the tile to be decoded, and of the one after it.
-    uint4 words, next_words;
-    f32 scale, next_scale;
+    // Codes and scales of the tile to be decoded, and of the one after it.
+    uint4 words[2], next_words[2];
+    f32 scale[2], next_scale[2];
 
-    // This thread's row and first column of the tile at (`first`, `depth`).
+    // How this thread's runs lie in a tile: how many, in rows how far apart, beginning where.
     template <class T, bool COLUMNS>
-    DEVICE void find(i64 first, i32 depth, i64& row, i64& column) const {
-        constexpr i32 PARTS = (COLUMNS ? T::N : T::K) / 32;
-        row = (COLUMNS ? i64(depth) : first) + i32(threadIdx.x) / PARTS;
-        column = (COLUMNS ? first : i64(depth)) + i32(threadIdx.x) % PARTS * 32;
-    }
+    struct Runs {
+        static constexpr i32 WIDTH = COLUMNS ? T::N : T::K;
+        static constexpr i32 IN_ROW = WIDTH / RUN;
+        static constexpr i32 COUNT = T::N * T::K / RUN / T::THREADS;
+        static constexpr i32 APART = T::THREADS / IN_ROW;
+        static_assert(COUNT == 1 || COUNT == 2, "a thread decodes 32 or 64 elements of a tile");
+        static DEVICE i32 row(i32 run) { return i32(threadIdx.x) / IN_ROW + run * APART; }
+        static DEVICE i32 column() { return i32(threadIdx.x) % IN_ROW * RUN; }
+    };
 
     template <class T, bool COLUMNS>
     DEVICE void copy(bf16*, i64, i32) const {}
 
-    // Reads this thread's codes and scale of a tile, to be decoded one step later.
+    // Reads this thread's codes and scales of a tile, to be decoded one step later.
     template <class T, bool COLUMNS>
     DEVICE void fetch(i64 first, i32 depth) {
-        i64 row, column;
-        find<T, COLUMNS>(first, depth, row, column);
-        next_words = make_uint4(0, 0, 0, 0);
-        next_scale = 0.0f;  // decodes to zeros
-        if (row >= count || column >= width) return;
-        i64 element = row * width + column;
-        next_words = *reinterpret_cast<const uint4*>(codes + element / 2);
-        next_scale = scales.of(element / NF4_BLOCK);
+        using Mine = Runs<T, COLUMNS>;
+        i64 column = (COLUMNS ? first : i64(depth)) + Mine::column();
+#pragma unroll
+        for (i32 run = 0; run < Mine::COUNT; run++) {
+            i64 row = (COLUMNS ? i64(depth) : first) + Mine::row(run);
+            next_words[run] = make_uint4(0, 0, 0, 0);
+            next_scale[run] = 0.0f;  // decodes to zeros
+            if (row >= count || column >= width) continue;
+            i64 element = row * width + column;
+            next_words[run] = *reinterpret_cast<const uint4*>(codes + element / 2);
+            next_scale[run] = scales.of(element / NF4_BLOCK);
+        }
     }
 
     DEVICE void advance() {
-        words = next_words;
-        scale = next_scale;
+#pragma unroll
+        for (i32 run = 0; run < 2; run++) words[run] = next_words[run], scale[run] = next_scale[run];
     }
 
-    // Decodes chunk `step` of this thread's four into the tile.
+    // Decodes chunk `step` of four of each of this thread's runs into the tile.
     template <class T, bool COLUMNS>
     DEVICE void decode(bf16* tile, i32 step) const {
-        constexpr i32 WIDTH = COLUMNS ? T::N : T::K;
-        constexpr i32 PARTS = WIDTH / 32;
-        u32 word = step == 0 ? words.x : step == 1 ? words.y : step == 2 ? words.z : words.w;
-        f32 values[PACK];
+        using Mine = Runs<T, COLUMNS>;
 #pragma unroll
-        for (i32 i = 0; i < PACK; i++) values[i] = table[word >> (8 * (i / 2) + (i % 2 ? 0 : 4)) & 15] * scale;
-        i32 within = i32(threadIdx.x) / PARTS, chunk = i32(threadIdx.x) % PARTS * 4 + step;
-        *reinterpret_cast<uint4*>(tile + swizzled<WIDTH / PACK>(within, chunk) * PACK) =
-            make_uint4(bf16_pair(values[0], values[1]), bf16_pair(values[2], values[3]), bf16_pair(values[4], values[5]),
-                       bf16_pair(values[6], values[7]));
+        for (i32 run = 0; run < Mine::COUNT; run++) {
+            const uint4& all = words[run];
+            u32 word = step == 0 ? all.x : step == 1 ? all.y : step == 2 ? all.z : all.w, halves[4];
+#pragma unroll
+            for (i32 i = 0; i < 4; i++) halves[i] = bf16_pair(value(word, 8 * i + 4) * scale[run], value(word, 8 * i) * scale[run]);
+            i32 chunk = Mine::column() / PACK + step;
+            *reinterpret_cast<uint4*>(tile + swizzled<Mine::WIDTH / PACK>(Mine::row(run), chunk) * PACK) =
+                make_uint4(halves[0], halves[1], halves[2], halves[3]);
+        }
+    }
+
+    // The value of the code at a bit, whose place in the table, in bytes, takes one shift and one mask.
+    DEVICE f32 value(u32 word, i32 bit) const {
+        u32 place = (bit >= 2 ? word >> (bit - 2) : word << (2 - bit)) & 60;
+        return *reinterpret_cast<const f32*>(reinterpret_cast<const u8*>(table) + place);
     }
 };
 

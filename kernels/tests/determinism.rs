@@ -1,8 +1,9 @@
 //! The same bits at any number of threads, for every op that is cut into tasks.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::panic)]
 
 use brightrun_kernels::cpu::{Cpu, SimdLevel};
+use brightrun_kernels::emu::{Emulated, emulated};
 use brightrun_kernels::ops::{
     ActivationOps, AdamW, AttentionBackward, AttentionForward, AttentionOps, DELTA_CHUNK, DeltaBackward, DeltaForward,
     DeltaOps, Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward,
@@ -11,7 +12,7 @@ use brightrun_kernels::ops::{
     RopeDirection, RopeOps, RopeTable, Routing, RowOrder, Write,
 };
 use brightrun_kernels::testing::Random;
-use brightrun_kernels::{DType, Nf4Scales, Segments, Shape, Tensor, Weight, WeightStack};
+use brightrun_kernels::{DType, Error, Nf4Scales, Segments, Shape, Tensor, Weight, WeightStack};
 
 const THREADS: [usize; 5] = [1, 2, 3, 5, 2];
 
@@ -34,14 +35,42 @@ fn same_bits(op: &str, run: impl Fn(&Cpu, Precision) -> Vec<Vec<u8>>) {
     }
 }
 
-fn random(cpu: &Cpu, shape: &[usize], seed: u64) -> Tensor<Cpu> {
+/// The same for the emulated kernels, whose blocks are spread over threads in any order.
+fn same_bits_emulated(op: &str, run: impl Fn(&Emulated, Precision) -> Vec<Vec<u8>>) {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut first: Option<Vec<Vec<u8>>> = None;
+        for threads in [1, 3, 3] {
+            let device = match emulated(Some(threads)) {
+                Ok(device) => device,
+                Err(Error::Unsupported { reason, .. }) => return println!("emulated: absent: {reason}"),
+                Err(error) => panic!("{error}"),
+            };
+            let result = run(&device, precision);
+            assert!(
+                *first.get_or_insert_with(|| result.clone()) == result,
+                "{op} at {threads} threads, {precision:?}"
+            );
+        }
+    }
+}
+
+/// Compiles a body for the CPU and for the emulated kernels.
+macro_rules! same_bits_everywhere {
+    ($op:expr, |$device:ident, $precision:ident| $body:block) => {{
+        same_bits($op, |$device, $precision| $body);
+        same_bits_emulated($op, |$device, $precision| $body);
+    }};
+}
+
+fn random<D: Device>(device: &D, shape: &[usize], seed: u64) -> Tensor<D> {
     let shape = Shape::new(shape);
-    cpu.upload_f32(shape, &Random::new(seed).normal(shape.elements()))
+    device
+        .upload_f32(shape, &Random::new(seed).normal(shape.elements()))
         .unwrap()
 }
 
-fn read<const COUNT: usize>(cpu: &Cpu, tensors: [&Tensor<Cpu>; COUNT]) -> Vec<Vec<u8>> {
-    tensors.map(|tensor| cpu.read(tensor).unwrap()).into()
+fn read<D: Device, const COUNT: usize>(device: &D, tensors: [&Tensor<D>; COUNT]) -> Vec<Vec<u8>> {
+    tensors.map(|tensor| device.read(tensor).unwrap()).into()
 }
 
 /// Tokens, inputs, outputs, rank: more than a task of each.
@@ -50,7 +79,7 @@ const LAYER: (usize, usize, usize, usize) = (230, 600, 200, 6);
 #[test]
 fn linear_layers() {
     let (tokens, inputs, outputs, rank) = LAYER;
-    same_bits("linear", |cpu, precision| {
+    same_bits_everywhere!("linear", |cpu, precision| {
         let weight = Weight::Nf4(cpu.quantize_nf4(&random(cpu, &[outputs, inputs], 1), true).unwrap());
         let (x, dy) = (random(cpu, &[tokens, inputs], 2), random(cpu, &[tokens, outputs], 3));
         let (a, b) = (random(cpu, &[rank, inputs], 4), random(cpu, &[outputs, rank], 5));
@@ -172,7 +201,7 @@ fn cross_entropy() {
 #[test]
 fn norms_activations_and_rotations() {
     let (tokens, width) = (200, 192);
-    same_bits("element-wise", |cpu, _| {
+    same_bits_everywhere!("element-wise", |cpu, _precision| {
         let [x, gate, up, dy] = [1, 2, 3, 4].map(|seed| random(cpu, &[tokens, width], seed));
         let weight = random(cpu, &[width], 5);
         let [mut y, mut dx, mut z, mut dgate, mut dup] =
@@ -221,7 +250,7 @@ fn norms_activations_and_rotations() {
 
 #[test]
 fn optimizer_steps_and_norms() {
-    same_bits("adamw", |cpu, _| {
+    same_bits_everywhere!("adamw", |cpu, _precision| {
         let [mut w, g, mut m] = [1, 2, 3].map(|seed| random(cpu, &[90_001], seed));
         let mut v = cpu.zeros(DType::F32, [90_001]).unwrap();
         let settings = AdamW {
@@ -243,7 +272,7 @@ fn optimizer_steps_and_norms() {
 
 #[test]
 fn quantised_weights() {
-    same_bits("quantize_nf4", |cpu, _| {
+    same_bits_everywhere!("quantize_nf4", |cpu, _precision| {
         let weight = cpu.quantize_nf4(&random(cpu, &[301, 333], 1), true).unwrap();
         let Nf4Scales::Nested {
             codes,

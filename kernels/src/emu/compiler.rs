@@ -23,7 +23,11 @@ const CHECKS: &[&str] = &[
 /// Set to anything, engine and kernels are built with the address sanitizer, whose library must be preloaded.
 pub const SANITIZE: &str = "BRIGHTRUN_EMULATION_SANITIZE";
 
-const SANITIZER: &[&str] = &["-fsanitize=address", "-fno-omit-frame-pointer", "-DBRIGHTRUN_EMU_SANITIZED"];
+const SANITIZER: &[&str] = &[
+    "-fsanitize=address",
+    "-fno-omit-frame-pointer",
+    "-DBRIGHTRUN_EMU_SANITIZED",
+];
 
 /// A C++ compiler and how it is called.
 pub(super) struct Compiler {
@@ -88,7 +92,12 @@ impl Compiler {
     ) -> Result<PathBuf> {
         let texts = includes.iter().chain([&main]).flat_map(|(name, text)| [*name, *text]);
         let flags: Vec<&str> = self.flags.iter().chain(checks).copied().collect();
-        let digest = cache::digest([self.version.as_str()].into_iter().chain(flags.iter().copied()).chain(texts));
+        let digest = cache::digest(
+            [self.version.as_str()]
+                .into_iter()
+                .chain(flags.iter().copied())
+                .chain(texts),
+        );
         let path = self.folder.join(format!("{name}-{digest}.so"));
         if path.exists() {
             return Ok(path);

@@ -29,7 +29,9 @@ fn rows_beyond_two_to_the_31_elements_are_found_where_they_were_put() {
     let rows = (1 << 31) / WIDTH + 10;
     let mut table = untouched(&device, DType::BF16, [rows, WIDTH]);
     let bits: Vec<u16> = (0..WIDTH as u16).map(|i| 0x3F80 + i).collect();
-    let row = device.upload(DType::BF16, [1, WIDTH], bytemuck::cast_slice(&bits)).unwrap();
+    let row = device
+        .upload(DType::BF16, [1, WIDTH], bytemuck::cast_slice(&bits))
+        .unwrap();
     device.copy_rows(&row, &mut table, rows - 1).unwrap();
     let ids = device.upload_i32([1], &[rows as i32 - 1]).unwrap();
     let mut found = device.alloc(DType::BF16, [1, WIDTH]).unwrap();

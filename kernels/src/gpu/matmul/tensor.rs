@@ -26,7 +26,7 @@ pub(in super::super) struct Tile {
 const LARGE: Tile = Tile {
     rows: 128,
     columns: 128,
-    warps: 8,
+    warps: 4,
     stages: 3,
 };
 
