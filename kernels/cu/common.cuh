@@ -178,11 +178,40 @@ DEVICE void store_pack(T* row, i64 first, i64 length, bool aligned, const Pack& 
 
 // ---- sums over lanes, in a fixed order ------------------------------------------------------------------------------
 
+// The sum over LANES neighbouring lanes, a power of two, in each of them.
+template <i32 LANES, class T>
+DEVICE T lanes_sum(T value) {
+#pragma unroll
+    for (i32 step = LANES / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    return value;
+}
+
 // The sum over a warp, in every lane.
 template <class T>
 DEVICE T warp_sum(T value) {
+    return lanes_sum<WARP_LANES>(value);
+}
+
+// The sum of this lane and those below it.
+DEVICE i32 warp_sum_through(i32 value) {
 #pragma unroll
-    for (i32 step = WARP_LANES / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    for (i32 step = 1; step < WARP_LANES; step *= 2) {
+        i32 below = __shfl_up_sync(FULL_WARP, value, step);
+        if (lane_index() >= step) value += below;
+    }
+    return value;
+}
+
+// A bit for every lane of the warp: whether it votes yes.
+DEVICE u32 warp_votes(bool yes) { return __ballot_sync(FULL_WARP, yes); }
+DEVICE i32 count_bits(u32 bits) { return __popc(bits); }
+
+DEVICE u64 warp_max(u64 value) {
+#pragma unroll
+    for (i32 step = WARP_LANES / 2; step > 0; step /= 2) {
+        u64 other = __shfl_xor_sync(FULL_WARP, value, step);
+        value = other > value ? other : value;
+    }
     return value;
 }
 

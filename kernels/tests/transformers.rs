@@ -74,6 +74,7 @@ impl Case {
             case: self.name.to_owned(),
             length: self.length,
             cancelling: 0.0,
+            roundings: 0,
         };
         let ours = self.cpu.read_f32(ours).unwrap();
         judge

@@ -100,6 +100,7 @@ mod tests {
             case: format!("{n} columns, {k} deep"),
             length: 4 * (k + 1),
             cancelling: 0.0,
+            roundings: 0,
         };
         let verdict = judge.compare("c", ours, &exact, &exact);
         assert!(verdict.is_ok(), "{verdict:?}");

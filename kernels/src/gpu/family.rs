@@ -2,7 +2,9 @@
 
 use super::kernel::Kernel;
 use super::sources::Source;
-use super::{attention_kernels, elementwise, loss, matmul, norm, optimizer, quantize, rows};
+use super::{
+    attention_kernels, convolution, delta, elementwise, gate, loss, matmul, moe, norm, optimizer, quantize, rows,
+};
 use crate::ops::{Op, Support};
 
 /// The reason why an op is not supported.
@@ -22,6 +24,12 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &rows::FAMILY,
     &optimizer::FAMILY,
     &quantize::FAMILY,
+    &gate::FAMILY,
+    &convolution::FAMILY,
+    &delta::FAMILY,
+    &moe::FAMILY,
+    &moe::TENSOR_FAMILY,
+    &moe::EXACT_FAMILY,
     &quantize::DECODE_FAMILY,
     &attention_kernels::FAMILY,
     &attention_kernels::TENSOR_FAMILY,

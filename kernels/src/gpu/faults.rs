@@ -23,10 +23,12 @@ pub(super) enum Fault {
     Label = 3,
     /// `quantize_nf4`: an element that is not finite; the value is its block.
     NotFinite = 4,
+    /// Routed experts: an index that no routing has which `route` wrote.
+    Routing = 5,
 }
 
 impl Fault {
-    const ALL: [Self; 4] = [Self::Id, Self::Position, Self::Label, Self::NotFinite];
+    const ALL: [Self; 5] = [Self::Id, Self::Position, Self::Label, Self::NotFinite, Self::Routing];
 
     /// As kernels get it.
     pub(super) fn code(self) -> i32 {
@@ -49,6 +51,10 @@ impl Fault {
                 let first = i64::from(value) * NF4_BLOCK as i64;
                 let problem = format!("has an element that is not finite, from element {first} on");
                 ("quantize_nf4", "source", problem)
+            }
+            Self::Routing => {
+                let problem = format!("has index {value} and is not one that `route` wrote");
+                ("routed experts", "routing", problem)
             }
         };
         Error::Value { op, argument, problem }

@@ -51,7 +51,7 @@ pub(crate) enum Argument<'a, R: Runtime> {
     /// A pointer that may be null.
     Optional(Option<&'a Tensor<Gpu<R>>>),
     Out(&'a mut Tensor<Gpu<R>>),
-    /// A pointer to results that may not be wanted.
+    /// A pointer to be written that may be null.
     OptionalOut(Option<&'a mut Tensor<Gpu<R>>>),
     /// The backend's record of faults (`i32*`).
     Faults,
@@ -200,8 +200,9 @@ impl<R: Runtime> Gpu<R> {
                 pointer(tensor, element)
             }
             (Parameter::In(_), Argument::Optional(None)) => Ok(Value::Memory(None)),
-            (Parameter::Out(element), Argument::Out(tensor)) => pointer(tensor, element),
-            (Parameter::Out(element), Argument::OptionalOut(Some(tensor))) => pointer(tensor, element),
+            (Parameter::Out(element), Argument::Out(tensor) | Argument::OptionalOut(Some(tensor))) => {
+                pointer(tensor, element)
+            }
             (Parameter::Out(_), Argument::OptionalOut(None)) => Ok(Value::Memory(None)),
             (Parameter::Out(Element::Is(DType::I32)), Argument::Faults) => {
                 Ok(Value::Memory(Some(self.inner.faults.arm())))

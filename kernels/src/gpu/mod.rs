@@ -30,6 +30,7 @@ mod matmul;
 mod memory;
 mod moe;
 mod norm;
+mod operands;
 #[cfg(test)]
 mod offsets;
 mod optimizer;
@@ -98,15 +99,6 @@ impl<R: Runtime> Gpu<R> {
     /// What the launches go to.
     pub fn runtime(&self) -> &R {
         self.inner.memory.runtime()
-    }
-
-    /// The error of an op that has no kernel yet.
-    fn absent<T>(&self, op: &'static str) -> Result<T> {
-        Err(Error::Unsupported {
-            op,
-            backend: self.name(),
-            reason: family::NO_KERNEL.to_owned(),
-        })
     }
 }
 

@@ -29,6 +29,12 @@ pub(crate) static NORM: Source = source!("norm");
 pub(crate) static ROWS: Source = source!("rows");
 pub(crate) static OPTIMIZER: Source = source!("optimizer");
 pub(crate) static NF4: Source = source!("nf4");
+pub(crate) static CONVOLUTION: Source = source!("convolution");
+pub(crate) static GATE: Source = source!("gate");
+pub(crate) static GATED_DELTA: Source = source!("gated_delta");
+pub(crate) static MOE: Source = source!("moe");
+pub(crate) static GROUPED: Source = source!("grouped");
+pub(crate) static GROUPED_F32: Source = source!("grouped_f32");
 pub(crate) static QUANTIZE: Source = source!("quantize");
 pub(crate) static ATTENTION: Source = source!("attention");
 pub(crate) static ATTENTION_TENSOR: Source = source!("attention_tensor");
@@ -41,6 +47,9 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../cu/common.cuh")),
     ("nf4.cuh", include_str!("../../cu/nf4.cuh")),
     ("attention.cuh", include_str!("../../cu/attention.cuh")),
+    ("documents.cuh", include_str!("../../cu/documents.cuh")),
+    ("product.cuh", include_str!("../../cu/product.cuh")),
+    ("grouped.cuh", include_str!("../../cu/grouped.cuh")),
     ("tile.cuh", include_str!("../../cu/tile.cuh")),
 ];
 

@@ -90,14 +90,14 @@ impl<N: Real> DeltaInputs<'_, N> {
 
 /// `row · matrix`, with rows of `width`.
 fn times<N: Real>(row: &[N], matrix: &[N], width: usize) -> Vec<N> {
-    let column = |j: usize| N::sum(row.iter().enumerate().map(|(i, x)| *x * matrix[i * width + j]));
+    let column = |j: usize| N::dot(row.iter().enumerate().map(|(i, x)| (*x, matrix[i * width + j])));
     (0..width).map(column).collect()
 }
 
 /// `matrix · row`.
 fn times_transposed<N: Real>(matrix: &[N], row: &[N]) -> Vec<N> {
     let rows = matrix.chunks_exact(row.len().max(1));
-    rows.map(|matrix| N::sum(matrix.iter().zip(row).map(|(a, b)| *a * *b)))
+    rows.map(|matrix| N::dot(matrix.iter().copied().zip(row.iter().copied())))
         .collect()
 }
 
@@ -105,7 +105,7 @@ fn times_transposed<N: Real>(matrix: &[N], row: &[N]) -> Vec<N> {
 fn add_outer<N: Real>(matrix: &mut [N], column: &[N], row: &[N], factor: N) {
     for (matrix, c) in matrix.chunks_exact_mut(row.len().max(1)).zip(column) {
         for (matrix, r) in matrix.iter_mut().zip(row) {
-            *matrix = *matrix + *c * factor * *r;
+            *matrix = *matrix + (*c * factor).factor() * r.factor();
         }
     }
 }
@@ -198,7 +198,7 @@ impl<N: Real> DeltaGradients<N> {
             .into_iter()
             .map(|x| beta * x)
             .collect();
-        self.dbeta[at] = N::sum(dwritten.iter().zip(&step.missing).map(|(a, b)| *a * *b));
+        self.dbeta[at] = N::dot(dwritten.iter().copied().zip(step.missing.iter().copied()));
         // missing = v − k · decayed
         let dmissing: Vec<N> = dwritten.iter().map(|x| beta * *x).collect();
         for (dk, value) in dk.iter_mut().zip(times_transposed(&step.decayed, &dmissing)) {
@@ -206,7 +206,7 @@ impl<N: Real> DeltaGradients<N> {
         }
         add_outer(&mut dstate, k, &dmissing, N::new(-1.0));
         // decayed = e^g · S before
-        self.ddecay[at] = N::sum(dstate.iter().zip(&step.decayed).map(|(a, b)| *a * *b));
+        self.ddecay[at] = N::dot(dstate.iter().copied().zip(step.decayed.iter().copied()));
         self.dv[at * width..(at + 1) * width].copy_from_slice(&dmissing);
         let key = (t * heads.key_heads + head * heads.key_heads / heads.value_heads) * heads.key_dim;
         for i in 0..heads.key_dim {

@@ -1,8 +1,9 @@
-//! The rule: `error(backend) ≤ 2 · error(plain loop) + tiny`.
+//! The rule: `error(backend) ≤ 2 · error(plain loop) + tiny + roundings`.
 //!
 //! Errors are the largest absolute difference from the float64 oracle over the whole tensor. `tiny` is what reordering a sum
 //! of `length` terms may cost: `length · 2⁻²⁴ · largest value`, the bound of a naive f32 sum (Higham 2002, §4.2). Both come
-//! from the case itself; no tolerance is typed by hand.
+//! from the case itself; no tolerance is typed by hand. `roundings` is for algorithms that round more factors to bf16 than the
+//! plain loop has: a unit roundoff, 2⁻⁸, of the largest value each.
 
 use std::fmt;
 
@@ -15,6 +16,8 @@ pub struct Judge {
     pub length: usize,
     /// Size of the terms that cancel in a result, where they may be larger than every result; else 0.
     pub cancelling: f64,
+    /// Factors on the way to one element that the backend rounds to bf16 and the plain loop does not have; else 0.
+    pub roundings: usize,
 }
 
 /// How one tensor fared.
@@ -81,7 +84,8 @@ impl Judge {
             .filter(|d| d.is_finite())
             .fold(0.0, f64::max);
         let tiny = self.length as f64 * (f64::from(f32::EPSILON) / 2.0) * largest;
-        let bound = 2.0 * allowed + tiny;
+        let rounded = self.roundings as f64 * (half::bf16::EPSILON.to_f64() / 2.0) * largest;
+        let bound = 2.0 * allowed + tiny + rounded;
         let mut worst = (0, 0.0);
         for (index, (ours, oracle)) in ours.iter().zip(oracle).enumerate() {
             let difference = difference(f64::from(*ours), *oracle);
@@ -128,6 +132,7 @@ mod tests {
             case: "case".to_owned(),
             length: 4,
             cancelling: 0.0,
+            roundings: 0,
         }
     }
 

@@ -215,6 +215,7 @@ impl<'a, B: Traits> Run<'a, B> {
             case: format!("{what} on {}", self.name),
             length,
             cancelling: 0.0,
+            roundings: 0,
         };
         Case { run: self, judge }
     }
@@ -224,6 +225,12 @@ impl<B: Traits> Case<'_, '_, B> {
     /// Says how large the terms are that cancel in the results.
     pub fn cancelling(mut self, magnitude: f64) -> Self {
         self.judge.cancelling = magnitude;
+        self
+    }
+
+    /// Says how many factors the backend rounds to bf16 on the way to an element, beyond those that the plain loop rounds.
+    pub fn rounding(mut self, factors: usize) -> Self {
+        self.judge.roundings = factors;
         self
     }
 

@@ -50,7 +50,7 @@ const SHAPES: &[Shape] = &[
     shape(&[1, 0, 64, 3, 65], (2, 4), (16, 16), 0.1),
     shape(&[70, 70], (1, 1), (17, 33), 5.0),
     shape(&[150], (1, 1), (8, 8), 60.0),
-    shape(&[130], (1, 2), (128, 128), 0.02),
+    shape(&[70], (1, 2), (128, 128), 0.02),
 ];
 
 struct Inputs {
@@ -124,6 +124,22 @@ impl Inputs {
     }
 }
 
+/// An activation of these values, which are first rounded to what its dtype holds.
+fn rounded<D: Device>(device: &D, dtype: DType, extents: [usize; 3], values: &mut [f32]) -> Tensor<D> {
+    let [tokens, heads, dim] = extents;
+    let tensor = dense(device, dtype, [tokens, heads * dim], values);
+    values.copy_from_slice(&device.read_f32(&tensor).unwrap());
+    tensor.reshaped(extents).unwrap()
+}
+
+/// The precision of a plain loop over activations of this dtype.
+fn precision(activation: DType) -> Precision {
+    match activation {
+        DType::BF16 => Precision::Bf16,
+        _ => Precision::F32,
+    }
+}
+
 /// The inputs on a device.
 struct Uploaded<D: Device> {
     q: Tensor<D>,
@@ -134,15 +150,19 @@ struct Uploaded<D: Device> {
 }
 
 impl<D: Device> Uploaded<D> {
-    fn new(device: &D, shape: &Shape, inputs: &Inputs) -> Self {
+    /// The activations of `inputs` are first rounded to what their dtype holds.
+    fn new(device: &D, shape: &Shape, inputs: &mut Inputs, activation: DType) -> Self {
         let tokens = inputs.decay.len() / shape.value_heads;
         let keys = [tokens, shape.key_heads, shape.key_dim];
         Self {
-            q: device.upload_f32(keys, &inputs.q).unwrap(),
-            k: device.upload_f32(keys, &inputs.k).unwrap(),
-            v: device
-                .upload_f32([tokens, shape.value_heads, shape.value_dim], &inputs.v)
-                .unwrap(),
+            q: rounded(device, activation, keys, &mut inputs.q),
+            k: rounded(device, activation, keys, &mut inputs.k),
+            v: rounded(
+                device,
+                activation,
+                [tokens, shape.value_heads, shape.value_dim],
+                &mut inputs.v,
+            ),
             decay: device.upload_f32([tokens, shape.value_heads], &inputs.decay).unwrap(),
             beta: device.upload_f32([tokens, shape.value_heads], &inputs.beta).unwrap(),
         }
@@ -158,7 +178,7 @@ impl<B: Traits> Uploaded<B> {
         scale: f32,
         state: Option<&mut Tensor<B>>,
     ) -> (Tensor<B>, Tensor<B>) {
-        let mut out = device.alloc(DType::F32, self.v.shape()).unwrap();
+        let mut out = device.alloc(self.v.dtype(), self.v.shape()).unwrap();
         let heads = self.decay.shape().row();
         let mut solved = device
             .alloc(DType::F32, [segments.tokens(), heads, DELTA_CHUNK])
@@ -180,10 +200,10 @@ impl<B: Traits> Uploaded<B> {
     }
 }
 
-fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
-    let (inputs, segments, heads) = (shape.inputs(), shape.segments(), shape.heads());
+fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, activation: DType) {
+    let (mut inputs, segments, heads) = (shape.inputs(), shape.segments(), shape.heads());
     let device = run.backend;
-    let on = Uploaded::new(device, shape, &inputs);
+    let on = Uploaded::new(device, shape, &mut inputs, activation);
     for with_state in [false, true] {
         let start = if with_state {
             inputs.state.clone()
@@ -193,13 +213,15 @@ fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
         let mut state = device.upload_f32(shape.state_extents(), &start).unwrap();
         let given = with_state.then_some(&mut state);
         let (out, _) = on.forward(device, &segments, shape.scale(), given);
-        let (plain, oracle) = judged!(Precision::F32, N, {
+        let (plain, oracle) = judged!(precision(activation), N, {
             let (mut own, mut state) = (Default::default(), narrow::<N>(&start));
             let out = delta_rule_forward(&inputs.in_precision::<N>(&mut own), &heads, &segments, &mut state);
             vec![wide(out), wide(state)]
         });
-        let what = format_args!("delta_rule_forward {shape:?} state: {with_state}");
-        let mut case = run.case(what, shape.length());
+        let what = format_args!("delta_rule_forward {shape:?} state: {with_state} {activation}");
+        // In chunks, A and P are factors too.
+        let extra = if activation == DType::BF16 { 2 } else { 0 };
+        let mut case = run.case(what, shape.length()).rounding(extra);
         case.compare("out", &out, &plain[0], &oracle[0]);
         if with_state {
             case.compare("state", &state, &plain[1], &oracle[1]);
@@ -207,13 +229,14 @@ fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
     }
 }
 
-fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
-    let (inputs, segments, heads) = (shape.inputs(), shape.segments(), shape.heads());
+fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, activation: DType) {
+    let (mut inputs, segments, heads) = (shape.inputs(), shape.segments(), shape.heads());
     let device = run.backend;
-    let on = Uploaded::new(device, shape, &inputs);
+    let on = Uploaded::new(device, shape, &mut inputs, activation);
     let (_, solved) = on.forward(device, &segments, shape.scale(), None);
-    let dout = device.upload_f32(on.v.shape(), &inputs.dout).unwrap();
-    let like = |tensor: &Tensor<B>| device.alloc(DType::F32, tensor.shape()).unwrap();
+    let dout = [segments.tokens(), shape.value_heads, shape.value_dim];
+    let dout = rounded(device, activation, dout, &mut inputs.dout);
+    let like = |tensor: &Tensor<B>| device.alloc(tensor.dtype(), tensor.shape()).unwrap();
     let (mut dq, mut dk, mut dv) = (like(&on.q), like(&on.k), like(&on.v));
     let (mut ddecay, mut dbeta) = (like(&on.decay), like(&on.beta));
     let call = DeltaBackward {
@@ -233,7 +256,7 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
         dbeta: &mut dbeta,
     };
     device.delta_rule_backward(call).unwrap();
-    let (plain, oracle) = judged!(Precision::F32, N, {
+    let (plain, oracle) = judged!(precision(activation), N, {
         let mut own = Default::default();
         let inputs_n = inputs.in_precision::<N>(&mut own);
         let gradients = delta_rule_backward(&inputs_n, &narrow::<N>(&inputs.dout), &heads, &segments);
@@ -245,7 +268,10 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
             wide(gradients.dbeta),
         ]
     });
-    let mut case = run.case(format_args!("delta_rule_backward {shape:?}"), shape.length());
+    // In chunks, A or P, u, dr and the products of gradients with u are factors too.
+    let extra = if activation == DType::BF16 { 4 } else { 0 };
+    let what = format_args!("delta_rule_backward {shape:?} {activation}");
+    let mut case = run.case(what, shape.length()).rounding(extra);
     let ours = [
         ("dq", &dq),
         ("dk", &dk),
@@ -258,17 +284,29 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
     }
 }
 
+/// Every shape in every dtype that activations may have.
+fn cases<B: Traits>(run: &Run<'_, B>) -> impl Iterator<Item = (&'static Shape, DType)> + use<B> {
+    let dtypes = run.activations();
+    SHAPES
+        .iter()
+        .flat_map(|shape| dtypes.iter().map(move |dtype| (shape, *dtype)))
+}
+
 #[test]
 fn delta_rule_in_chunks_is_the_recurrence() {
     on_every_backend!("delta_rule_forward", [DeltaRuleForward], |run| {
-        SHAPES.iter().for_each(|shape| forward(run, shape));
+        for (shape, activation) in cases(run) {
+            forward(run, shape, activation);
+        }
     });
 }
 
 #[test]
 fn delta_rule_gradients_are_those_of_the_recurrence() {
     on_every_backend!("delta_rule_backward", [DeltaRuleForward, DeltaRuleBackward], |run| {
-        SHAPES.iter().for_each(|shape| backward(run, shape));
+        for (shape, activation) in cases(run) {
+            backward(run, shape, activation);
+        }
     });
 }
 
@@ -297,19 +335,25 @@ impl Inputs {
 fn packed_documents_give_the_bits_they_give_alone() {
     let packed = shape(&[70, 1, 64, 129], (2, 4), (16, 8), 0.2);
     let inputs = packed.inputs();
-    for (name, device) in super::backends::cpus() {
-        let on = Uploaded::new(&device, &packed, &inputs);
-        let (out, _) = on.forward(&device, &packed.segments(), packed.scale(), None);
-        let together = device.read_f32(&out).unwrap();
-        for range in packed.segments().ranges() {
-            let segments = Segments::from_lengths([range.len()]);
-            let part = inputs.part(&packed, range.clone());
-            let on = Uploaded::new(&device, &packed, &part);
-            let (out, _) = on.forward(&device, &segments, packed.scale(), None);
-            let width = packed.value_heads * packed.value_dim;
-            assert_eq!(device.read_f32(&out).unwrap(), rows(&together, width, range), "{name}");
+    on_every_backend!("delta_rule, packed", [DeltaRuleForward], |run| {
+        let device = run.backend;
+        for activation in run.activations() {
+            let on = Uploaded::new(device, &packed, &mut packed.inputs(), *activation);
+            let (out, _) = on.forward(device, &packed.segments(), packed.scale(), None);
+            let together = device.read_f32(&out).unwrap();
+            for range in packed.segments().ranges() {
+                let segments = Segments::from_lengths([range.len()]);
+                let mut part = inputs.part(&packed, range.clone());
+                let on = Uploaded::new(device, &packed, &mut part, *activation);
+                let (out, _) = on.forward(device, &segments, packed.scale(), None);
+                let width = packed.value_heads * packed.value_dim;
+                let alone = rows(&together, width, range.clone()).into_iter().map(f64::from);
+                let alone: Vec<f64> = alone.collect();
+                run.case(format_args!("document {range:?} {activation}"), 0)
+                    .compare("out", &out, &alone, &alone);
+            }
         }
-    }
+    });
 }
 
 #[test]
@@ -321,7 +365,8 @@ fn a_prompt_and_then_single_tokens_continue_the_recurrence() {
         let mut state = device.zeros(DType::F32, whole.state_extents()).unwrap();
         let mut outputs = Vec::new();
         for range in std::iter::once(0..70).chain((70..90).map(|t| t..t + 1)) {
-            let on = Uploaded::new(device, &whole, &inputs.part(&whole, range.clone()));
+            let mut part = inputs.part(&whole, range.clone());
+            let on = Uploaded::new(device, &whole, &mut part, DType::F32);
             let segments = Segments::from_lengths([range.len()]);
             let (out, _) = on.forward(device, &segments, whole.scale(), Some(&mut state));
             outputs.extend(device.read_f32(&out).unwrap());
@@ -337,14 +382,14 @@ fn a_prompt_and_then_single_tokens_continue_the_recurrence() {
     });
 }
 
-fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
+fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize, activation: DType) {
     let mut random = Random::new(width as u64);
     let mut spread = |count: usize, factor: f32| -> Vec<f32> {
         random.normal(count).into_iter().map(|value| factor * value).collect()
     };
     let count = tokens * width;
     // Far enough out that softplus is flat on one side and linear on the other.
-    let (a, b) = (spread(count, 20.0), spread(count, 4.0));
+    let (mut a, mut b) = (spread(count, 20.0), spread(count, 4.0));
     let (ddecay, dbeta) = (spread(count, 1.0), spread(count, 1.0));
     let (a_log, dt_bias) = (spread(width, 1.0), spread(width, 1.0));
     let device = run.backend;
@@ -354,13 +399,10 @@ fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
         let vector = |values: &[f32]| dense(device, dtype, [1, width], values).reshaped([width]).unwrap();
         let (a_log_t, dt_bias_t) = (vector(&a_log), vector(&dt_bias));
         let (a_log, dt_bias) = (device.read_f32(&a_log_t).unwrap(), device.read_f32(&dt_bias_t).unwrap());
-        let (a_t, b_t, ddecay_t, dbeta_t) = (
-            wide_tensor(&a),
-            wide_tensor(&b),
-            wide_tensor(&ddecay),
-            wide_tensor(&dbeta),
-        );
-        let (mut decay, mut beta, mut da, mut db) = (alloc(), alloc(), alloc(), alloc());
+        let [a_t, b_t] = [&mut a, &mut b].map(|values| run.upload(activation, [tokens, width], values));
+        let (ddecay_t, dbeta_t) = (wide_tensor(&ddecay), wide_tensor(&dbeta));
+        let (mut decay, mut beta) = (alloc(), alloc());
+        let [mut da, mut db] = [(); 2].map(|()| run.output(activation, [tokens, width]));
         device
             .delta_gates_forward(DeltaGatesForward {
                 a: &a_t,
@@ -392,7 +434,7 @@ fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
             let (da, db) = delta_gates_backward(&a, &narrow::<N>(&strengths), frozen, gradients);
             vec![wide(decay), wide(beta), wide(da), wide(db)]
         });
-        let mut case = run.case(format_args!("delta_gates {tokens}×{width} {dtype}"), 8);
+        let mut case = run.case(format_args!("delta_gates {tokens}×{width} {dtype} {activation}"), 8);
         for (i, (name, tensor)) in [("decay", &decay), ("beta", &beta), ("da", &da), ("db", &db)]
             .into_iter()
             .enumerate()
@@ -406,7 +448,9 @@ fn gates<B: Traits>(run: &mut Run<'_, B>, tokens: usize, width: usize) {
 fn delta_gates_follow_their_formulas() {
     on_every_backend!("delta_gates", [DeltaGatesForward, DeltaGatesBackward], |run| {
         for (tokens, width) in [(0, 3), (1, 1), (7, 5), (33, 32)] {
-            gates(run, tokens, width);
+            for activation in run.activations() {
+                gates(run, tokens, width, *activation);
+            }
         }
     });
 }

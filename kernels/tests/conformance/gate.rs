@@ -9,22 +9,14 @@ use brightrun_kernels::oracle::{
     l2_norm_forward, sigmoid_gate_backward, sigmoid_gate_forward,
 };
 use brightrun_kernels::testing::Random;
-use brightrun_kernels::{DType, Error, Segments, Tensor};
+use brightrun_kernels::{DType, Error, Segments};
 
 use super::backends::{Run, Traits, narrow, wide};
 use super::weights::dense;
 use crate::{judged, on_every_backend};
 
 /// Rows and columns: nothing, one, odd tails, more than a task.
-const SHAPES: &[(usize, usize)] = &[(0, 4), (1, 1), (3, 16), (5, 17), (7, 63), (2, 64), (33, 65), (40, 1000)];
-
-fn upload<D: Device>(device: &D, shape: (usize, usize), values: &[f32]) -> Tensor<D> {
-    device.upload_f32([shape.0, shape.1], values).unwrap()
-}
-
-fn alloc<D: Device>(device: &D, shape: (usize, usize)) -> Tensor<D> {
-    device.alloc(DType::F32, [shape.0, shape.1]).unwrap()
-}
+const SHAPES: &[[usize; 2]] = &[[0, 4], [1, 1], [3, 16], [5, 17], [7, 63], [2, 64], [33, 65], [40, 1000]];
 
 /// Gates far out on both sides too, where a careless logistic overflows.
 fn gates(random: &mut Random, count: usize) -> Vec<f32> {
@@ -35,24 +27,21 @@ fn gates(random: &mut Random, count: usize) -> Vec<f32> {
         .collect()
 }
 
-fn sigmoid_gate<B: Traits>(run: &mut Run<'_, B>, shape: (usize, usize), scalar: bool, write: Write) {
-    let mut random = Random::new(shape.1 as u64);
-    let gate_shape = (shape.0, if scalar { 1 } else { shape.1 });
-    let count = shape.0 * shape.1;
-    let gate = gates(&mut random, gate_shape.0 * gate_shape.1);
-    let (x, dy, old) = (
+fn sigmoid_gate<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], (scalar, write): (bool, Write), activation: DType) {
+    let [rows, width] = shape;
+    let mut random = Random::new(width as u64);
+    let gate_shape = [rows, if scalar { 1 } else { width }];
+    let count = rows * width;
+    let mut gate = gates(&mut random, gate_shape[0] * gate_shape[1]);
+    let (mut x, mut dy, mut old) = (
         random.adversarial(count),
         random.adversarial(count),
         random.normal(count),
     );
     let device = run.backend;
-    let (x_t, dy_t, mut y) = (
-        upload(device, shape, &x),
-        upload(device, shape, &dy),
-        upload(device, shape, &old),
-    );
-    let gate_t = upload(device, gate_shape, &gate);
-    let (mut dx, mut dgate) = (alloc(device, shape), alloc(device, gate_shape));
+    let [x_t, dy_t, mut y] = [&mut x, &mut dy, &mut old].map(|values| run.upload(activation, shape, values));
+    let gate_t = run.upload(activation, gate_shape, &mut gate);
+    let (mut dx, mut dgate) = (run.output(activation, shape), run.output(activation, gate_shape));
     device.sigmoid_gate_forward(&x_t, &gate_t, &mut y, write).unwrap();
     let call = SigmoidGateBackward {
         x: &x_t,
@@ -72,37 +61,34 @@ fn sigmoid_gate<B: Traits>(run: &mut Run<'_, B>, shape: (usize, usize), scalar: 
         vec![wide(y), wide(dx), wide(dgate)]
     });
     let mut case = run.case(
-        format_args!("sigmoid_gate {shape:?} scalar: {scalar} {write:?}"),
-        4 + shape.1,
+        format_args!("sigmoid_gate {shape:?} scalar: {scalar} {write:?} {activation}"),
+        4 + width,
     );
     for (i, (name, tensor)) in [("y", &y), ("dx", &dx), ("dgate", &dgate)].into_iter().enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);
     }
 }
 
-fn gated_norm<B: Traits>(run: &mut Run<'_, B>, shape: (usize, usize), dtype: DType) {
+fn gated_norm<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], dtype: DType, activation: DType) {
     const EPS: f32 = 1e-6;
-    let mut random = Random::new(shape.1 as u64);
-    let count = shape.0 * shape.1;
-    let (mut x, gate, dy) = (
+    let [rows, width] = shape;
+    let mut random = Random::new(width as u64);
+    let count = rows * width;
+    let (mut x, mut gate, mut dy) = (
         random.adversarial(count),
         gates(&mut random, count),
         random.normal(count),
     );
     // A row of zeros must neither divide by zero nor leave NaN behind.
-    x.iter_mut().take(shape.1).for_each(|x| *x = 0.0);
+    x.iter_mut().take(width).for_each(|x| *x = 0.0);
     let device = run.backend;
-    let weight_t = dense(device, dtype, [1, shape.1], &random.normal(shape.1))
-        .reshaped([shape.1])
+    let weight_t = dense(device, dtype, [1, width], &random.normal(width))
+        .reshaped([width])
         .unwrap();
     let weight = device.read_f32(&weight_t).unwrap();
-    let (x_t, gate_t, dy_t) = (
-        upload(device, shape, &x),
-        upload(device, shape, &gate),
-        upload(device, shape, &dy),
-    );
-    let (mut y, mut dx, mut dgate) = (alloc(device, shape), alloc(device, shape), alloc(device, shape));
-    let mut rstd = device.alloc(DType::F32, [shape.0]).unwrap();
+    let [x_t, gate_t, dy_t] = [&mut x, &mut gate, &mut dy].map(|values| run.upload(activation, shape, values));
+    let [mut y, mut dx, mut dgate] = [(); 3].map(|()| run.output(activation, shape));
+    let mut rstd = device.alloc(DType::F32, [rows]).unwrap();
     let call = GatedNormForward {
         x: &x_t,
         gate: &gate_t,
@@ -130,44 +116,53 @@ fn gated_norm<B: Traits>(run: &mut Run<'_, B>, shape: (usize, usize), dtype: DTy
         let (dx, dgate) = gated_norm_backward(&x, &gate, &weight, &given, &narrow::<N>(&dy));
         vec![wide(y), wide(rstd), wide(dx), wide(dgate)]
     });
-    let mut case = run.case(format_args!("gated_norm {shape:?} {dtype}"), shape.1 + 4);
+    let mut case = run.case(format_args!("gated_norm {shape:?} {dtype} {activation}"), width + 4);
     let ours = [("y", &y), ("rstd", &rstd), ("dx", &dx), ("dgate", &dgate)];
     for (i, (name, tensor)) in ours.into_iter().enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);
     }
 }
 
-fn l2_norm<B: Traits>(run: &mut Run<'_, B>, shape: (usize, usize)) {
+fn l2_norm<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], activation: DType) {
     const EPS: f32 = 1e-6;
-    let mut random = Random::new(shape.1 as u64);
-    let count = shape.0 * shape.1;
-    let (mut x, dy) = (random.adversarial(count), random.normal(count));
-    x.iter_mut().take(shape.1).for_each(|x| *x = 0.0);
+    let [rows, width] = shape;
+    let mut random = Random::new(width as u64);
+    let count = rows * width;
+    let (mut x, mut dy) = (random.adversarial(count), random.normal(count));
+    x.iter_mut().take(width).for_each(|x| *x = 0.0);
     let device = run.backend;
-    let (x_t, dy_t) = (upload(device, shape, &x), upload(device, shape, &dy));
-    let (mut y, mut dx) = (alloc(device, shape), alloc(device, shape));
-    let mut rnorm = device.alloc(DType::F32, [shape.0]).unwrap();
+    let [x_t, dy_t] = [&mut x, &mut dy].map(|values| run.upload(activation, shape, values));
+    let [mut y, mut dx] = [(); 2].map(|()| run.output(activation, shape));
+    let mut rnorm = device.alloc(DType::F32, [rows]).unwrap();
     device.l2_norm_forward(&x_t, EPS, &mut y, &mut rnorm).unwrap();
     let reciprocals = device.read_f32(&rnorm).unwrap();
     device.l2_norm_backward(&x_t, &rnorm, &dy_t, &mut dx).unwrap();
     let (plain, oracle) = judged!(Precision::F32, N, {
         let x = narrow::<N>(&x);
-        let (y, rnorm) = l2_norm_forward(&x, shape.1, N::new(f64::from(EPS)));
-        let dx = l2_norm_backward(&x, shape.1, &narrow::<N>(&reciprocals), &narrow::<N>(&dy));
+        let (y, rnorm) = l2_norm_forward(&x, width, N::new(f64::from(EPS)));
+        let dx = l2_norm_backward(&x, width, &narrow::<N>(&reciprocals), &narrow::<N>(&dy));
         vec![wide(y), wide(rnorm), wide(dx)]
     });
-    let mut case = run.case(format_args!("l2_norm {shape:?}"), shape.1 + 4);
+    let mut case = run.case(format_args!("l2_norm {shape:?} {activation}"), width + 4);
     for (i, (name, tensor)) in [("y", &y), ("rnorm", &rnorm), ("dx", &dx)].into_iter().enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);
     }
 }
 
+/// Every shape in every dtype that activations may have.
+fn cases<B: Traits>(run: &Run<'_, B>) -> impl Iterator<Item = ([usize; 2], DType)> + use<B> {
+    let dtypes = run.activations();
+    SHAPES
+        .iter()
+        .flat_map(|shape| dtypes.iter().map(|dtype| (*shape, *dtype)))
+}
+
 #[test]
 fn gates_follow_their_formulas() {
     on_every_backend!("sigmoid_gate", [SigmoidGateForward, SigmoidGateBackward], |run| {
-        for shape in SHAPES {
-            sigmoid_gate(run, *shape, false, Write::Overwrite);
-            sigmoid_gate(run, *shape, true, Write::Accumulate);
+        for (shape, activation) in cases(run) {
+            sigmoid_gate(run, shape, (false, Write::Overwrite), activation);
+            sigmoid_gate(run, shape, (true, Write::Accumulate), activation);
         }
     });
 }
@@ -175,18 +170,22 @@ fn gates_follow_their_formulas() {
 #[test]
 fn gated_norms_follow_their_formulas() {
     on_every_backend!("gated_norm", [GatedNormForward, GatedNormBackward], |run| {
-        for shape in SHAPES {
-            gated_norm(run, *shape, DType::F32);
-            gated_norm(run, *shape, DType::BF16);
+        for (shape, activation) in cases(run) {
+            gated_norm(run, shape, DType::F32, activation);
+            gated_norm(run, shape, DType::BF16, activation);
         }
     });
 }
 
 #[test]
 fn l2_norms_follow_their_formulas_and_survive_a_row_of_zeros() {
-    on_every_backend!("l2_norm", [L2NormForward, L2NormBackward], |run| SHAPES
-        .iter()
-        .for_each(|shape| l2_norm(run, *shape)));
+    on_every_backend!(
+        "l2_norm",
+        [L2NormForward, L2NormBackward],
+        |run| for (shape, activation) in cases(run) {
+            l2_norm(run, shape, activation);
+        }
+    );
 }
 
 #[test]
@@ -194,7 +193,9 @@ fn columns_go_from_group_to_group_and_leave_the_rest_alone() {
     on_every_backend!("copy_columns", [CopyColumns], |run| {
         let device = run.backend;
         // Two heads of (query, gate), each two wide; take the gates behind a first column.
-        let source = upload(device, (2, 8), &(0..16).map(|i| i as f32).collect::<Vec<_>>());
+        let source = device
+            .upload_f32([2, 8], &(0..16).map(|i| i as f32).collect::<Vec<_>>())
+            .unwrap();
         let mut target = device.upload_f32([2, 2, 3], &[-1.0; 12]).unwrap();
         let columns = Columns {
             groups: 2,
@@ -230,14 +231,16 @@ const CONVOLUTIONS: &[(&[usize], usize, usize, bool)] = &[
     (&[3, 3], 5, 3, false),
     (&[1, 1, 1], 4, 6, true),
     (&[40, 25], 1000, 4, false),
+    (&[1, 70, 2, 33], 20, 4, true),
+    (&[66, 2], 9, 5, false),
 ];
 
-fn convolution<B: Traits>(run: &mut Run<'_, B>, case: usize, dtype: DType) {
+fn convolution<B: Traits>(run: &mut Run<'_, B>, case: usize, dtype: DType, activation: DType) {
     let (documents, channels, taps, biased) = CONVOLUTIONS[case];
     let segments = Segments::from_lengths(documents.iter().copied());
     let mut random = Random::new(case as u64);
-    let shape = (segments.tokens(), channels);
-    let (x, dy) = (random.normal(shape.0 * channels), random.normal(shape.0 * channels));
+    let shape = [segments.tokens(), channels];
+    let (mut x, mut dy) = (random.normal(shape[0] * channels), random.normal(shape[0] * channels));
     let past = random.normal(documents.len() * (taps - 1) * channels);
     let device = run.backend;
     let weight_t = dense(device, dtype, [channels, taps], &random.normal(channels * taps));
@@ -251,10 +254,10 @@ fn convolution<B: Traits>(run: &mut Run<'_, B>, case: usize, dtype: DType) {
         vec![0.0; channels]
     };
     let bias_t = biased.then_some(&bias_t);
-    let (x_t, dy_t) = (upload(device, shape, &x), upload(device, shape, &dy));
+    let [x_t, dy_t] = [&mut x, &mut dy].map(|values| run.upload(activation, shape, values));
     let extents = [documents.len(), taps - 1, channels];
     let mut state = device.upload_f32(extents, &past).unwrap();
-    let (mut y, mut continued, mut dx) = (alloc(device, shape), alloc(device, shape), alloc(device, shape));
+    let [mut y, mut continued, mut dx] = [(); 3].map(|()| run.output(activation, shape));
     for (y, state) in [(&mut y, None), (&mut continued, Some(&mut state))] {
         let call = ConvolutionForward {
             x: &x_t,
@@ -287,7 +290,10 @@ fn convolution<B: Traits>(run: &mut Run<'_, B>, case: usize, dtype: DType) {
         let dx = convolution_backward(&x, &filter, &segments, &narrow::<N>(&dy));
         vec![wide(y), wide(continued), wide(state), wide(dx)]
     });
-    let mut judge = run.case(format_args!("convolution {:?} {dtype}", CONVOLUTIONS[case]), taps + 4);
+    let mut judge = run.case(
+        format_args!("convolution {:?} {dtype} {activation}", CONVOLUTIONS[case]),
+        taps + 4,
+    );
     let ours = [("y", &y), ("y continued", &continued), ("state", &state), ("dx", &dx)];
     for (i, (name, tensor)) in ours.into_iter().enumerate() {
         judge.compare(name, tensor, &plain[i], &oracle[i]);
@@ -298,8 +304,10 @@ fn convolution<B: Traits>(run: &mut Run<'_, B>, case: usize, dtype: DType) {
 fn convolutions_follow_their_formulas_and_stop_at_documents() {
     on_every_backend!("convolution", [ConvolutionForward, ConvolutionBackward], |run| {
         for case in 0..CONVOLUTIONS.len() {
-            convolution(run, case, DType::F32);
-            convolution(run, case, DType::BF16);
+            for activation in run.activations() {
+                convolution(run, case, DType::F32, *activation);
+                convolution(run, case, DType::BF16, *activation);
+            }
         }
     });
 }

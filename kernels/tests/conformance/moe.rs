@@ -34,6 +34,7 @@ const CROWDS: &[Crowd] = &[
     crowd(7, 3, 1),
     crowd(9, 12, 5),
     crowd(150, 4, 2),
+    crowd(3, 200, 2),
     crowd(33, 512, 10),
 ];
 
@@ -137,6 +138,7 @@ struct Shape {
     write: Write,
     encoding: Encoding,
     precision: Precision,
+    activation: DType,
     /// All tokens go to the last expert first.
     crowded: bool,
 }
@@ -144,16 +146,23 @@ struct Shape {
 /// I, O, R.
 const LAYERS: &[(usize, usize, usize)] = &[(64, 32, 0), (33, 7, 3), (1, 1, 1), (130, 65, 8)];
 
-fn shapes() -> Vec<Shape> {
+/// Every crowd, layer and encoding that the backend can afford, with precisions, orders and dtypes of activations by turns.
+fn shapes<B: Traits>(run: &mut Run<'_, B>) -> Vec<Shape> {
     let mut shapes = Vec::new();
     for (i, crowd) in CROWDS.iter().enumerate() {
         for (j, (inputs, outputs, rank)) in LAYERS.iter().enumerate() {
-            for encoding in ENCODINGS {
+            for (k, encoding) in ENCODINGS.into_iter().enumerate() {
                 let odd = |number: usize| number % 2 == 1;
                 // The large crowd runs once in every encoding.
                 if crowd.experts > 100 && j > 0 {
                     continue;
                 }
+                // Tiles are whole, whatever is asked of them.
+                let tiles = crowd.slots().div_ceil(64) + crowd.experts.min(crowd.slots());
+                if !run.affords(tiles * 64 * inputs.next_multiple_of(64) * outputs.next_multiple_of(128)) {
+                    continue;
+                }
+                let activations = run.activations();
                 shapes.push(Shape {
                     crowd: *crowd,
                     inputs: *inputs,
@@ -163,6 +172,7 @@ fn shapes() -> Vec<Shape> {
                     write: if odd(j) { Write::Accumulate } else { Write::Overwrite },
                     encoding,
                     precision: PRECISIONS[(i + j / 2) % 2],
+                    activation: activations[(i + j + k) % activations.len()],
                     crowded: odd(j),
                 });
             }
@@ -276,10 +286,10 @@ impl<N: Real> Host<N> {
 }
 
 fn linear_forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
-    let (host, device, crowd) = (shape.host(), run.backend, shape.crowd);
+    let (mut host, device, crowd) = (shape.host(), run.backend, shape.crowd);
     let (stack, decoded) = shape.stack(device, &host);
     let routing = crowd.routed(device, &host.logits, true);
-    let x = device.upload_f32([shape.rows(), shape.inputs], &host.x).unwrap();
+    let x = run.upload(shape.activation, [shape.rows(), shape.inputs], &mut host.x);
     let a = device
         .upload_f32([crowd.experts, shape.rank, shape.inputs], &host.a)
         .unwrap();
@@ -287,7 +297,7 @@ fn linear_forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
         .upload_f32([crowd.experts, shape.outputs, shape.rank], &host.b)
         .unwrap();
     let mut hidden = device.alloc(DType::F32, [crowd.slots(), shape.rank]).unwrap();
-    let mut y = device.alloc(DType::F32, [crowd.slots(), shape.outputs]).unwrap();
+    let mut y = run.output(shape.activation, [crowd.slots(), shape.outputs]);
     let lora = GroupedLoraForward {
         a: &a,
         b: &b,
@@ -333,7 +343,10 @@ fn accumulated<N: Real>(old: &[f32], gradients: impl Iterator<Item = Vec<N>>) ->
 }
 
 fn linear_backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
-    let (host, device, crowd) = (shape.host(), run.backend, shape.crowd);
+    let (mut host, device, crowd) = (shape.host(), run.backend, shape.crowd);
+    let x = run.upload(shape.activation, [shape.rows(), shape.inputs], &mut host.x);
+    let dy = run.upload(shape.activation, [shape.rows(), shape.outputs], &mut host.dy);
+    let mut dx = run.upload(shape.activation, [crowd.slots(), shape.inputs], &mut host.old_dx);
     let (stack, decoded) = shape.stack(device, &host);
     let routing = crowd.routed(device, &host.logits, true);
     let (of_a, of_b) = (
@@ -346,8 +359,6 @@ fn linear_backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
     let (_, u) = grouped_linear_forward(&gathered, &exact_route.row_experts(), &exact.layers(shape));
     let u: Vec<f32> = u.into_iter().map(|value| value as f32).collect();
 
-    let x = device.upload_f32([shape.rows(), shape.inputs], &host.x).unwrap();
-    let dy = device.upload_f32([shape.rows(), shape.outputs], &host.dy).unwrap();
     let (a, b) = (
         device.upload_f32(of_a, &host.a).unwrap(),
         device.upload_f32(of_b, &host.b).unwrap(),
@@ -355,7 +366,6 @@ fn linear_backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
     let hidden = device.upload_f32([crowd.slots(), shape.rank], &u).unwrap();
     let mut da = device.upload_f32(of_a, &host.old_a).unwrap();
     let mut db = device.upload_f32(of_b, &host.old_b).unwrap();
-    let mut dx = device.upload_f32([crowd.slots(), shape.inputs], &host.old_dx).unwrap();
     let lora = GroupedLoraBackward {
         x: &x,
         x_order: shape.order,
@@ -408,7 +418,7 @@ fn grouped_layers_apply_each_experts_own_matrix_and_adapter() {
         "grouped_linear_forward",
         [Route, StackExpert, GroupedLinearForward],
         |run| {
-            shapes().iter().for_each(|shape| linear_forward(run, shape));
+            shapes(run).iter().for_each(|shape| linear_forward(run, shape));
         }
     );
 }
@@ -419,22 +429,27 @@ fn grouped_gradients_stay_with_their_expert() {
         "grouped_linear_backward",
         [Route, StackExpert, GroupedLinearForward, GroupedLinearBackward],
         |run| {
-            shapes().iter().for_each(|shape| linear_backward(run, shape));
+            shapes(run).iter().for_each(|shape| linear_backward(run, shape));
         }
     );
 }
 
-fn activation_and_sum<B: Traits>(run: &mut Run<'_, B>, crowd: Crowd, width: usize, write: Write) {
+fn activation_and_sum<B: Traits>(
+    run: &mut Run<'_, B>,
+    crowd: Crowd,
+    (width, write): (usize, Write),
+    activation: DType,
+) {
     let mut random = Random::new(width as u64);
     let logits = crowd.logits(&mut random);
     let count = crowd.slots() * width;
-    let [gate, up, dy] = [(); 3].map(|()| random.adversarial(count));
-    let old = random.normal(crowd.tokens * width);
+    let [mut gate, mut up, mut dy] = [(); 3].map(|()| random.adversarial(count));
+    let mut old = random.normal(crowd.tokens * width);
     let device = run.backend;
     let routing = crowd.routed(device, &logits, false);
-    let rows = |values: &[f32]| device.upload_f32([crowd.slots(), width], values).unwrap();
-    let (gate_t, up_t, dy_t) = (rows(&gate), rows(&up), rows(&dy));
-    let [mut y, mut dgate, mut dup] = [(); 3].map(|()| device.alloc(DType::F32, [crowd.slots(), width]).unwrap());
+    let rows = [crowd.slots(), width];
+    let [gate_t, up_t, dy_t] = [&mut gate, &mut up, &mut dy].map(|values| run.upload(activation, rows, values));
+    let [mut y, mut dgate, mut dup] = [(); 3].map(|()| run.output(activation, rows));
     let mut dweights = device.alloc(DType::F32, [crowd.tokens, crowd.top]).unwrap();
     device.routed_swiglu_forward(&gate_t, &up_t, &routing, &mut y).unwrap();
     let call = RoutedSwigluBackward {
@@ -447,7 +462,7 @@ fn activation_and_sum<B: Traits>(run: &mut Run<'_, B>, crowd: Crowd, width: usiz
         dweights: &mut dweights,
     };
     device.routed_swiglu_backward(call).unwrap();
-    let mut sum = device.upload_f32([crowd.tokens, width], &old).unwrap();
+    let mut sum = run.upload(activation, [crowd.tokens, width], &mut old);
     device.combine(&gate_t, &routing, &mut sum, write).unwrap();
     let (plain, oracle) = judged!(Precision::F32, N, {
         let route = as_route::<B, N>(device, &routing);
@@ -462,7 +477,7 @@ fn activation_and_sum<B: Traits>(run: &mut Run<'_, B>, crowd: Crowd, width: usiz
         vec![wide(y), wide(dgate), wide(dup), wide(dweights), sum]
     });
     let mut case = run.case(
-        format_args!("routed_swiglu, combine {crowd:?} {width} {write:?}"),
+        format_args!("routed_swiglu, combine {crowd:?} {width} {write:?} {activation}"),
         width + crowd.top,
     );
     let ours = [
@@ -484,8 +499,10 @@ fn activations_carry_the_routing_weights_and_rows_return_to_their_tokens() {
         [Route, RoutedSwigluForward, RoutedSwigluBackward, Combine],
         |run| {
             for crowd in CROWDS {
-                activation_and_sum(run, *crowd, 17, Write::Overwrite);
-                activation_and_sum(run, *crowd, 64, Write::Accumulate);
+                for activation in run.activations() {
+                    activation_and_sum(run, *crowd, (17, Write::Overwrite), *activation);
+                    activation_and_sum(run, *crowd, (64, Write::Accumulate), *activation);
+                }
             }
         }
     );
@@ -493,29 +510,44 @@ fn activations_carry_the_routing_weights_and_rows_return_to_their_tokens() {
 
 #[test]
 fn a_nan_logit_poisons_its_own_token_only() {
-    for (name, device) in cpus() {
+    on_every_backend!("route, NaN", [Route], |run| {
         let crowd = crowd(2, 3, 2);
-        let routing = crowd.routed(&device, &[0.0, f32::NAN, 1.0, 0.0, 2.0, 1.0], true);
-        let weights = device.read_f32(&routing.weights).unwrap();
-        assert!(weights[..2].iter().all(|weight| weight.is_nan()), "{name}: {weights:?}");
-        assert!(
-            weights[2..].iter().all(|weight| weight.is_finite()),
-            "{name}: {weights:?}"
-        );
-        assert_eq!(integers(&device, &routing.experts), [1, 2, 1, 2], "{name}");
-    }
+        let routing = crowd.routed(run.backend, &[0.0, f32::NAN, 1.0, 0.0, 2.0, 1.0], true);
+        assert_eq!(integers(run.backend, &routing.experts), [1, 2, 1, 2], "{}", run.name);
+        let kept = [
+            f64::NAN,
+            f64::NAN,
+            1.0 / (1.0 + (-1.0f64).exp()),
+            1.0 / (1.0 + 1.0f64.exp()),
+        ];
+        run.case("route", 4).compare("weights", &routing.weights, &kept, &kept);
+    });
 }
 
 #[test]
 fn a_routing_that_was_not_routed_is_refused() {
+    on_every_backend!("combine, refused", [Route, Combine], |run| {
+        let (device, crowd) = (run.backend, crowd(2, 3, 2));
+        let rows = device.zeros(DType::F32, [4, 5]).unwrap();
+        // Of what the op reads: the CPU's other checks are its own.
+        let mut routing = crowd.routed(device, &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], false);
+        routing.rows = device.upload_i32([4], &[7, 0, 1, 2]).unwrap();
+        let mut y = device.zeros(DType::F32, [2, 5]).unwrap();
+        let refused = device.combine(&rows, &routing, &mut y, Write::Overwrite);
+        let refused = refused.and_then(|()| device.read(&y).map(drop));
+        assert!(matches!(refused, Err(Error::Value { .. })), "{}: {refused:?}", run.name);
+        let fine = crowd.routed(device, &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], false);
+        device.combine(&rows, &fine, &mut y, Write::Overwrite).unwrap();
+        run.case("after the refusal", 0)
+            .compare("y", &y, &[0.0; 10], &[0.0; 10]);
+    });
     for (name, device) in cpus() {
         let crowd = crowd(2, 3, 2);
         let rows = device.zeros(DType::F32, [4, 5]).unwrap();
-        for broken in 0..3 {
+        for broken in 0..2 {
             let mut routing = crowd.routed(&device, &[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], false);
             match broken {
                 0 => routing.slots = device.upload_i32([4], &[0, 0, 1, 2]).unwrap(),
-                1 => routing.rows = device.upload_i32([4], &[7, 0, 1, 2]).unwrap(),
                 _ => routing.offsets = device.upload_i32([4], &[0, 3, 1, 4]).unwrap(),
             }
             let mut y = device.zeros(DType::F32, [2, 5]).unwrap();

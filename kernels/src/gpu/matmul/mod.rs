@@ -8,6 +8,8 @@
 mod exact;
 pub(super) mod tensor;
 
+pub(super) use self::tensor::Tile;
+
 use std::ops::Deref;
 
 use super::family::Family;

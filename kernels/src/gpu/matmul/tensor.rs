@@ -19,8 +19,8 @@ pub(super) const NF4_ROW: usize = 32;
 pub(in crate::gpu) struct Tile {
     pub(in crate::gpu) rows: usize,
     pub(in crate::gpu) columns: usize,
-    warps: u32,
-    stages: usize,
+    pub(in crate::gpu) warps: u32,
+    pub(in crate::gpu) stages: usize,
 }
 
 pub(in crate::gpu) const LARGE: Tile = Tile {
@@ -46,7 +46,7 @@ impl Tile {
     }
 
     /// `Tile::SHARED_BYTES`: the ring of stages, or the finished tile in f32 if that is larger.
-    const fn shared_bytes(self) -> usize {
+    pub(in super::super) const fn shared_bytes(self) -> usize {
         let ring = self.stages * (self.rows + self.columns) * DEPTH * 2;
         let result = self.rows * (self.columns + 8) * 4;
         if ring > result { ring } else { result }
