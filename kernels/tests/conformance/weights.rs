@@ -213,7 +213,7 @@ fn nf4_bytes<D: Device>(device: &D, weight: &Nf4Weight<D>) -> Vec<Vec<u8>> {
 
 /// Codes that are all finite, and scales of very different sizes.
 fn fp8_matrix([rows, columns]: [usize; 2], block: [usize; 2]) -> (Vec<u8>, Vec<f32>) {
-    let codes = (0..rows * columns).map(|i| (i * 2_654_435_761 >> 7) as u8);
+    let codes = (0..rows * columns).map(|i| ((i * 2_654_435_761) >> 7) as u8);
     let codes = codes
         .map(|code| if code & 0x7f == 0x7f { 0x30 } else { code })
         .collect();

@@ -255,31 +255,38 @@ fn a_missing_shard_is_refused_though_a_snapshot_is_there() {
     assert_eq!(failure.code, "MODEL_FILE_MISSING");
 }
 
-/// As root: a real disk that is full. Elsewhere the writer's own test stands for it.
-#[test]
-fn a_full_disk_costs_a_warning_and_leaves_nothing_behind() {
-    let folder = checkpoint(SyntheticDtype::Fp8);
-    let disk = tempfile::tempdir().unwrap();
-    let mounted = std::process::Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=64k", "tmpfs"])
-        .arg(disk.path())
-        .output()
-        .is_ok_and(|output| output.status.success());
+/// Mounts a file system of its own at a folder, if this process may.
+fn mount(folder: &Path, options: &str) -> bool {
+    let mut command = std::process::Command::new("mount");
+    command.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(folder);
+    let mounted = command.output().is_ok_and(|output| output.status.success());
     if !mounted {
-        println!("skipped: a tmpfs cannot be mounted here");
-        return;
+        println!("skipped: a file system cannot be mounted here");
     }
-    let settings = SnapshotSettings {
-        folder: Some(disk.path().to_owned()),
-        ..snapshots()
-    };
-    let (_, _, outcome) = loaded(folder.path(), Encoding::Nf4, settings);
-    let left = std::fs::read_dir(disk.path()).unwrap().count();
-    let unmounted = std::process::Command::new("umount").arg(disk.path()).status().unwrap();
-    assert!(unmounted.success());
-    assert!(
-        matches!(&outcome, SnapshotOutcome::NotWritten(failure) if failure.code == "SNAPSHOT_NOT_WRITTEN"),
-        "{outcome:?}"
-    );
-    assert_eq!(left, 0);
+    mounted
+}
+
+/// As root: a real disk that is full, and one that is read-only. Elsewhere the writer's own test stands for them.
+#[test]
+fn a_full_or_read_only_disk_costs_a_warning_and_leaves_nothing_behind() {
+    for (options, hint) in [("size=64k", "Free space"), ("ro", "writable")] {
+        let folder = checkpoint(SyntheticDtype::Fp8);
+        let disk = tempfile::tempdir().unwrap();
+        if !mount(disk.path(), options) {
+            return;
+        }
+        let settings = SnapshotSettings {
+            folder: Some(disk.path().to_owned()),
+            ..snapshots()
+        };
+        let (_, _, outcome) = loaded(folder.path(), Encoding::Nf4, settings);
+        let left = std::fs::read_dir(disk.path()).unwrap().count();
+        let unmounted = std::process::Command::new("umount").arg(disk.path()).status().unwrap();
+        assert!(unmounted.success());
+        let SnapshotOutcome::NotWritten(failure) = outcome else {
+            panic!("{options}: {outcome:?}")
+        };
+        assert_eq!((failure.code.as_str(), left), ("SNAPSHOT_NOT_WRITTEN", 0), "{options}");
+        assert!(failure.hint.contains(hint), "{options}: {failure}");
+    }
 }

@@ -200,7 +200,7 @@ impl<B: Backend> Model<B> {
             limits: settings.limits,
         };
         if let Some(snapshots) = &snapshots
-            && let Some((model, path, bytes)) = ways.from_snapshot(snapshots, &config, progress)
+            && let Some((model, path, bytes)) = ways.by_snapshot(snapshots, &config, progress)
         {
             let report = LoadReport {
                 source: LoadSource::Snapshot,
@@ -210,7 +210,7 @@ impl<B: Backend> Model<B> {
             };
             return Ok((model, report));
         }
-        let (model, bytes, snapshot) = ways.from_checkpoint(snapshots.as_ref(), config, progress)?;
+        let (model, bytes, snapshot) = ways.by_checkpoint(snapshots.as_ref(), config, progress)?;
         let report = LoadReport {
             source: LoadSource::Checkpoint,
             bytes,
@@ -231,7 +231,7 @@ struct Ways<'a, B: Backend> {
 
 impl<B: Backend> Ways<'_, B> {
     /// `None` when there is no valid snapshot; a damaged one is reported and removed.
-    fn from_snapshot(
+    fn by_snapshot(
         &self,
         snapshots: &Snapshots,
         config: &ModelConfig,
@@ -256,7 +256,7 @@ impl<B: Backend> Ways<'_, B> {
         }
     }
 
-    fn from_checkpoint(
+    fn by_checkpoint(
         &self,
         snapshots: Option<&Snapshots>,
         config: ModelConfig,
