@@ -178,11 +178,17 @@ DEVICE void store_pack(T* row, i64 first, i64 length, bool aligned, const Pack& 
 
 // ---- sums over lanes, in a fixed order ------------------------------------------------------------------------------
 
+// The value of the lane whose index differs in these bits, or of a lane. All lanes call it.
+template <class T>
+DEVICE T lane_across(T value, i32 bits) { return __shfl_xor_sync(FULL_WARP, value, bits); }
+template <class T>
+DEVICE T from_lane(T value, i32 lane) { return __shfl_sync(FULL_WARP, value, lane); }
+
 // The sum over LANES neighbouring lanes, a power of two, in each of them.
 template <i32 LANES, class T>
 DEVICE T lanes_sum(T value) {
 #pragma unroll
-    for (i32 step = LANES / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    for (i32 step = LANES / 2; step > 0; step /= 2) value += lane_across(value, step);
     return value;
 }
 
@@ -209,7 +215,7 @@ DEVICE i32 count_bits(u32 bits) { return __popc(bits); }
 DEVICE u64 warp_max(u64 value) {
 #pragma unroll
     for (i32 step = WARP_LANES / 2; step > 0; step /= 2) {
-        u64 other = __shfl_xor_sync(FULL_WARP, value, step);
+        u64 other = lane_across(value, step);
         value = other > value ? other : value;
     }
     return value;
@@ -220,7 +226,7 @@ template <i32 GROUP>
 DEVICE f32 lanes_max(f32 value) {
 #pragma unroll
     for (i32 step = GROUP / 2; step > 0; step /= 2) {
-        f32 other = __shfl_xor_sync(FULL_WARP, value, step);
+        f32 other = lane_across(value, step);
         value = other > value ? other : value;
     }
     return value;
@@ -230,7 +236,7 @@ DEVICE f32 lanes_max(f32 value) {
 template <i32 GROUP>
 DEVICE f32 lanes_sum(f32 value) {
 #pragma unroll
-    for (i32 step = GROUP / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    for (i32 step = GROUP / 2; step > 0; step /= 2) value += lane_across(value, step);
     return value;
 }
 

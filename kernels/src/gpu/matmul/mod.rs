@@ -65,6 +65,9 @@ pub(super) enum Reads {
     Columns,
 }
 
+/// Both factors of a product's second term.
+pub(super) type LowRank<'a, R> = (&'a Tensor<Gpu<R>>, &'a Tensor<Gpu<R>>);
+
 /// `out = left · right + left2 · right2 + bias`; see the kernels' heads.
 pub(super) struct Product<'a, R: Runtime> {
     /// `[M, K]` in the precision's dtype.
@@ -72,7 +75,7 @@ pub(super) struct Product<'a, R: Runtime> {
     pub(super) right: &'a Right<'a, R>,
     pub(super) reads: Reads,
     /// `[M, R]`, and `[N, R]` or `[R, N]` as `right`, in the precision's dtype.
-    pub(super) second: Option<(&'a Tensor<Gpu<R>>, &'a Tensor<Gpu<R>>)>,
+    pub(super) second: Option<LowRank<'a, R>>,
     /// f32 or bf16 `[N]`.
     pub(super) bias: Option<&'a Tensor<Gpu<R>>>,
     /// `[M, N]`, and how it is written.
