@@ -3,8 +3,11 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use brightrun_kernels::Backend;
 use brightrun_kernels::cpu::Cpu;
-use brightrun_kernels::ops::{Device, Precision};
+use brightrun_kernels::cuda::cuda;
+use brightrun_kernels::emu::emulated;
+use brightrun_kernels::ops::Precision;
 use brightrun_worker::error::Failure;
 use brightrun_worker::model::adapter::AdapterDtype;
 use brightrun_worker::model::tensor_file::TensorFile;
@@ -51,9 +54,9 @@ struct Hyper {
     schedule: String,
 }
 
-struct Case<'a> {
+struct Case<'a, B: Backend> {
     folder: &'a Path,
-    device: Cpu,
+    device: B,
     settings: Expected,
     tensors: TensorFile,
     examples: Vec<EncodedExample>,
@@ -119,8 +122,19 @@ fn judged(measured: Vec<Measured>, twins: &[Vec<Measured>]) -> Vec<Check> {
     measured.into_iter().enumerate().map(judge).collect()
 }
 
+/// Which backend computes: `cpu` (without the variable), `emulated` or `cuda`.
+const DEVICE: &str = "BRIGHTRUN_GOLDEN_DEVICE";
+
 fn checks(folder: &Path) -> Result<Vec<Check>, Failure> {
-    let device = Cpu::new(None)?;
+    match std::env::var(DEVICE).as_deref() {
+        Err(_) | Ok("cpu") => checks_on(folder, Cpu::new(None)?),
+        Ok("emulated") => checks_on(folder, emulated(None)?),
+        Ok("cuda") => checks_on(folder, cuda(0)?),
+        Ok(other) => Err(broken(format!("{DEVICE} names no backend: {other}"))),
+    }
+}
+
+fn checks_on<B: Backend>(folder: &Path, device: B) -> Result<Vec<Check>, Failure> {
     let (case, model) = case_and_model(folder, device)?;
     let mut measured = case.measured(&model)?;
     let mut twins = Vec::new();
@@ -145,18 +159,18 @@ fn checks(folder: &Path) -> Result<Vec<Check>, Failure> {
 /// was cast to bfloat16 as a whole and back, which leaves its rotary frequencies rounded to bfloat16 (checked with transformers
 /// itself: so rounded, it gives the recorded logits bit for bit). Nothing in a case says which; its base logits do: the nearer
 /// ones are right. Everything else must then agree under the same choice.
-fn case_and_model(folder: &Path, device: Cpu) -> Result<(Case<'_>, Model<Cpu>), Failure> {
+fn case_and_model<B: Backend>(folder: &Path, device: B) -> Result<(Case<'_, B>, Model<B>), Failure> {
     let options = |rope_frequencies| LoadOptions {
         encoding: Encoding::Stored,
         precision: Precision::F32,
         rope_frequencies,
     };
     let load =
-        |device: &Cpu, frequencies| Model::load(device, &folder.join("model"), options(frequencies), &mut |_| {});
+        |device: &B, frequencies| Model::load(device, &folder.join("model"), options(frequencies), &mut |_| {});
     let exact = load(&device, RopeFrequencies::F32)?;
     let mut case = Case::read(folder, device, &exact)?;
     let rounded = load(&case.device, RopeFrequencies::Bf16)?;
-    let error = |model: &Model<Cpu>| Ok::<_, Failure>(case.logits("base.logits", model, None)?.error());
+    let error = |model: &Model<B>| Ok::<_, Failure>(case.logits("base.logits", model, None)?.error());
     let rounded_is_nearer = error(&rounded)? < error(&exact)?;
     case.options = options(match rounded_is_nearer {
         true => RopeFrequencies::Bf16,
@@ -165,8 +179,8 @@ fn case_and_model(folder: &Path, device: Cpu) -> Result<(Case<'_>, Model<Cpu>), 
     Ok((case, if rounded_is_nearer { rounded } else { exact }))
 }
 
-impl<'a> Case<'a> {
-    fn read(folder: &'a Path, device: Cpu, model: &Model<Cpu>) -> Result<Self, Failure> {
+impl<'a, B: Backend> Case<'a, B> {
+    fn read(folder: &'a Path, device: B, model: &Model<B>) -> Result<Self, Failure> {
         let text = std::fs::read_to_string(folder.join("expected.json")).map_err(|error| broken(error.to_string()))?;
         let settings = serde_json::from_str(&text).map_err(|error| broken(error.to_string()))?;
         let tensors = TensorFile::open(&folder.join("expected.safetensors"))?;
@@ -204,7 +218,7 @@ impl<'a> Case<'a> {
         brightrun_worker::train::step::packed(&self.examples)
     }
 
-    fn all_logits(&self, model: &Model<Cpu>, lora: Option<&LoraSet<Cpu>>) -> Result<Vec<f32>, Failure> {
+    fn all_logits(&self, model: &Model<B>, lora: Option<&LoraSet<B>>) -> Result<Vec<f32>, Failure> {
         let mut logits = Vec::new();
         for batch in self.separate() {
             logits.extend(model.logits(lora, &batch)?);
@@ -212,13 +226,13 @@ impl<'a> Case<'a> {
         Ok(logits)
     }
 
-    fn logits(&self, name: &str, model: &Model<Cpu>, lora: Option<&LoraSet<Cpu>>) -> Result<Measured, Failure> {
+    fn logits(&self, name: &str, model: &Model<B>, lora: Option<&LoraSet<B>>) -> Result<Measured, Failure> {
         let (got, expected) = (self.all_logits(model, lora)?, self.expected(name)?);
         Ok(Measured::logits(name, got, expected, self.bounds.forward()))
     }
 
     /// Everything that a model of this case computes, in an order that does not depend on the model.
-    fn measured(&self, model: &Model<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn measured(&self, model: &Model<B>) -> Result<Vec<Measured>, Failure> {
         let mut list = vec![self.logits("base.logits", model, None)?];
         if self.settings.rank.is_some() {
             list.extend(self.adapted(model)?);
@@ -248,7 +262,7 @@ impl<'a> Case<'a> {
         ])
     }
 
-    fn adapted(&self, model: &Model<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn adapted(&self, model: &Model<B>) -> Result<Vec<Measured>, Failure> {
         let lora = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let mut list = vec![
             self.logits("lora.logits", model, Some(&lora))?,
@@ -260,7 +274,7 @@ impl<'a> Case<'a> {
     }
 
     /// What is held to its bound whatever the model does with errors: packing, coverage, the schedule.
-    fn exact(&self, model: &Model<Cpu>) -> Result<Vec<Check>, Failure> {
+    fn exact(&self, model: &Model<B>) -> Result<Vec<Check>, Failure> {
         let lora = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let named = self.tensors.tensors().keys().filter(|name| name.starts_with("grad."));
         let uncovered = named.count() as f64 - 2.0 * lora.pairs().len() as f64;
@@ -289,7 +303,7 @@ impl<'a> Case<'a> {
     }
 
     /// The last position of a sequence predicts nothing and has no loss in the peer's `[N, T − 1]`.
-    fn token_losses(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Measured, Failure> {
+    fn token_losses(&self, model: &Model<B>, lora: &LoraSet<B>) -> Result<Measured, Failure> {
         let mut got = Vec::new();
         for batch in self.separate() {
             let losses = model.forward_losses(Some(lora), &batch)?;
@@ -305,7 +319,7 @@ impl<'a> Case<'a> {
     }
 
     /// Both sequences in one row give the logits that each gives alone.
-    fn packed_is_separate(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Check, Failure> {
+    fn packed_is_separate(&self, model: &Model<B>, lora: &LoraSet<B>) -> Result<Check, Failure> {
         let alone = self.all_logits(model, Some(lora))?;
         let together = model.logits(Some(lora), &self.packed())?;
         Ok(Check::new(
@@ -316,7 +330,7 @@ impl<'a> Case<'a> {
     }
 
     /// The gradient of the mean loss over both sequences, packed into one row.
-    fn gradients(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn gradients(&self, model: &Model<B>, lora: &LoraSet<B>) -> Result<Vec<Measured>, Failure> {
         let batch = self.packed();
         let settings = BackwardSettings {
             gradient_scale: 1.0 / batch.supervised_tokens() as f32,
@@ -344,7 +358,7 @@ impl<'a> Case<'a> {
     }
 
     /// The optimizer steps, through the very code that trains.
-    fn training(&self, model: &Model<Cpu>, mut lora: LoraSet<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn training(&self, model: &Model<B>, mut lora: LoraSet<B>) -> Result<Vec<Measured>, Failure> {
         let hyper = self.hyper()?;
         let spec = spec(hyper)?;
         let rate = LearningRate::new(&spec, hyper.steps);
@@ -393,7 +407,7 @@ impl<'a> Case<'a> {
     }
 
     /// The trained factors, as they would be saved, by how far they moved.
-    fn final_adapter(&self, model: &Model<Cpu>, lora: &LoraSet<Cpu>) -> Result<Vec<Measured>, Failure> {
+    fn final_adapter(&self, model: &Model<B>, lora: &LoraSet<B>) -> Result<Vec<Measured>, Failure> {
         let first = LoraSet::load(&self.device, &self.folder.join("adapter_init"), model.modules())?;
         let last = TensorFile::open(&self.folder.join("adapter_final/adapter_model.safetensors"))?;
         let saved = tempfile::NamedTempFile::new().map_err(|error| broken(error.to_string()))?;

@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use brightrun_kernels::cpu::Cpu;
-use brightrun_kernels::ops::{Device, QuantizeOps};
-use brightrun_kernels::{DType, Nf4Scales, Nf4Weight, Shape, Weight};
+use brightrun_kernels::{Backend, DType, Nf4Scales, Nf4Weight, Shape, Weight};
 use brightrun_worker::error::Failure;
 use brightrun_worker::model::ModelConfig;
 use brightrun_worker::model::checkpoint::Checkpoint;
@@ -50,7 +48,7 @@ pub enum Decoding {
 
 /// Writes the checkpoint in `source` to a temporary folder, each projection whose name ends in one of `suffixes` quantised and
 /// decoded, in f32.
-pub fn write(device: &Cpu, source: &Path, suffixes: &[String], decoding: Decoding) -> Result<TempDir, Failure> {
+pub fn write<B: Backend>(device: &B, source: &Path, suffixes: &[String], decoding: Decoding) -> Result<TempDir, Failure> {
     let checkpoint = Checkpoint::open(source)?.with_fp8_blocks(ModelConfig::load(source)?.fp8_block)?;
     let mut tensors = BTreeMap::new();
     for name in checkpoint.names().filter(|name| !name.ends_with("_scale_inv")) {
@@ -77,7 +75,7 @@ pub fn write(device: &Cpu, source: &Path, suffixes: &[String], decoding: Decodin
     Ok(folder)
 }
 
-fn round_trip(device: &Cpu, host: &HostTensor, decoding: Decoding) -> Result<HostTensor, Failure> {
+fn round_trip<B: Backend>(device: &B, host: &HostTensor, decoding: Decoding) -> Result<HostTensor, Failure> {
     let shape = Shape::new(&host.shape);
     let weight = device.quantize_nf4(&device.upload(host.dtype, shape, &host.bytes)?, true)?;
     let values = match decoding {
@@ -95,7 +93,7 @@ fn round_trip(device: &Cpu, host: &HostTensor, decoding: Decoding) -> Result<Hos
     })
 }
 
-fn decoded_by_the_peer(device: &Cpu, weight: &Nf4Weight<Cpu>) -> Result<Vec<f32>, Failure> {
+fn decoded_by_the_peer<B: Backend>(device: &B, weight: &Nf4Weight<B>) -> Result<Vec<f32>, Failure> {
     let codes = device.read(&weight.codes)?;
     let scales = flat_scales(device, &weight.scales)?;
     let width = weight.inputs;
@@ -111,7 +109,7 @@ fn decoded_by_the_peer(device: &Cpu, weight: &Nf4Weight<Cpu>) -> Result<Vec<f32>
         .collect())
 }
 
-fn flat_scales(device: &Cpu, scales: &Nf4Scales<Cpu>) -> Result<Vec<f32>, Failure> {
+fn flat_scales<B: Backend>(device: &B, scales: &Nf4Scales<B>) -> Result<Vec<f32>, Failure> {
     match scales {
         Nf4Scales::Flat(absmax) => Ok(device.read_f32(absmax)?),
         Nf4Scales::Nested {
