@@ -178,18 +178,24 @@ DEVICE void store_pack(T* row, i64 first, i64 length, bool aligned, const Pack& 
 
 // ---- sums over lanes, in a fixed order ------------------------------------------------------------------------------
 
+// The value of the lane whose index differs in these bits, or of a lane. All lanes call it.
+template <class T>
+DEVICE T lane_across(T value, i32 bits) { return __shfl_xor_sync(FULL_WARP, value, bits); }
+template <class T>
+DEVICE T from_lane(T value, i32 lane) { return __shfl_sync(FULL_WARP, value, lane); }
+
 // The sum over a warp, in every lane.
 template <class T>
 DEVICE T warp_sum(T value) {
 #pragma unroll
-    for (i32 step = WARP_LANES / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    for (i32 step = WARP_LANES / 2; step > 0; step /= 2) value += lane_across(value, step);
     return value;
 }
 
 DEVICE f32 warp_max(f32 value) {
 #pragma unroll
     for (i32 step = WARP_LANES / 2; step > 0; step /= 2) {
-        f32 other = __shfl_xor_sync(FULL_WARP, value, step);
+        f32 other = lane_across(value, step);
         value = other > value ? other : value;
     }
     return value;

@@ -63,6 +63,9 @@ enum Reads {
     Columns,
 }
 
+/// Both factors of a product's second term.
+type LowRank<'a, R> = (&'a Tensor<Gpu<R>>, &'a Tensor<Gpu<R>>);
+
 /// `out = left · right + left2 · right2 + bias`; see the kernels' heads.
 struct Product<'a, R: Runtime> {
     /// `[M, K]` in the precision's dtype.
@@ -70,7 +73,7 @@ struct Product<'a, R: Runtime> {
     right: &'a Right<'a, R>,
     reads: Reads,
     /// `[M, R]`, and `[N, R]` or `[R, N]` as `right`, in the precision's dtype.
-    second: Option<(&'a Tensor<Gpu<R>>, &'a Tensor<Gpu<R>>)>,
+    second: Option<LowRank<'a, R>>,
     /// f32 or bf16 `[N]`.
     bias: Option<&'a Tensor<Gpu<R>>>,
     /// `[M, N]`, and how it is written.
