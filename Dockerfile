@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 #
-# The image of a RunPod worker: one binary, the C library it links, root certificates. No Python, no compiler.
+# The image of a RunPod worker: one binary, its kernels as machine code, the C library it links, root certificates. No Python,
+# no compiler.
 #
 #   docker buildx build --platform linux/amd64 \
 #     --build-arg BUILD_IMAGE=docker.io/library/rust:1.95.0-bookworm@sha256:… \
@@ -13,6 +14,15 @@
 
 ARG BUILD_IMAGE=docker.io/library/rust:1.95.0-bookworm
 ARG RUNTIME_IMAGE=docker.io/library/debian:bookworm-slim
+ARG PYTHON_IMAGE=docker.io/library/python:3.13-slim-bookworm
+
+# The CUDA compiler, which is a library and needs no GPU. Kernels by 13.0 run on drivers from 580 on; for older ones give
+# NVRTC=nvidia-cuda-nvrtc-cu12==12.9.86.
+FROM ${PYTHON_IMAGE} AS compiler
+ARG NVRTC=nvidia-cuda-nvrtc==13.0.88
+RUN pip install --no-cache-dir --no-deps --target /wheel "${NVRTC}" \
+    && mkdir /nvrtc \
+    && find /wheel -name 'libnvrtc*.so*' ! -name '*.alt.*' -exec mv '{}' /nvrtc/ ';'
 
 FROM ${BUILD_IMAGE} AS build
 ARG GIT_REVISION=unknown
@@ -25,6 +35,10 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry \
     --mount=type=cache,target=/build/target \
     cargo build --profile dist --locked -p brightrun-worker --bin brightrun \
     && install -D -m 0755 target/dist/brightrun /out/brightrun
+# Every kernel as machine code, so that a worker compiles nothing when it starts.
+ARG KERNEL_TARGETS=sm_80,sm_86,sm_89,sm_90a,sm_100,sm_120
+RUN --mount=type=bind,from=compiler,source=/nvrtc,target=/nvrtc \
+    BRIGHTRUN_NVRTC=/nvrtc /out/brightrun kernels build --arch "${KERNEL_TARGETS}" --out /out/kernels
 
 FROM ${RUNTIME_IMAGE} AS runtime
 ARG GIT_REVISION=unknown
@@ -40,6 +54,8 @@ RUN apt-get update \
     && useradd --uid 10001 --gid brightrun --create-home --shell /usr/sbin/nologin brightrun \
     && printf '%s\n' "${GIT_REVISION}" > /etc/brightrun-revision
 COPY --from=build /out/brightrun /usr/local/bin/brightrun
+COPY --from=build /out/kernels /usr/local/lib/brightrun/kernels
+ENV BRIGHTRUN_KERNELS=/usr/local/lib/brightrun/kernels
 # Read by NVIDIA's container runtime: which GPUs and which parts of the driver the container sees.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -28,7 +28,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use brightrun_kernels::cpu::Cpu;
-use brightrun_kernels::{Backend, Error, emu};
+use brightrun_kernels::{Backend, Error, cuda, emu};
 
 /// A quantity's worst error beside its bound.
 pub struct Check {
@@ -71,6 +71,16 @@ fn golden_cases_agree_on_the_emulated_device() {
         Err(Error::Unsupported { reason, .. }) => {
             say(&format!("golden on `emulated`: absent ({reason}); nothing was tested"))
         }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// The same on a real device, where one is.
+#[test]
+fn golden_cases_agree_on_the_gpu() {
+    match cuda::cuda(0) {
+        Ok(device) => all_agree(&device),
+        Err(Error::Unsupported { reason, .. }) => say(&format!("golden on `cuda`: absent ({reason}); nothing was tested")),
         Err(error) => panic!("{error}"),
     }
 }

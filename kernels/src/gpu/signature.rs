@@ -134,9 +134,21 @@ fn bound(source: &Source, arguments: &str) -> u32 {
             .collect();
         return numbers[2] * numbers[3] * 32;
     }
-    threads
-        .parse()
-        .unwrap_or_else(|_| after(&format!("constexpr i32 {threads} = ")).parse().unwrap())
+    constant(source, threads)
+}
+
+/// A number, or a constant of the source or of a header, which may be another one's.
+fn constant(source: &Source, name: &str) -> u32 {
+    if let Ok(number) = name.parse() {
+        return number;
+    }
+    let marker = format!("constexpr i32 {name} = ");
+    let texts = std::iter::once(source.text).chain(sources::HEADERS.iter().map(|(_, text)| *text));
+    let value = texts
+        .filter_map(|text| text.split_once(&marker))
+        .find_map(|(_, rest)| rest.split(';').next())
+        .unwrap_or_else(|| panic!("no {marker}"));
+    constant(source, value.trim())
 }
 
 #[test]

@@ -14,6 +14,12 @@ use half::bf16;
 /// Backends that must be there, by their names without what follows a slash, separated by commas; absence then fails.
 const REQUIRED: &str = "BRIGHTRUN_REQUIRED_BACKENDS";
 
+/// The only backends to try, by the same names; without it, all.
+const TRIED: &str = "BRIGHTRUN_BACKENDS";
+
+/// The most multiply-adds of one case, for runs under tools that make everything slow.
+const MOST_WORK: &str = "BRIGHTRUN_MOST_WORK";
+
 /// Multiply-adds of one case that an emulated device can afford: a fraction of a second.
 const EMULATED_WORK: usize = 20_000_000;
 
@@ -29,20 +35,38 @@ macro_rules! on_every_backend {
         for (name, backend) in $crate::backends::cpus() {
             report.run(&name, &backend, |$run| $cases);
         }
-        match $crate::backends::emulated() {
-            Ok(backend) => report.run("emulated", &backend, |$run| $cases),
-            Err(reason) => report.absent("emulated", &reason),
+        if $crate::backends::is_tried("emulated") {
+            match $crate::backends::emulated() {
+                Ok(backend) => report.run("emulated", &backend, |$run| $cases),
+                Err(reason) => report.absent("emulated", &reason),
+            }
         }
-        match $crate::backends::cuda() {
-            Ok(backend) => report.run("cuda", &backend, |$run| $cases),
-            Err(reason) => report.absent("cuda", &reason),
+        if $crate::backends::is_tried("cuda") {
+            match $crate::backends::cuda() {
+                Ok(backend) => report.run("cuda", &backend, |$run| $cases),
+                Err(reason) => report.absent("cuda", &reason),
+            }
         }
         report.finish();
     }};
 }
 
+/// Whether a backend is to be tried.
+pub fn is_tried(name: &str) -> bool {
+    std::env::var(TRIED).map_or(true, |tried| tried.split(',').any(|tried| tried == name))
+}
+
+/// The most multiply-adds of a case on a backend.
+fn most_work<B: Traits>() -> usize {
+    let named = std::env::var(MOST_WORK).ok().map(|most| most.parse().unwrap());
+    named.map_or(B::MOST_WORK, |named: usize| named.min(B::MOST_WORK))
+}
+
 /// The CPU at each level it has.
 pub fn cpus() -> Vec<(String, Cpu)> {
+    if !is_tried("cpu") {
+        return Vec::new();
+    }
     let supported = SimdLevel::ALL.into_iter().filter(|level| level.is_supported());
     supported
         .map(|level| (format!("cpu/{level}"), Cpu::with_simd(Some(2), level).unwrap()))
@@ -184,7 +208,7 @@ impl<'a, B: Traits> Run<'a, B> {
 
     /// Whether the backend can afford a case of so many multiply-adds; one that it cannot is counted.
     pub fn affords(&mut self, work: usize) -> bool {
-        let affords = work <= B::MOST_WORK;
+        let affords = work <= most_work::<B>();
         self.too_large += usize::from(!affords);
         affords
     }

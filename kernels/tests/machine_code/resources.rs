@@ -19,11 +19,11 @@ pub struct Resources {
 pub const RESERVED_SHARED_BYTES: usize = 1024;
 
 impl Resources {
-    /// From compute capability 9.0 on the compiler counts what the hardware keeps among what the code asks for.
+    /// From compute capability 9.0 on the compiler counts what the hardware keeps among what the code asks for, if it asks for any.
     pub fn without_reserved(self, capability: u32) -> Self {
         let reserved = if capability >= 90 { RESERVED_SHARED_BYTES } else { 0 };
         Self {
-            shared_bytes: self.shared_bytes.checked_sub(reserved).unwrap(),
+            shared_bytes: self.shared_bytes.saturating_sub(reserved),
             ..self
         }
     }
