@@ -571,7 +571,8 @@ async fn the_matrix_of_rights_is_the_one_in_the_documents() {
         "# Who may do what to which table\n\nWritten by the test `the_matrix_of_rights_is_the_one_in_the_documents`, which tries every cell on rows of two users, as PostgREST\n\
          does: `set local role`, `request.jwt.claims`. Not to be edited by hand: `BRIGHTRUN_BLESS=1 cargo test --release -p brightrun-worker --test rls matrix`.\n\n\
          s, i, u, d: select, insert, update, delete. **all**: of any row; **own**: of the caller's rows; **none**: it runs and touches nothing; –: refused.\n\
-         Engine tables are written through functions only.\n\n",
+         An empty table shows none where the statement is allowed. A user's update of a job can only cancel it. Engine tables are written\n\
+         through functions only.\n\n",
     );
     page.push_str(&format!(
         "| table | {} |\n|---|{}\n",
@@ -648,6 +649,8 @@ async fn cells(
                     format!("select id from {table} where owner = '{}'", whose.user)
                 }
                 "s" => format!("select 1 from {table} where {which}"),
+                // All that a user may change of a job of his is that it shall end.
+                "u" if table == "public.training_jobs" => format!("update {table} set status = 'cancelled' where {which}"),
                 "u" if columns.iter().any(|name| name == "name") && table == "public.datasets" => {
                     format!("update {table} set name = name where {which}")
                 }

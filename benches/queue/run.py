@@ -281,6 +281,7 @@ def main():
     peers = Peers(home)
     peers.install(engines)
     today = datetime.date.today().isoformat()
+    out = pathlib.Path(options.out or HERE.parent / f"results/queue-peers-{today}.json")
     told = {
         "date": today,
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
@@ -291,6 +292,11 @@ def main():
     with Server(home) as server:
         told["postgres"] = server.sql("postgres", "show server_version")
         bench = Bench(server, peers, options.quick)
+
+        def save():
+            """After each phase, so that a run that is cut short leaves what it has."""
+            told["load_average_at_end"] = os.getloadavg()
+            out.write_text(json.dumps(told, indent=1) + "\n")
 
         def attempt(engine, what, measure):
             try:
@@ -314,6 +320,7 @@ def main():
                     if all_rounds:
                         place = told["engines"][engine].setdefault("drain", {})
                         place[str(workers)] = {"median": median_of(all_rounds), "rounds": all_rounds}
+                save()
         if "latency" in phases:
             for _ in range(options.rounds):
                 for engine in engines:
@@ -323,17 +330,19 @@ def main():
             for engine in engines:
                 if rounds := told["engines"][engine].get("latency_rounds"):
                     told["engines"][engine]["latency"] = median_of(rounds)
+            save()
         if "million" in phases:
             for engine in engines:
                 told["engines"][engine]["million"] = attempt(engine, "a million waiting", lambda: bench.million(engine))
+                save()
         if "held" in phases:
             for engine in [engine for engine in engines if engine in ("lane", "runner", "graphile-rs")]:
                 seconds = options.held_seconds if engine == "lane" else max(options.held_seconds // 10, 20)
                 told["engines"][engine]["held"] = attempt(engine, f"a held snapshot, {seconds} s", lambda: bench.held(engine, seconds))
+                save()
         if "beat" in phases and "runner" in engines:
             told["engines"]["runner"]["beat"] = attempt("runner", "500 running jobs beat", bench.beat)
     told["load_average_at_end"] = os.getloadavg()
-    out = pathlib.Path(options.out or HERE.parent / f"results/queue-peers-{today}.json")
     out.write_text(json.dumps(told, indent=1) + "\n")
     say(f"written: {out}")
     table(told)

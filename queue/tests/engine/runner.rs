@@ -430,3 +430,57 @@ async fn a_job_runs_on_through_a_crash_of_the_database_and_delivers_afterwards()
     task.await.unwrap();
     drop(server);
 }
+
+struct OneAtATime {
+    go: CancellationToken,
+    entered: Arc<std::sync::atomic::AtomicUsize>,
+}
+
+#[async_trait::async_trait]
+impl Handler for OneAtATime {
+    async fn run(&self, _: JobContext) -> Ending {
+        self.entered.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        self.go.cancelled().await;
+        Ending::Complete(json!({}))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prefetched_jobs_wait_for_a_slot_and_go_back_uncounted() {
+    let db = database().await;
+    for _ in 0..6 {
+        db.enqueue("work").await;
+    }
+    let (shutdown, go) = (CancellationToken::new(), CancellationToken::new());
+    let entered = Arc::<std::sync::atomic::AtomicUsize>::default();
+    let handler = OneAtATime {
+        go: go.clone(),
+        entered: entered.clone(),
+    };
+    let config = RunnerConfig {
+        slots: 1,
+        prefetch: 3,
+        ..quick()
+    };
+    let runner = tokio::spawn(
+        Runner::new(db.queue.clone(), config)
+            .handler("work", handler)
+            .run(shutdown.clone()),
+    );
+    eventually("one runs and three wait here", || async {
+        let running: i64 = db.queue.stats().await.unwrap().iter().map(|kind| kind.running).sum();
+        (running == 4 && entered.load(std::sync::atomic::Ordering::SeqCst) > 0).then_some(())
+    })
+    .await;
+    shutdown.cancel();
+    eventually("those that wait are given back while the one still runs", || async {
+        let running: i64 = db.queue.stats().await.unwrap().iter().map(|kind| kind.running).sum();
+        (running == 1).then_some(())
+    })
+    .await;
+    go.cancel();
+    assert_eq!(runner.await.unwrap().unwrap().given_up, 0);
+    assert_eq!(entered.load(std::sync::atomic::Ordering::SeqCst), 1);
+    let waiting = db.queue.jobs(Some("work"), Some(JobState::Ready), 10).await.unwrap();
+    assert_eq!(waiting.iter().map(|job| job.attempt).collect::<Vec<_>>(), [0; 5]);
+}
