@@ -582,8 +582,11 @@ pub fn parse() -> Cli {
     let (true, Ok(texts)) = (is_worker, texts) else {
         return Cli::parse();
     };
-    let (flags, rest) = LocalFlags::parse(texts)
-        .unwrap_or_else(|failure| Cli::command().error(clap::error::ErrorKind::InvalidValue, failure).exit());
+    let (flags, rest) = LocalFlags::parse(texts).unwrap_or_else(|failure| {
+        Cli::command()
+            .error(clap::error::ErrorKind::InvalidValue, failure)
+            .exit()
+    });
     let mut cli = Cli::parse_from(rest);
     if let Command::Worker(arguments) = &mut cli.command {
         arguments.runpod = flags;

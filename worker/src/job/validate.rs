@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use brightrun_queue::{Blame as QueueBlame, Ending, Handler, JobContext, JobFailure, StopReason};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tracing::Instrument;
 
 use super::input::DatasetRow;
 use super::projection;
@@ -124,6 +125,13 @@ pub fn verdict(report: &Report) -> Value {
 #[async_trait]
 impl Handler for ValidateHandler {
     async fn run(&self, context: JobContext) -> Ending {
+        let span = tracing::info_span!("job", id = %context.lease().job_id, attempt = context.job().attempt);
+        self.run_inside(context).instrument(span).await
+    }
+}
+
+impl ValidateHandler {
+    async fn run_inside(&self, context: JobContext) -> Ending {
         tokio::select! {
             result = self.validate(&context) => match result {
                 Ok(verdict) => Ending::Complete(verdict),

@@ -9,6 +9,7 @@
 //! | work folder | it cannot be written, or is nearly full |
 //! | model | a folder, a shard or a shard's end is missing ([`model_files`]) |
 //! | gpu | RunPod says there is one and none is to be seen |
+//! | template | the tokenizer or the chat template is not understood |
 //! | compute | the backend cannot start |
 //! | storage | a small object cannot be written, read back and deleted |
 //! | database | it cannot be reached, or its schema is another version |
@@ -95,6 +96,10 @@ pub async fn quick(config: &Config) -> Vec<Check> {
 /// Everything: also what needs a moment of computing, the storage and the database.
 pub async fn full(config: &Config, connect: impl Future<Output = Result<Queue>>) -> Vec<Check> {
     let mut checks = quick(config).await;
+    // Without a model one complaint is enough.
+    if checks.iter().any(|check| check.name == "model" && check.ok) {
+        checks.push(Check::of("template", async { template(config) }).await);
+    }
     checks.push(Check::of("compute", async { compute(config) }).await);
     checks.push(Check::of("storage", storage(config)).await);
     let mut queue = None;
@@ -159,7 +164,14 @@ fn work_folder(folder: &Path) -> Result<String> {
 fn model(config: &Config) -> Result<String> {
     let folder = model_folder(config)?;
     let model = ModelConfig::load(&folder)?;
-    ChatTemplate::load(&folder)?;
+    let tokenizer = folder.join("tokenizer.json");
+    if !tokenizer.is_file() {
+        return Err(
+            Failure::system("MODEL_INCOMPLETE", "The checkpoint is not whole: tokenizer.json is missing")
+                .at(folder.display().to_string())
+                .hint("Download the tokenizer's files, too"),
+        );
+    }
     let files = model_files::check(&folder)?;
     Ok(format!(
         "{} ({} layers, width {}, {} in {} files)",
@@ -169,6 +181,12 @@ fn model(config: &Config) -> Result<String> {
         crate::cli::output::bytes(files.bytes),
         files.count,
     ))
+}
+
+/// Reads the tokenizer and the chat template whole, which takes a moment for a large vocabulary.
+fn template(config: &Config) -> Result<String> {
+    ChatTemplate::load(model_folder(config)?)?;
+    Ok("tokenizer and chat template are understood".to_owned())
 }
 
 /// The driver's own table; no library is loaded for it.
