@@ -178,11 +178,17 @@ DEVICE void store_pack(T* row, i64 first, i64 length, bool aligned, const Pack& 
 
 // ---- sums over lanes, in a fixed order ------------------------------------------------------------------------------
 
+// The value of the lane whose index differs in these bits, or of a lane. All lanes call it.
+template <class T>
+DEVICE T lane_across(T value, i32 bits) { return __shfl_xor_sync(FULL_WARP, value, bits); }
+template <class T>
+DEVICE T from_lane(T value, i32 lane) { return __shfl_sync(FULL_WARP, value, lane); }
+
 // The sum over a warp, in every lane.
 template <class T>
 DEVICE T warp_sum(T value) {
 #pragma unroll
-    for (i32 step = WARP_LANES / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    for (i32 step = WARP_LANES / 2; step > 0; step /= 2) value += lane_across(value, step);
     return value;
 }
 
@@ -191,7 +197,7 @@ template <i32 GROUP>
 DEVICE f32 lanes_max(f32 value) {
 #pragma unroll
     for (i32 step = GROUP / 2; step > 0; step /= 2) {
-        f32 other = __shfl_xor_sync(FULL_WARP, value, step);
+        f32 other = lane_across(value, step);
         value = other > value ? other : value;
     }
     return value;
@@ -201,14 +207,11 @@ DEVICE f32 lanes_max(f32 value) {
 template <i32 GROUP>
 DEVICE f32 lanes_sum(f32 value) {
 #pragma unroll
-    for (i32 step = GROUP / 2; step > 0; step /= 2) value += __shfl_xor_sync(FULL_WARP, value, step);
+    for (i32 step = GROUP / 2; step > 0; step /= 2) value += lane_across(value, step);
     return value;
 }
 
 DEVICE f32 warp_max(f32 value) { return lanes_max<WARP_LANES>(value); }
-
-// The value of another lane of the warp. All lanes call it.
-DEVICE f32 from_lane(f32 value, i32 lane) { return __shfl_sync(FULL_WARP, value, lane); }
 
 // Which lanes of the warp say yes, lane 0 in the lowest bit. All lanes call it.
 DEVICE u32 lanes_saying(bool yes) { return __ballot_sync(FULL_WARP, yes); }

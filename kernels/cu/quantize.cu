@@ -52,9 +52,9 @@ DEVICE void quantize_nf4(const S* source, u8* codes, f32* absmax, i64 count, i32
     // All lanes take part, those beyond the end too.
 #pragma unroll
     for (i32 step = LANES_OF_BLOCK / 2; step > 0; step /= 2) {
-        f32 other = __shfl_xor_sync(FULL_WARP, largest, step);
+        f32 other = lane_across(largest, step);
         largest = other > largest ? other : largest;
-        broken |= __shfl_xor_sync(FULL_WARP, broken, step);
+        broken |= lane_across(broken, step);
     }
     if (first >= count) return;
     i64 block = first / NF4_BLOCK;
@@ -129,13 +129,13 @@ ENTRY(32) nested_mean(const f32* __restrict__ absmax, f32* __restrict__ mean, i6
         for (i64 vector = steps * CHAIN_ROWS; vector < vectors; vector++) sum += absmax[vector * CHAINS + lane];
 #pragma unroll
     for (i32 row = 1; row < CHAIN_ROWS; row++) {
-        f32 other = __shfl_sync(FULL_WARP, sum, lane % CHAINS + row * CHAINS);
+        f32 other = from_lane(sum, lane % CHAINS + row * CHAINS);
         if (lane < CHAINS) sum += other;
     }
     f32 total = 0.0f;
     for (i64 i = vectors * CHAINS; i < count; i++) total += absmax[i];
 #pragma unroll
-    for (i32 i = 0; i < CHAINS; i++) total += __shfl_sync(FULL_WARP, sum, i);
+    for (i32 i = 0; i < CHAINS; i++) total += from_lane(sum, i);
     if (lane == 0) mean[0] = __fdiv_rn(total, f32(count));
 }
 

@@ -27,7 +27,7 @@ pub(super) static DECODE_FAMILY: Family = Family {
 };
 
 const THREADS: u32 = 256;
-/// Elements of a block of threads: 32 a thread.
+/// Elements of a block of threads: 8 a thread in each of four rounds.
 const PER_BLOCK: usize = THREADS as usize * 32;
 /// What `out` may be.
 const DECODED: &[DType] = &[DType::F32, DType::BF16];

@@ -165,6 +165,24 @@ fn every_descriptor_has_the_signature_of_its_entry_and_every_entry_a_descriptor(
     }
 }
 
+/// Every kernel must run emulated, so what a compiler for the CPU does not know is wrapped in one place.
+#[test]
+fn intrinsics_live_in_the_common_header() {
+    let headers = sources::HEADERS
+        .iter()
+        .filter(|(name, _)| *name != "common.cuh")
+        .copied();
+    for (name, text) in sources::all().map(|source| (source.name, source.text)).chain(headers) {
+        for word in ["asm", "__shared__", "__shfl", "__ballot_sync", "atomic"] {
+            let code = without_comments(text);
+            assert!(
+                !tokens(&code).iter().any(|token| token.starts_with(word)),
+                "{name} uses {word}"
+            );
+        }
+    }
+}
+
 #[test]
 fn a_changed_parameter_is_seen() {
     let source = Source {

@@ -63,6 +63,9 @@ pub(super) enum Reads {
     Columns,
 }
 
+/// Both factors of a product's second term.
+pub(super) type LowRank<'a, R> = (&'a Tensor<Gpu<R>>, &'a Tensor<Gpu<R>>);
+
 /// `out = left · right + left2 · right2 + bias`; see the kernels' heads.
 pub(super) struct Product<'a, R: Runtime> {
     /// `[M, K]` in the precision's dtype.
@@ -70,7 +73,7 @@ pub(super) struct Product<'a, R: Runtime> {
     pub(super) right: &'a Right<'a, R>,
     pub(super) reads: Reads,
     /// `[M, R]`, and `[N, R]` or `[R, N]` as `right`, in the precision's dtype.
-    pub(super) second: Option<(&'a Tensor<Gpu<R>>, &'a Tensor<Gpu<R>>)>,
+    pub(super) second: Option<LowRank<'a, R>>,
     /// f32 or bf16 `[N]`.
     pub(super) bias: Option<&'a Tensor<Gpu<R>>>,
     /// `[M, N]`, and how it is written.
@@ -96,7 +99,7 @@ struct Outer<'a, R: Runtime> {
 }
 
 /// What factors are kept in.
-pub(super) fn factors(precision: Precision) -> DType {
+fn factors(precision: Precision) -> DType {
     match precision {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
@@ -105,7 +108,7 @@ pub(super) fn factors(precision: Precision) -> DType {
 
 impl<R: Runtime> Gpu<R> {
     /// A tensor in another dtype, or itself.
-    pub(super) fn held<'a>(&self, tensor: &'a Tensor<Self>, dtype: DType) -> Result<Held<'a, R>> {
+    fn held<'a>(&self, tensor: &'a Tensor<Self>, dtype: DType) -> Result<Held<'a, R>> {
         if tensor.dtype() == dtype {
             return Ok(Held::Borrowed(tensor));
         }
