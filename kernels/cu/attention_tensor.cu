@@ -394,6 +394,16 @@ DEVICE void attention_backward_queries(const bf16* q, const bf16* k, const bf16*
     store_rows<HEAD, M>(result, rows, scale);
 }
 
+// Which tile of queries comes next: rows of a head, then the next head's.
+struct Walk {
+    i32 head, row;
+
+    DEVICE void next(i32 rows, i32 first, i32 end) {
+        row += rows;
+        if (row >= end) row = first, head++;
+    }
+};
+
 // What a block of `attention_backward_keys` makes.
 enum Part { BOTH, VALUES_ONLY, KEYS_ONLY };
 
@@ -420,15 +430,18 @@ DEVICE void attention_backward_keys(const bf16* q, const bf16* k, const bf16* v,
     i32 own_row = warp_index() * 16 * M;
     f32 scale_log2 = scale * LOG2_E;
     f32 key_result[M][MAKES_KEYS ? HEAD / 8 : 1][4] = {}, value_result[M][MAKES_VALUES ? HEAD / 8 : 1][4] = {};
-    auto load = [&](i32 stage, i32 index) {
-        i32 head = kv_head * group + index / query_tiles, query = tile.first + index % query_tiles * N;
+    Walk loading{kv_head * group, tile.first}, working{kv_head * group, tile.first};
+    auto load = [&](i32 stage, i32) {
+        i32 head = loading.head, query = loading.row;
+        loading.next(N, tile.first, tile.queries);
         auto queries = head_rows(q, heads, dim, head, tile.query_start, tile.queries).from(query);
         auto gradients = head_rows(dout, heads, dim, head, tile.query_start, tile.queries).from(query);
         load_rows<HEAD, N>(stages + stage * STAGE, queries);
         load_rows<HEAD, N>(stages + stage * STAGE + STAGE / 2, gradients);
     };
-    auto use = [&](i32 stage, i32 index) {
-        i32 head = kv_head * group + index / query_tiles, query = tile.first + index % query_tiles * N;
+    auto use = [&](i32 stage, i32) {
+        i32 head = working.head, query = working.row;
+        working.next(N, tile.first, tile.queries);
         const bf16* query_tile = stages + stage * STAGE;
         const bf16* gradient_tile = query_tile + STAGE / 2;
         bool exists = query + lane_index() < tile.queries;

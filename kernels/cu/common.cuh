@@ -242,9 +242,6 @@ DEVICE f32 lanes_sum(f32 value) {
 
 DEVICE f32 warp_max(f32 value) { return lanes_max<WARP_LANES>(value); }
 
-// The value of another lane of the warp. All lanes call it.
-DEVICE f32 from_lane(f32 value, i32 lane) { return __shfl_sync(FULL_WARP, value, lane); }
-
 // Which lanes of the warp say yes, lane 0 in the lowest bit. All lanes call it.
 DEVICE u32 lanes_saying(bool yes) { return __ballot_sync(FULL_WARP, yes); }
 

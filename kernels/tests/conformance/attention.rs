@@ -183,7 +183,10 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, dtype: DType, shape: &Shape, precis
     let largest = |values: &[f32]| values.iter().fold(0.0f64, |a, b| a.max(f64::from(b.abs())));
     let cancelling = shape.dim as f64 * largest(&dout) * largest(&out) * largest(&k).max(largest(&q));
     let mut case = run
-        .case(format_args!("attention_backward {shape:?} {dtype} {precision:?}"), length)
+        .case(
+            format_args!("attention_backward {shape:?} {dtype} {precision:?}"),
+            length,
+        )
         .cancelling(cancelling * f64::from(heads.scale));
     for (i, (name, tensor)) in [("dq", &dq), ("dk", &dk), ("dv", &dv)].into_iter().enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);

@@ -115,7 +115,10 @@ fn a_label_outside_the_vocabulary_is_refused() {
         let (head, _) = weight(device, Encoding::F32, [2, 1], &[1.0, 2.0]);
         let x = device.upload_f32([1, 1], &[1.0]).unwrap();
         let mut losses = device.alloc(DType::F32, [1]).unwrap();
-        for (label, precision) in [2, -1, -101].into_iter().flat_map(|label| PRECISIONS.map(|precision| (label, precision))) {
+        for (label, precision) in [2, -1, -101]
+            .into_iter()
+            .flat_map(|label| PRECISIONS.map(|precision| (label, precision)))
+        {
             let labels = device.upload_i32([1], &[label]).unwrap();
             let call = LinearCrossEntropy {
                 x: &x,
