@@ -165,8 +165,7 @@ fn case_and_model<B: Backend>(folder: &Path, device: B) -> Result<(Case<'_, B>, 
         precision: Precision::F32,
         rope_frequencies,
     };
-    let load =
-        |device: &B, frequencies| Model::load(device, &folder.join("model"), options(frequencies), &mut |_| {});
+    let load = |device: &B, frequencies| Model::load(device, &folder.join("model"), options(frequencies), &mut |_| {});
     let exact = load(&device, RopeFrequencies::F32)?;
     let mut case = Case::read(folder, device, &exact)?;
     let rounded = load(&case.device, RopeFrequencies::Bf16)?;

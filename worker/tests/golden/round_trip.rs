@@ -48,7 +48,12 @@ pub enum Decoding {
 
 /// Writes the checkpoint in `source` to a temporary folder, each projection whose name ends in one of `suffixes` quantised and
 /// decoded, in f32.
-pub fn write<B: Backend>(device: &B, source: &Path, suffixes: &[String], decoding: Decoding) -> Result<TempDir, Failure> {
+pub fn write<B: Backend>(
+    device: &B,
+    source: &Path,
+    suffixes: &[String],
+    decoding: Decoding,
+) -> Result<TempDir, Failure> {
     let checkpoint = Checkpoint::open(source)?.with_fp8_blocks(ModelConfig::load(source)?.fp8_block)?;
     let mut tensors = BTreeMap::new();
     for name in checkpoint.names().filter(|name| !name.ends_with("_scale_inv")) {
