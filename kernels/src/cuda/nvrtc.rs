@@ -79,6 +79,7 @@ impl Nvrtc {
         for place in folders.filter(|folder| folder.is_dir()).chain(NAMES.map(PathBuf::from)) {
             match Self::open(&place) {
                 Ok(found) => return Ok(found),
+                Err(Error::Unsupported { reason, .. }) => tried.push(reason),
                 Err(error) => tried.push(error.to_string()),
             }
         }
@@ -235,14 +236,12 @@ impl<'a> Program<'a> {
     ) -> Result<Vec<u8>> {
         let mut bytes = 0;
         // SAFETY: the program is live, the pointer is to a local.
-        self.nvrtc
-            .check(unsafe { size(self.handle, &raw mut bytes) }, "sizing its output")?;
+        let status = unsafe { size(self.handle, &raw mut bytes) };
+        self.nvrtc.check(status, "sizing its output")?;
         let mut text = vec![0u8; bytes];
         // SAFETY: the program is live, and NVRTC writes as many bytes as it just said.
-        self.nvrtc.check(
-            unsafe { write(self.handle, text.as_mut_ptr().cast()) },
-            "writing its output",
-        )?;
+        let status = unsafe { write(self.handle, text.as_mut_ptr().cast()) };
+        self.nvrtc.check(status, "writing its output")?;
         Ok(text)
     }
 }
@@ -266,7 +265,7 @@ fn libraries(folder: &Path, begin: &str) -> Vec<PathBuf> {
 fn load(path: &Path) -> Result<Library> {
     // SAFETY: the path was named by the user, lies beside the binary or is the system's own NVRTC; its initialisers ask
     // nothing of this process.
-    unsafe { Library::open(Some(path), RTLD_NOW) }.map_err(|error| absent(error.to_string()))
+    unsafe { Library::open(Some(path), RTLD_NOW) }.map_err(|error| absent(format!("{}: {error}", path.display())))
 }
 
 fn symbol<T: Copy>(handle: &Library, name: &str) -> Result<T> {
