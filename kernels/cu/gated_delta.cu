@@ -46,7 +46,8 @@
 
 #include "product.cuh"
 
-constexpr i32 THREADS = PRODUCT_THREADS;
+constexpr i32 THREADS = 256;
+static_assert(THREADS == PRODUCT_THREADS, "a block's threads are those of its products");
 constexpr i32 CHUNK = 64;
 // Columns of the state of a block of the scans, and the length of their rows in shared memory.
 constexpr i32 COLUMNS = 32;
@@ -71,11 +72,21 @@ struct HeadRows {
         : at(tensor + (first * heads + head) * columns), stride(i64(heads) * columns), count(rows), width(columns) {}
     DEVICE bool has(i32 row, i32 column) const { return row < count && column < width; }
     DEVICE f32 get(i32 row, i32 column) const { return has(row, column) ? to_f32(at[row * stride + column]) : 0.0f; }
+    // As a factor of a product whose depth runs along the rows.
+    DEVICE f32 operator()(i32 row, i32 column) const { return get(row, column); }
+    DEVICE bool packed() const { return width % PACK == 0; }
+    DEVICE uint4 pack(i32 row, i32 column) const {
+        if (!has(row, column)) return make_uint4(0, 0, 0, 0);
+        return *reinterpret_cast<const uint4*>(at + row * stride + column);
+    }
     template <class V>
     DEVICE void set(i32 row, i32 column, V value) const {
         if (has(row, column)) at[row * stride + column] = value;
     }
 };
+
+template <>
+constexpr bool HAS_PACKS<HeadRows<const bf16>> = true;
 
 // Decays and strengths of a chunk, in shared memory; 0 beyond its rows.
 struct Gates {
@@ -127,8 +138,7 @@ DEVICE void delta_products(const A* q, const A* k, const f32* decay, const f32* 
     HeadRows<const A> key(k, first, rows, heads.key_heads, heads.key_head(head), heads.key_dim);
     Product<A, CHUNK> scores;
     scores.clear();
-    scores.template add<ALONG_DEPTH, ALONG_DEPTH>(
-        stage, heads.key_dim, [&](i32 i, i32 d) { return query.get(i, d); }, [&](i32 d, i32 j) { return key.get(j, d); });
+    scores.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.key_dim, query, key);
     HeadRows<A> out(products, first, rows, heads.value_heads, head, CHUNK);
     scores.each([&](i32 i, i32 j, f32 value) {
         out.set(i, j, from_f32<A>(j <= i ? value * gates.between(i, j) : 0.0f));
@@ -185,8 +195,7 @@ DEVICE void delta_solve(const A* k, const f32* decay, const f32* beta, const i32
     HeadRows<const A> key(k, first, rows, heads.key_heads, heads.key_head(head), heads.key_dim);
     Product<A, CHUNK> scores;
     scores.clear();
-    auto element = [&](i32 i, i32 d) { return key.get(i, d); };
-    scores.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.key_dim, element, [&](i32 d, i32 j) { return element(j, d); });
+    scores.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.key_dim, key, key);
     scores.each([&](i32 i, i32 j, f32 value) {
         lower[i * SQUARE_ROW + j] = j < i ? gates.beta[i] * value * gates.between(i, j) : 0.0f;
     });
@@ -256,18 +265,17 @@ DEVICE void delta_scan(const A* q, const A* k, const A* v, const f32* decay, con
         HeadRows<const A> value(v, first, rows, heads.value_heads, scan.head, heads.value_dim);
         HeadRows<const f32> inverse(solved, first, rows, heads.value_heads, scan.head, CHUNK);
         HeadRows<A> result(out, first, rows, heads.value_heads, scan.head, heads.value_dim);
-        auto of_state = [&](i32 d, i32 j) { return state[d * COLUMN_ROW + j]; };
-        auto of_values = [&](i32 i, i32 j) { return values[i * COLUMN_ROW + j]; };
+        auto of_state = [&](i32 j, i32 d) { return state[d * COLUMN_ROW + j]; };
+        auto of_values = [&](i32 j, i32 i) { return values[i * COLUMN_ROW + j]; };
 
         Product<A, COLUMNS> tile;
         tile.clear();
-        tile.template add<ALONG_DEPTH, ACROSS>(
-            scan.stage, heads.key_dim, [&](i32 i, i32 d) { return key.get(i, d); }, of_state);
+        tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, heads.key_dim, key, of_state);
         tile.each([&](i32 i, i32 j, f32 known) {
             values[i * COLUMN_ROW + j] = gates.beta[i] * (value.get(i, scan.column + j) - gates.from_start[i] * known);
         });
         tile.clear();
-        tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, rows, [&](i32 i, i32 j) { return inverse.get(i, j); }, of_values);
+        tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, rows, inverse, of_values);
         tile.each([&](i32 i, i32 j, f32 corrected) {
             values[i * COLUMN_ROW + j] = corrected;
             if constexpr (!OUTPUT) result.set(i, scan.column + j, from_f32<A>(corrected));
@@ -276,11 +284,9 @@ DEVICE void delta_scan(const A* q, const A* k, const A* v, const f32* decay, con
             HeadRows<const A> query(q, first, rows, heads.key_heads, heads.key_head(scan.head), heads.key_dim);
             HeadRows<const A> product(products, first, rows, heads.value_heads, scan.head, CHUNK);
             tile.clear();
-            tile.template add<ALONG_DEPTH, ACROSS>(
-                scan.stage, heads.key_dim, [&](i32 i, i32 d) { return query.get(i, d); }, of_state);
+            tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, heads.key_dim, query, of_state);
             tile.each([&](i32 i, i32, f32& read) { read *= gates.from_start[i]; });
-            tile.template add<ALONG_DEPTH, ACROSS>(
-                scan.stage, rows, [&](i32 i, i32 j) { return product.get(i, j); }, of_values);
+            tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, rows, product, of_values);
             tile.each([&](i32 i, i32 j, f32 read) { result.set(i, scan.column + j, from_f32<A>(scale * read)); });
         }
         if (first + CHUNK >= scan.end && own_state == nullptr) return;
@@ -320,17 +326,16 @@ DEVICE void delta_reverse(const A* q, const A* k, const f32* decay, const f32* b
         HeadRows<const A> product(products, first, rows, heads.value_heads, scan.head, CHUNK);
         HeadRows<A> through(dresidual, first, rows, heads.value_heads, scan.head, heads.value_dim);
         HeadRows<A> of_v(dv, first, rows, heads.value_heads, scan.head, heads.value_dim);
-        auto of_gradient = [&](i32 i, i32 j) { return gradient.get(i, scan.column + j); };
-        auto of_values = [&](i32 i, i32 j) { return values[i * COLUMN_ROW + j]; };
+        auto of_gradient = [&](i32 j, i32 i) { return gradient.get(i, scan.column + j); };
+        auto of_values = [&](i32 j, i32 i) { return values[i * COLUMN_ROW + j]; };
 
         Product<A, COLUMNS> tile;
         tile.clear();
         tile.template add<ACROSS, ACROSS>(scan.stage, rows, [&](i32 j, i32 i) { return product.get(i, j); }, of_gradient);
         Product<A, COLUMNS> reached;
         reached.clear();
-        reached.template add<ALONG_DEPTH, ACROSS>(
-            scan.stage, heads.key_dim, [&](i32 i, i32 d) { return key.get(i, d); },
-            [&](i32 d, i32 j) { return state[d * COLUMN_ROW + j]; });
+        reached.template add<ALONG_DEPTH, ACROSS>(scan.stage, heads.key_dim, key,
+                                                  [&](i32 j, i32 d) { return state[d * COLUMN_ROW + j]; });
         reached.each([&](i32 i, i32, f32& value) { value *= gates.to_end[i]; });
         reached.add_scaled(tile, scale);
         reached.each([&](i32 i, i32 j, f32 value) { values[i * COLUMN_ROW + j] = value; });
@@ -405,64 +410,57 @@ DEVICE void delta_gradients(const A* q, const A* k, const A* v, const f32* decay
             HeadRows<const A> through(dresidual, first, rows, heads.value_heads, head, heads.value_dim);
             HeadRows<const A> values(corrected, first, rows, heads.value_heads, head, heads.value_dim);
             i64 place = (i64(blockIdx.x) * heads.value_heads + head) * state_size;
-            auto of_matrix = [&](const A* matrix) {
-                return [=](i32 e, i32 d) {
-                    return block + d < heads.key_dim ? to_f32(matrix[place + i64(block + d) * heads.value_dim + e]) : 0.0f;
-                };
-            };
-            auto of_state = of_matrix(states);
-            auto of_dstate = of_matrix(dstates);
-            auto of_gradient = [&](i32 i, i32 e) { return gradient.get(i, e); };
-            auto of_through = [&](i32 i, i32 e) { return through.get(i, e); };
-            auto of_values = [&](i32 i, i32 e) { return values.get(i, e); };
+            place += i64(block) * heads.value_dim;
+            HeadRows<const A> of_state(states + place, 0, heads.key_dim - block, 1, 0, heads.value_dim);
+            HeadRows<const A> of_dstate(dstates + place, 0, heads.key_dim - block, 1, 0, heads.value_dim);
             auto of_query = [&](i32 i, i32 d) { return query.get(i, block + d); };
             auto of_key = [&](i32 i, i32 d) { return key.get(i, block + d); };
+            auto query_column = [&](i32 d, i32 i) { return of_query(i, d); };
+            auto key_column = [&](i32 d, i32 i) { return of_key(i, d); };
             f32 *own_dc = dc + member * CHUNK, *own_db = db + member * CHUNK;
 
             Product<A, CHUNK> tile;
             tile.clear();
-            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(
-                stage, heads.value_dim, of_gradient, [&](i32 e, i32 j) { return of_values(j, e); });
+            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.value_dim, gradient, values);
             tile.each([&](i32 i, i32 j, f32 value) {
                 square_x[i * SQUARE_ROW + j] = j < i && i < rows ? scale * value * gates.between(i, j) : 0.0f;
                 if (i == j) diagonal[i] = scale * value;
             });
             tile.clear();
-            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(
-                stage, heads.value_dim, of_through, [&](i32 e, i32 j) { return of_values(j, e); });
+            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.value_dim, through, values);
             tile.each([&](i32 i, i32 j, f32 value) {
                 square_y[i * SQUARE_ROW + j] = j < i && i < rows ? value * gates.between(i, j) : 0.0f;
             });
 
             // dq without the diagonal's part.
             tile.clear();
-            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.value_dim, of_gradient, of_state);
+            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.value_dim, gradient, of_state);
             tile.each([&](i32 i, i32, f32& value) { value *= scale * gates.from_start[i]; });
             tile.template add<ALONG_DEPTH, ACROSS>(
-                stage, rows, [&](i32 i, i32 j) { return square_x[i * SQUARE_ROW + j]; }, of_key);
+                stage, rows, [&](i32 i, i32 j) { return square_x[i * SQUARE_ROW + j]; }, key_column);
             row_dots(tile, stage, of_query, [&](i32 i, f32 dot) { own_dc[i] += dot; });
             sum_q.add_scaled(tile, 1.0f);
             sum_q.each([&](i32 i, i32 d, f32& sum) { sum += diagonal[i] * of_key(i, d); });
 
             // f.
             tile.clear();
-            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.value_dim, of_through, of_state);
+            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.value_dim, through, of_state);
             tile.each([&](i32 i, i32, f32& value) { value *= gates.from_start[i]; });
             tile.template add<ALONG_DEPTH, ACROSS>(
-                stage, rows, [&](i32 i, i32 j) { return square_y[i * SQUARE_ROW + j]; }, of_key);
+                stage, rows, [&](i32 i, i32 j) { return square_y[i * SQUARE_ROW + j]; }, key_column);
             row_dots(tile, stage, of_key, [&](i32 i, f32 dot) { own_db[i] -= dot, own_dc[i] -= gates.beta[i] * dot; });
             tile.each([&](i32 i, i32, f32& value) { value *= gates.beta[i]; });
             sum_k.add_scaled(tile, -1.0f);
 
             // h without the diagonal's part.
             tile.clear();
-            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.value_dim, of_values, of_dstate);
+            tile.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, heads.value_dim, values, of_dstate);
             tile.each([&](i32 i, i32, f32& value) { value *= gates.to_end[i]; });
             row_dots(tile, stage, of_key, [&](i32 i, f32 dot) { pulls[i] = dot; });
             tile.template add<ACROSS, ACROSS>(
-                stage, rows, [&](i32 j, i32 i) { return square_x[i * SQUARE_ROW + j]; }, of_query);
+                stage, rows, [&](i32 j, i32 i) { return square_x[i * SQUARE_ROW + j]; }, query_column);
             tile.template add<ACROSS, ACROSS>(
-                stage, rows, [&](i32 j, i32 i) { return -gates.beta[i] * square_y[i * SQUARE_ROW + j]; }, of_key);
+                stage, rows, [&](i32 j, i32 i) { return -gates.beta[i] * square_y[i * SQUARE_ROW + j]; }, key_column);
             row_dots(tile, stage, of_key, [&](i32 i, f32 dot) { own_dc[i] -= dot; });
             sum_k.add_scaled(tile, 1.0f);
             sum_k.each([&](i32 i, i32 d, f32& sum) { sum += diagonal[i] * of_query(i, d); });

@@ -13,7 +13,7 @@
 // Bytes: W of the experts that have rows once (0.5 byte an element in NF4), left and out once a slot. Below about 200 rows an
 // expert on an H200 (bf16) or 60 (NF4) limited by memory.
 //
-// Decomposition: tiles as in tile.cuh. y and dx: 64 × 128, eight warps: an expert of few rows wastes at most 63 of them; u and v,
+// Decomposition: tiles as in tile.cuh. y and dx: 64 × 128, four warps: an expert of few rows wastes at most 63 of them; u and v,
 // as narrow as the rank, 32 × 64. A block has rows of one expert only; experts without rows have no block, and rows are gathered
 // by the copies to shared memory, so no grouped copy of x exists. Blocks that share an expert's columns follow each other.
 // The outer products: a block has 32 × 64 elements of one expert's gradient and goes through that expert's rows in their order, so
@@ -25,7 +25,7 @@
 #include "grouped.cuh"
 
 // Launched by these names; gpu/moe/tensor.rs has the same numbers.
-using Wide = Tile<64, 128, 2, 4, 3>;
+using Wide = Tile<64, 128, 2, 2, 3>;
 using Narrow = Tile<32, 64, 1, 4, 4>;
 
 constexpr i32 THREADS = 256;
@@ -96,6 +96,15 @@ DEVICE Nf4Right expert_factor(const u8* codes, const StackScales& scales, i32 ex
     return right;
 }
 
+// A left factor whose rows were looked up beforehand: where each row of the tile lies, or −1, in shared memory.
+struct FoundRows {
+    const bf16* values;
+    const i32* rows;
+    i64 width;
+
+    DEVICE const bf16* row(i64 index) const { return rows[index] < 0 ? nullptr : values + rows[index] * width; }
+};
+
 template <class T, bool COLUMNS, class W, class OUT>
 DEVICE void grouped(const bf16* left, const i32* left_slots, const W* weight, const StackScales& scales, const bf16* left2,
                     const bf16* right2, const i32* tiles, const i32* offsets, GroupEpilogue<OUT> epilogue, i32 top, i32 depth,
@@ -106,8 +115,16 @@ DEVICE void grouped(const bf16* left, const i32* left_slots, const W* weight, co
     i64 n = i64(blockIdx.y) * T::N, columns = epilogue.columns;
     auto right = expert_factor(weight, scales, group.expert, COLUMNS ? depth : columns, COLUMNS ? columns : depth);
     DenseRight low_rank = expert_factor(right2, scales, group.expert, COLUMNS ? depth2 : columns, COLUMNS ? columns : depth2);
+    SHARED(i32, sources, T::M);
+    SHARED(i32, own_rows, T::M);
+    for (i32 i = i32(threadIdx.x); i < T::M; i += T::THREADS) {
+        i32 row = group.first + i;
+        own_rows[i] = row < group.end ? row : -1;
+        sources[i] = row >= group.end ? -1 : left_slots == nullptr ? row : left_slots[row] / top;
+    }
+    __syncthreads();
     Sums<T> sums;
-    GroupRows<bf16> rows{left, left_slots, group, top, depth}, rows2{left2, nullptr, group, top, depth2};
+    FoundRows rows{left, sources, depth}, rows2{left2, own_rows, depth2};
     multiply_tile<T, false, COLUMNS>(sums, reinterpret_cast<bf16*>(memory), 0, n, rows, right, depth, rows2, low_rank, depth2);
     epilogue.group = group;
     for_each_pack<T>(sums, memory, [&](i32 row, i32 column, const Pack& pack) { epilogue(row, n + column, pack); });
@@ -129,27 +146,27 @@ struct GroupRight {
     DEVICE void decode(bf16*, i32) const {}
 };
 
-// left [M, rows] in grouped order, right [·, columns]; gradient [E, rows, columns], or [E, columns, rows] if transposed.
-ENTRY(Narrow::THREADS, Narrow::BLOCKS)
-grouped_outer(const bf16* __restrict__ left, const bf16* __restrict__ right, const i32* __restrict__ right_slots,
-              const i32* __restrict__ offsets, f32* __restrict__ gradient, i32 top, i32 rows, i32 columns, f32 scale,
-              i32 transposed) {
+template <class T>
+DEVICE void outer(const bf16* left, const bf16* right, const i32* right_slots, const i32* offsets, f32* gradient, i32 top,
+                  i32 rows, i32 columns, f32 scale, i32 transposed) {
     DYNAMIC_SHARED(memory);
     Group group;
     if (!group.all(offsets, i32(blockIdx.z))) return;
-    i64 m = i64(blockIdx.x) * Narrow::M, n = i64(blockIdx.y) * Narrow::N;
+    i64 m = i64(blockIdx.x) * T::M, n = i64(blockIdx.y) * T::N;
     gradient += i64(group.expert) * rows * columns;
     GroupRows<bf16> of_left{left, nullptr, group, top, rows};
     GroupRight of_right{{right, right_slots, group, top, columns}};
-    Sums<Narrow> sums;
-    multiply_tile<Narrow, true, true>(sums, reinterpret_cast<bf16*>(memory), m, n, of_left, of_right, group.end - group.first,
-                                      of_left, DenseRight{{right, 0, columns}}, 0);
-    for_each_pack<Narrow>(sums, memory, [&](i32 within, i32 first, const Pack& pack) {
-        i64 row = m + within, column = n + first;
+    Sums<T> sums;
+    multiply_tile<T, true, true>(sums, reinterpret_cast<bf16*>(memory), m, n, of_left, of_right, group.end - group.first, of_left,
+                                 DenseRight{{right, 0, columns}}, 0);
+    for_each_pack<T>(sums, memory, [&](i32 within, i32 first, const Pack& pack) {
+        i64 row = m + within;
         if (row >= rows) return;
 #pragma unroll
-        for (i32 i = 0; i < PACK; i++)
-            if (column + i < columns) gradient[transposed ? (column + i) * rows + row : row * columns + column + i] += scale * pack.at[i];
+        for (i32 i = 0; i < PACK; i++) {
+            i64 column = n + first + i;
+            if (column < columns) gradient[transposed ? column * rows + row : row * columns + column] += scale * pack.at[i];
+        }
     });
 }
 
@@ -165,6 +182,14 @@ decode_stack(const u8* __restrict__ codes, const f32* __restrict__ absmax, const
     StackScales scales{absmax, nested_codes, nested_map, nested_offsets, (size + NF4_BLOCK - 1) / NF4_BLOCK};
     u32 code = codes[expert * stored<u8>(size) + element / 2] >> (element % 2 ? 0 : 4) & 15;
     values[i] = from_f32<bf16>(NF4_VALUES[code] * scales.of(expert).of(element / NF4_BLOCK));
+}
+
+// left [M, rows] in grouped order, right [·, columns]; gradient [E, rows, columns], or [E, columns, rows] if transposed.
+ENTRY(Narrow::THREADS, Narrow::BLOCKS)
+grouped_outer(const bf16* __restrict__ left, const bf16* __restrict__ right, const i32* __restrict__ right_slots,
+              const i32* __restrict__ offsets, f32* __restrict__ gradient, i32 top, i32 rows, i32 columns, f32 scale,
+              i32 transposed) {
+    outer<Narrow>(left, right, right_slots, offsets, gradient, top, rows, columns, scale, transposed);
 }
 
 #define GROUPED(name, T, tile, COLUMNS, W, OUT)                                                                              \

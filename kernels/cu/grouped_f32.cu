@@ -13,7 +13,8 @@
 #include "product.cuh"
 #include "grouped.cuh"
 
-constexpr i32 THREADS = PRODUCT_THREADS;
+constexpr i32 THREADS = 256;
+static_assert(THREADS == PRODUCT_THREADS, "a block's threads are those of its products");
 constexpr i32 TILE = PRODUCT_ROWS;
 
 // One expert's matrix: element (index, depth) lies at index · stride + depth · deep.
@@ -43,7 +44,7 @@ DEVICE void add_product(Product<f32, TILE>& tile, f32* stage, const GroupRows<f3
         const f32* row = rows.row(i);
         return row == nullptr ? 0.0f : row[k];
     };
-    auto right = [&](i32 k, i32 j) { return factor.at(n + j, k); };
+    auto right = [&](i32 j, i32 k) { return factor.at(n + j, k); };
     if (factor.deep == 1) {
         tile.template add<ALONG_DEPTH, ALONG_DEPTH>(stage, depth, left, right);
     } else {
@@ -91,7 +92,7 @@ grouped_exact_outer(const f32* __restrict__ left, const f32* __restrict__ right,
     tile.clear();
     tile.template add<ACROSS, ACROSS>(
         stage, group.end - group.first, [&](i32 i, i32 k) { return m + i < rows ? of_left.row(k)[m + i] : 0.0f; },
-        [&](i32 k, i32 j) { return n + j < columns ? of_right.row(k)[n + j] : 0.0f; });
+        [&](i32 j, i32 k) { return n + j < columns ? of_right.row(k)[n + j] : 0.0f; });
     tile.each([&](i32 i, i32 j, f32 value) {
         i64 row = m + i, column = n + j;
         if (row < rows && column < columns) gradient[transposed ? column * rows + row : row * columns + column] += scale * value;

@@ -145,7 +145,7 @@ DEVICE void each_slot(const i32* chosen, i32* counts, i32 slots, i32 experts, Vi
 }
 
 // counts [tiles, E]: slots of each tile by expert.
-ENTRY(WARP_LANES)
+ENTRY(32)
 group_count(const i32* __restrict__ chosen, i32* __restrict__ counts, i32 slots, i32 experts) {
     DYNAMIC_SHARED(memory);
     i32* own = reinterpret_cast<i32*>(memory);
@@ -192,7 +192,7 @@ group_offsets(i32* __restrict__ counts, i32* __restrict__ offsets, i32 tiles, i3
     }
 }
 
-ENTRY(WARP_LANES)
+ENTRY(32)
 group_place(const i32* __restrict__ chosen, const i32* __restrict__ first_rows, i32* __restrict__ slots_of,
             i32* __restrict__ rows_of, i32 slots, i32 experts) {
     DYNAMIC_SHARED(memory);
@@ -297,7 +297,7 @@ DEVICE void stack_part(const T* source, T* target, i64 first, i64 count) {
     for (i64 end = i + EACH < count ? i + EACH : count; i < end; i++) target[first + i] = source[i];
 }
 
-ENTRY(WARP_LANES)
+ENTRY(32)
 stack_value(f32* __restrict__ target, i64 at, f32 value) {
     if (threadIdx.x == 0) target[at] = value;
 }

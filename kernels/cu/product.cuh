@@ -1,9 +1,9 @@
 // C [64 × N] += A [64 × depth] · B [depth × N], by a block of 256 threads, from whatever two functions return.
 //
-// The factors come element by element from functions, so a factor may be gathered, transposed, scaled or masked on its way, and
-// may lie in global or in shared memory; functions return 0 beyond their matrix's rows or columns. Where the elements lie next to
-// each other in memory is said by ALONG: along the depth, or along the other index. Rows of A are fetched in steps of 32 of the
-// depth, into tiles in shared memory that all threads read.
+// The factors come element by element from functions of an index (a row of A, a column of B) and a depth, so a factor may be
+// gathered, transposed, scaled or masked on its way, and may lie in global or in shared memory; functions return 0 beyond their
+// matrix. Where elements lie next to each other in memory is said by ALONG: along the depth, or across it. Factors are fetched in
+// steps of 32 of the depth, into tiles in shared memory that all threads read.
 //
 // Factor is the type in which factors enter the product. f32: a thread sums 4 × N/16 elements by fused multiply-adds. bf16:
 // factors are rounded to nearest even and a warp multiplies 16 × N/2 on the tensor cores, m16n8k16; four warps down, two
@@ -32,6 +32,11 @@ template <class Factor>
 constexpr bool ON_TENSOR_CORES = false;
 template <>
 constexpr bool ON_TENSOR_CORES<bf16> = true;
+
+// Whether a factor's type has `packed()`, that its rows can be read eight elements at a time, and `pack(row, first)`, which reads
+// them as they lie. Such a factor goes to shared memory by 16 bytes.
+template <class Load>
+constexpr bool HAS_PACKS = false;
 
 // Index `row` of the other extent and `depth` of element `i` of a tile of `rows` × `steps`, in the order of memory.
 template <Along ALONG>
@@ -89,14 +94,12 @@ struct Product {
             if constexpr (ON_TENSOR_CORES<Factor>) {
                 u32* tile = reinterpret_cast<u32*>(stage);
                 fill_halves<ALONG_A, PRODUCT_ROWS>(tile, first, depth, a);
-                fill_halves<ALONG_B, N>(tile + PRODUCT_ROWS * PRODUCT_HALF_ROW / 2, first, depth,
-                                        [&](i32 column, i32 k) { return b(k, column); });
+                fill_halves<ALONG_B, N>(tile + PRODUCT_ROWS * PRODUCT_HALF_ROW / 2, first, depth, b);
                 __syncthreads();
                 multiply_halves(tile);
             } else {
                 fill_singles<ALONG_A, PRODUCT_ROWS>(stage, first, depth, a);
-                fill_singles<ALONG_B, N>(stage + PRODUCT_ROWS * PRODUCT_SINGLE_ROW, first, depth,
-                                         [&](i32 column, i32 k) { return b(k, column); });
+                fill_singles<ALONG_B, N>(stage + PRODUCT_ROWS * PRODUCT_SINGLE_ROW, first, depth, b);
                 __syncthreads();
                 multiply_singles(stage);
             }
@@ -114,9 +117,21 @@ struct Product {
         }
     }
 
-    // As above, two neighbours of the depth at a time.
+    // As above, two neighbours of the depth at a time, or eight.
     template <Along ALONG, i32 ROWS, class Load>
     DEVICE static void fill_halves(u32* tile, i32 first, i32 depth, Load load) {
+        if constexpr (HAS_PACKS<Load> && ALONG == ALONG_DEPTH) {
+            if (load.packed()) {
+                constexpr i32 CHUNKS = PRODUCT_STEP / PACK;
+#pragma unroll
+                for (i32 i = i32(threadIdx.x); i < ROWS * CHUNKS; i += PRODUCT_THREADS) {
+                    i32 row = i / CHUNKS, chunk = i % CHUNKS;
+                    *reinterpret_cast<uint4*>(tile + (row * PRODUCT_HALF_ROW + chunk * PACK) / 2) =
+                        load.pack(row, first + chunk * PACK);
+                }
+                return;
+            }
+        }
 #pragma unroll 4
         for (i32 i = i32(threadIdx.x); i < ROWS * PRODUCT_STEP / 2; i += PRODUCT_THREADS) {
             i32 row, pair;

@@ -19,7 +19,7 @@ pub(super) const NF4_ROW: usize = 32;
 const WIDE: Tile = Tile {
     rows: 64,
     columns: 128,
-    warps: 8,
+    warps: 4,
     stages: 3,
 };
 
