@@ -134,7 +134,7 @@ impl Handler for Count {
         context.progress(json!({"step": 1}));
         context.report("note", &json!({})).await.unwrap();
         context.checkpoint(&json!({"step": 1})).await.unwrap();
-        if context.job().attempt == 1 && self.0.fetch_add(1, Ordering::Relaxed) % 10 == 0 {
+        if context.job().attempt == 1 && self.0.fetch_add(1, Ordering::Relaxed).is_multiple_of(10) {
             return Ending::Snooze(Duration::from_millis(1), "later".into());
         }
         Ending::Complete(json!({}))

@@ -237,16 +237,16 @@ impl Runtime for Driver {
         Ok(Memory { slice })
     }
 
-    fn write(&self, memory: &mut Memory, bytes: &[u8]) -> Result<()> {
-        Self::holds(memory, bytes.len())?;
+    fn write(&self, memory: &mut Memory, first: usize, bytes: &[u8]) -> Result<()> {
+        Self::holds(memory, first.saturating_add(bytes.len()))?;
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let uploaded = staging.upload(&self.compute, &mut memory.slice, bytes);
+        let uploaded = staging.upload(&self.compute, &mut memory.slice, first, bytes);
         uploaded.map_err(|error| failure(&format!("writing {} bytes", bytes.len()), error))
     }
 
-    fn read(&self, memory: &Memory, bytes: &mut [u8]) -> Result<()> {
-        Self::holds(memory, bytes.len())?;
-        let view = memory.slice.slice(..bytes.len());
+    fn read(&self, memory: &Memory, first: usize, bytes: &mut [u8]) -> Result<()> {
+        Self::holds(memory, first.saturating_add(bytes.len()))?;
+        let view = memory.slice.slice(first..first + bytes.len());
         let copied = self
             .compute
             .memcpy_dtoh(&view, bytes)

@@ -38,23 +38,24 @@ impl Staging {
         })
     }
 
-    /// Overwrites the beginning of a block, after what `compute` has queued and before what it will queue. `bytes` may be
+    /// Overwrites a block from byte `first` on, after what `compute` has queued and before what it will queue. `bytes` may be
     /// reused when this returns. The caller has compared sizes.
     pub(super) fn upload(
         &mut self,
         compute: &Arc<CudaStream>,
         block: &mut CudaSlice<u8>,
+        first: usize,
         bytes: &[u8],
     ) -> Result<(), DriverError> {
         if bytes.len() <= DIRECT_BYTES {
-            return compute.memcpy_htod(bytes, block);
+            return compute.memcpy_htod(bytes, &mut block.slice_mut(first..first + bytes.len()));
         }
         if self.buffers.is_empty() {
             self.buffers = vec![self.buffer()?, self.buffer()?];
         }
         self.copies.join(compute)?;
         for (index, chunk) in bytes.chunks(CHUNK_BYTES).enumerate() {
-            self.send(chunk, block, index * CHUNK_BYTES)?;
+            self.send(chunk, block, first + index * CHUNK_BYTES)?;
         }
         compute.join(&self.copies)
     }

@@ -181,21 +181,25 @@ impl Memory {
         })
     }
 
-    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.holds(bytes.len())?;
-        // SAFETY: the block has that many bytes, `bytes` is a host slice apart from it, and the lock of the device is held.
+    pub(super) fn write(&mut self, first: usize, bytes: &[u8]) -> Result<()> {
+        self.holds(first.saturating_add(bytes.len()))?;
+        // SAFETY: the block has that many bytes from `first` on, `bytes` is a host slice apart from it, and the lock of the device
+        // is held.
         unsafe {
-            self.address
-                .copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len())
-        };
+            let target = self.address.byte_add(first);
+            target.copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len());
+        }
         Ok(())
     }
 
-    pub(super) fn read(&self, bytes: &mut [u8]) -> Result<()> {
-        self.holds(bytes.len())?;
+    pub(super) fn read(&self, first: usize, bytes: &mut [u8]) -> Result<()> {
+        self.holds(first.saturating_add(bytes.len()))?;
         let count = bytes.len();
         // SAFETY: as for `write`, the other way. Device memory is initialised: the system hands out zeroed pages.
-        unsafe { self.address.copy_to_nonoverlapping(NonNull::from(bytes).cast(), count) };
+        unsafe {
+            let source = self.address.byte_add(first);
+            source.copy_to_nonoverlapping(NonNull::from(bytes).cast(), count);
+        }
         Ok(())
     }
 

@@ -71,14 +71,14 @@ impl Runtime for Emulation {
         })
     }
 
-    fn write(&self, memory: &mut Memory, bytes: &[u8]) -> Result<()> {
+    fn write(&self, memory: &mut Memory, first: usize, bytes: &[u8]) -> Result<()> {
         let _queue = self.queue();
-        memory.write(bytes)
+        memory.write(first, bytes)
     }
 
-    fn read(&self, memory: &Memory, bytes: &mut [u8]) -> Result<()> {
+    fn read(&self, memory: &Memory, first: usize, bytes: &mut [u8]) -> Result<()> {
         let _queue = self.queue();
-        memory.read(bytes)
+        memory.read(first, bytes)
     }
 
     fn fill(&self, memory: &mut Memory, byte: u8, bytes: usize) -> Result<()> {

@@ -164,7 +164,7 @@ impl TensorTile {
 
     /// As `attention_tensor.cu` lays its shared memory out: rows of an odd number of 16-byte chunks.
     pub(super) fn shared_bytes(&self, head: usize) -> usize {
-        let row_bytes = (head / 8 | 1) * 16;
+        let row_bytes = ((head / 8) | 1) * 16;
         (self.operands * self.resident + 2 * self.stages * self.passing) * row_bytes
     }
 }

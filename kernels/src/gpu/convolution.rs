@@ -103,7 +103,7 @@ impl<R: Runtime> ConvolutionOps for Gpu<R> {
         let (tokens, documents) = (call.segments.tokens(), call.segments.len());
         let offsets = self.upload_offsets(call.segments)?;
         let bias = call.bias.map(|bias| self.held(bias, DType::F32)).transpose()?;
-        let mut state = call.state;
+        let state = call.state;
         let kernel = if taps == 4 { &FORWARD_TAPS4 } else { &FORWARD_ANY };
         let arguments = [
             Argument::In(call.x),
@@ -119,7 +119,7 @@ impl<R: Runtime> ConvolutionOps for Gpu<R> {
         ];
         let types = [call.x.dtype(), call.weight.dtype()];
         self.launch(kernel, &types, strips(tokens, channels), &arguments)?;
-        let Some(state) = state.as_deref_mut() else {
+        let Some(state) = state else {
             return Ok(());
         };
         let arguments = [

@@ -97,7 +97,7 @@ impl<R: Runtime> Faults<R> {
             return Ok(());
         }
         let mut note = [0; 2];
-        runtime.read(&self.note, bytemuck::cast_slice_mut(&mut note))?;
+        runtime.read(&self.note, 0, bytemuck::cast_slice_mut(&mut note))?;
         let [code, value] = note;
         let Some(fault) = Fault::ALL.into_iter().find(|fault| fault.code() == code) else {
             return Ok(());

@@ -32,19 +32,18 @@ impl<R: Runtime> Buffer<R> {
         }
     }
 
-    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write(&mut self, first: usize, bytes: &[u8]) -> Result<()> {
         match &mut self.memory {
-            Some(memory) => self.pool.runtime.write(memory, bytes),
+            Some(memory) => self.pool.runtime.write(memory, first, bytes),
             None => Ok(()),
         }
     }
 
-    pub(super) fn read(&self) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.bytes];
-        if let Some(memory) = &self.memory {
-            self.pool.runtime.read(memory, &mut bytes)?;
+    pub(super) fn read(&self, first: usize, bytes: &mut [u8]) -> Result<()> {
+        match &self.memory {
+            Some(memory) => self.pool.runtime.read(memory, first, bytes),
+            None => Ok(()),
         }
-        Ok(bytes)
     }
 }
 

@@ -30,9 +30,9 @@ mod matmul;
 mod memory;
 mod moe;
 mod norm;
-mod operands;
 #[cfg(test)]
 mod offsets;
+mod operands;
 mod optimizer;
 mod quantize;
 mod rows;
@@ -43,6 +43,7 @@ pub mod sources;
 
 use std::sync::{Arc, OnceLock};
 
+use crate::contract;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::{Device, MemoryStats, Op, Precision, Support};
@@ -143,13 +144,25 @@ impl<R: Runtime> Device for Gpu<R> {
                 problem: format!("are {}, but {tensor:?} has {expected}", bytes.len()),
             });
         }
-        tensor.buffer_mut().write(bytes)
+        tensor.buffer_mut().write(0, bytes)
     }
 
     fn read(&self, tensor: &Tensor<Self>) -> Result<Vec<u8>> {
-        let bytes = tensor.buffer().read()?;
+        let mut bytes = vec![0; tensor.size_bytes()];
+        tensor.buffer().read(0, &mut bytes)?;
         self.inner.faults.check(self.runtime())?;
         Ok(bytes)
+    }
+
+    fn write_at(&self, tensor: &mut Tensor<Self>, first: usize, bytes: &[u8]) -> Result<()> {
+        contract::piece("write_at", tensor, first, bytes.len())?;
+        tensor.buffer_mut().write(first, bytes)
+    }
+
+    fn read_at(&self, tensor: &Tensor<Self>, first: usize, out: &mut [u8]) -> Result<()> {
+        contract::piece("read_at", tensor, first, out.len())?;
+        tensor.buffer().read(first, out)?;
+        self.inner.faults.check(self.runtime())
     }
 
     fn copy(&self, source: &Tensor<Self>, target: &mut Tensor<Self>) -> Result<()> {

@@ -24,17 +24,17 @@ pub trait Runtime: Send + Sync + 'static {
     /// [`Error::OutOfMemory`](crate::Error::OutOfMemory), with `in_use_bytes` left 0.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
 
-    /// Overwrites the beginning of a block.
+    /// Overwrites a block from byte `first` on.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device), also for more bytes than the block has.
-    fn write(&self, memory: &mut Self::Memory, bytes: &[u8]) -> Result<()>;
+    fn write(&self, memory: &mut Self::Memory, first: usize, bytes: &[u8]) -> Result<()>;
 
-    /// Reads the beginning of a block, after everything that was queued before.
+    /// Reads a block from byte `first` on, after everything that was queued before.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device): of the copy, or of anything that was queued before.
-    fn read(&self, memory: &Self::Memory, bytes: &mut [u8]) -> Result<()>;
+    fn read(&self, memory: &Self::Memory, first: usize, bytes: &mut [u8]) -> Result<()>;
 
     /// Sets the first `bytes` bytes of a block.
     ///

@@ -27,7 +27,9 @@ pub fn adamw_step<N: Real>(w: &mut [N], gradient: &[N], m: &mut [N], v: &mut [N]
 
 /// The values of 8-bit codes; formula in [`OptimizerOps`](crate::ops::OptimizerOps).
 pub fn decode_moment<N: Real>(map: &[f32; 256], codes: &[u8], absmax: &[f32]) -> Vec<N> {
-    let scales = absmax.iter().flat_map(|scale| std::iter::repeat_n(*scale, MOMENT_BLOCK));
+    let scales = absmax
+        .iter()
+        .flat_map(|scale| std::iter::repeat_n(*scale, MOMENT_BLOCK));
     codes
         .iter()
         .zip(scales)

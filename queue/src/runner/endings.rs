@@ -25,9 +25,9 @@ impl Endings {
         let (gathered, mut waiting) = mpsc::unbounded_channel();
         let sender = queue.clone();
         tokio::spawn(async move {
-            let mut batch = Vec::with_capacity(TOGETHER);
+            let mut batch = Vec::new();
             while waiting.recv_many(&mut batch, TOGETHER).await > 0 {
-                send(&sender, batch.drain(..).collect()).await;
+                send(&sender, std::mem::take(&mut batch)).await;
             }
         });
         Self { queue, gathered }

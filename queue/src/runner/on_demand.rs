@@ -41,7 +41,7 @@ pub struct OnDemand {
 /// What became of a claim.
 pub enum Granted {
     /// The job is ours: run it.
-    Mine(HeldJob),
+    Mine(Box<HeldJob>),
     /// It has ended before.
     Ended(Box<JobStatus>),
     /// It cannot be had now: another worker runs it, or its time has not come.
@@ -151,19 +151,19 @@ impl OnDemand {
             Some(job) => {
                 let entry = Running::new(job.lease);
                 self.running.add(entry.clone());
-                Granted::Mine(HeldJob {
+                Granted::Mine(Box::new(HeldJob {
                     job,
                     entry,
                     running: self.running.clone(),
                     is_started: false,
-                })
+                }))
             }
             None => Granted::NotNow(Box::new(status)),
         })
     }
 
     /// Starts the job on the current runtime.
-    pub fn run(&self, mut held: HeldJob, handler: Arc<dyn Handler>) -> NamedRun {
+    pub fn run(&self, mut held: Box<HeldJob>, handler: Arc<dyn Handler>) -> NamedRun {
         held.is_started = true;
         let entry = held.entry.clone();
         let run = task::run(

@@ -101,7 +101,7 @@ struct Outer<'a, R: Runtime> {
 }
 
 /// What factors are kept in.
-fn factors(precision: Precision) -> DType {
+pub(super) fn factors(precision: Precision) -> DType {
     match precision {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
@@ -110,7 +110,7 @@ fn factors(precision: Precision) -> DType {
 
 impl<R: Runtime> Gpu<R> {
     /// A tensor in another dtype, or itself.
-    fn held<'a>(&self, tensor: &'a Tensor<Self>, dtype: DType) -> Result<Held<'a, R>> {
+    pub(super) fn held<'a>(&self, tensor: &'a Tensor<Self>, dtype: DType) -> Result<Held<'a, R>> {
         if tensor.dtype() == dtype {
             return Ok(Held::Borrowed(tensor));
         }

@@ -1,7 +1,7 @@
 //! The passes of a grouped layer. A [`Grouped`] product is carried out by `tensor` or `exact`, as the precision says; factors are
 //! brought to the precision's dtype first where they are not in it already.
 
-use super::super::matmul::{Held, factors};
+use super::super::matmul::{Held, LowRank, factors};
 use super::super::{Gpu, Runtime};
 use crate::contract::{self, GroupedSizes};
 use crate::dtype::DType;
@@ -34,7 +34,7 @@ pub(super) struct Grouped<'a, R: Runtime> {
     pub(super) right: &'a Experts<'a, R>,
     pub(super) reads: Reads,
     /// `[M, R]` and the adapters' second factors, in the precision's dtype.
-    pub(super) second: Option<(&'a Tensor<Gpu<R>>, &'a Tensor<Gpu<R>>)>,
+    pub(super) second: Option<LowRank<'a, R>>,
     pub(super) out: Option<(&'a mut Tensor<Gpu<R>>, Write)>,
     /// The result times a factor, in the precision's dtype, to be a factor itself.
     pub(super) copy: Option<(&'a mut Tensor<Gpu<R>>, f32)>,
