@@ -306,7 +306,7 @@ fn quantised_weights() {
 fn grouped_layers() {
     let (tokens, inputs, outputs, rank) = (150, 192, 70, 5);
     let (experts, top) = (6, 3);
-    same_bits("grouped_linear", |cpu, precision| {
+    same_bits_everywhere!("grouped_linear", |cpu, precision| {
         let matrix = |seed| Weight::Nf4(cpu.quantize_nf4(&random(cpu, &[outputs, inputs], seed), true).unwrap());
         let mut weight = WeightStack::alloc_like(cpu, experts, &matrix(0)).unwrap();
         for expert in 0..experts {
@@ -373,7 +373,7 @@ fn grouped_layers() {
 fn the_delta_rule() {
     let segments = Segments::from_lengths([70, 1, 66]);
     let (tokens, key_heads, value_heads, dim) = (137, 2, 6, 16);
-    same_bits("delta_rule", |cpu, _| {
+    same_bits_everywhere!("delta_rule", |cpu, _precision| {
         let (q, k) = (
             random(cpu, &[tokens, key_heads, dim], 1),
             random(cpu, &[tokens, key_heads, dim], 2),
@@ -385,7 +385,7 @@ fn the_delta_rule() {
         let beta = cpu
             .upload_f32([tokens, value_heads], &vec![0.04; tokens * value_heads])
             .unwrap();
-        let like = |tensor: &Tensor<Cpu>| cpu.alloc(DType::F32, tensor.shape()).unwrap();
+        let like = |tensor: &Tensor<_>| cpu.alloc(DType::F32, tensor.shape()).unwrap();
         let (mut out, mut solved) = (
             like(&v),
             cpu.alloc(DType::F32, [tokens, value_heads, DELTA_CHUNK]).unwrap(),
