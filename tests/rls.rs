@@ -650,7 +650,9 @@ async fn cells(
                 }
                 "s" => format!("select 1 from {table} where {which}"),
                 // All that a user may change of a job of his is that it shall end.
-                "u" if table == "public.training_jobs" => format!("update {table} set status = 'cancelled' where {which}"),
+                "u" if table == "public.training_jobs" => {
+                    format!("update {table} set status = 'cancelled' where {which}")
+                }
                 "u" if columns.iter().any(|name| name == "name") && table == "public.datasets" => {
                     format!("update {table} set name = name where {which}")
                 }
@@ -661,10 +663,11 @@ async fn cells(
                     let row = owner.query_opt(&sample, &[]).await.unwrap();
                     let sample: String = row.map_or_else(|| "{}".to_owned(), |row| row.get(0));
                     let mut sample: serde_json::Value = serde_json::from_str(&sample).unwrap();
-                    if let Some(fields) = sample.as_object_mut() {
-                        if fields.contains_key("id") && table.starts_with("public.") {
-                            fields.insert("id".into(), Uuid::new_v4().to_string().into());
-                        }
+                    if let Some(fields) = sample.as_object_mut()
+                        && fields.contains_key("id")
+                        && table.starts_with("public.")
+                    {
+                        fields.insert("id".into(), Uuid::new_v4().to_string().into());
                     }
                     let names = columns
                         .iter()
@@ -737,7 +740,9 @@ async fn job_rows_join_the_realtime_publication_where_there_is_one() {
     let database = Database::migrated().await;
     database
         .owner
-        .batch_execute("do $$ begin create publication supabase_realtime; exception when duplicate_object then null; end $$")
+        .batch_execute(
+            "do $$ begin create publication supabase_realtime; exception when duplicate_object then null; end $$",
+        )
         .await
         .unwrap();
     for _ in 0..2 {

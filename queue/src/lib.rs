@@ -40,8 +40,8 @@ pub use config::QueueConfig;
 pub use dispatch::{DispatchEnd, DispatchRequest, DispatchTicket, Dispatched, Spend, WaitingJob};
 pub use error::{Error, Place, Result};
 pub use job::{
-    Blame, CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, Machine, NewJob,
-    Requirements,
+    Blame, CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, Machine,
+    NewJob, Requirements,
 };
 pub use lane::{Batch, BatchJob, BatchPlace, Lane, LaneConfig, LaneHandler, LaneReport, LaneRunner, LaneStats};
 pub use operate::{Alarm, Finding, Schedule, Scope, TopJob};

@@ -13,7 +13,8 @@ use crate::config::QueueConfig;
 use crate::connection::{self, Parameter};
 use crate::error::{Error, Place, Result};
 use crate::job::{
-    CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, Machine, NewJob, Reader,
+    CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, Machine, NewJob,
+    Reader,
 };
 use crate::sql;
 use crate::wake::{Hint, WakeWindow};

@@ -40,8 +40,11 @@ async fn serve_tls(server: &PrivateServer, issuer: &CertifiedIssuer<'static, Key
         .unwrap();
     tokio::spawn(connection);
     client.batch_execute("alter system set ssl = on").await.unwrap();
-    let before: chrono::DateTime<chrono::Utc> =
-        client.query_one("select pg_conf_load_time()", &[]).await.unwrap().get(0);
+    let before: chrono::DateTime<chrono::Utc> = client
+        .query_one("select pg_conf_load_time()", &[])
+        .await
+        .unwrap()
+        .get(0);
     client.query_one("select pg_reload_conf()", &[]).await.unwrap();
     // The reload is the postmaster's to do, after the call.
     let reloaded = "select pg_conf_load_time() > $1";
@@ -52,7 +55,9 @@ async fn serve_tls(server: &PrivateServer, issuer: &CertifiedIssuer<'static, Key
 
 /// Whether the server says that the connection is encrypted, or why there is none.
 async fn encrypted(url: &str, mode: &str, root: Option<&Path>) -> Result<bool, String> {
-    let root = root.map(|root| format!("&sslrootcert={}", root.display())).unwrap_or_default();
+    let root = root
+        .map(|root| format!("&sslrootcert={}", root.display()))
+        .unwrap_or_default();
     let config = QueueConfig::new(&format!("{url}?sslmode={mode}{root}")).unwrap();
     let queue = Queue::connect(&config).await.map_err(|error| error.to_string())?;
     let client = queue.client().await.map_err(|error| error.to_string())?;
@@ -71,7 +76,11 @@ async fn each_sslmode_accepts_and_refuses_what_it_says() {
     })
     .unwrap();
     let url = server.loopback_url("postgres").unwrap();
-    assert_eq!(encrypted(&url, "prefer", None).await, Ok(false), "the server has no TLS yet");
+    assert_eq!(
+        encrypted(&url, "prefer", None).await,
+        Ok(false),
+        "the server has no TLS yet"
+    );
 
     let (issuer, stranger) = (authority(), authority());
     let folder = tempfile::tempdir().unwrap();
@@ -81,8 +90,17 @@ async fn each_sslmode_accepts_and_refuses_what_it_says() {
 
     serve_tls(&server, &issuer, "database.example").await;
     assert_eq!(encrypted(&url, "disable", None).await, Ok(false));
-    for (mode, root) in [("prefer", None), ("require", None), ("require", Some(&right)), ("verify-ca", Some(&right))] {
-        assert_eq!(encrypted(&url, mode, root.map(PathBuf::as_path)).await, Ok(true), "{mode}");
+    for (mode, root) in [
+        ("prefer", None),
+        ("require", None),
+        ("require", Some(&right)),
+        ("verify-ca", Some(&right)),
+    ] {
+        assert_eq!(
+            encrypted(&url, mode, root.map(PathBuf::as_path)).await,
+            Ok(true),
+            "{mode}"
+        );
     }
     for mode in ["require", "verify-ca", "verify-full"] {
         let refused = encrypted(&url, mode, Some(&wrong)).await.unwrap_err();

@@ -80,7 +80,9 @@ fn golden_cases_agree_on_the_emulated_device() {
 fn golden_cases_agree_on_the_gpu() {
     match cuda::cuda(0) {
         Ok(device) => all_agree(&device),
-        Err(Error::Unsupported { reason, .. }) => say(&format!("golden on `cuda`: absent ({reason}); nothing was tested")),
+        Err(Error::Unsupported { reason, .. }) => {
+            say(&format!("golden on `cuda`: absent ({reason}); nothing was tested"))
+        }
         Err(error) => panic!("{error}"),
     }
 }

@@ -514,7 +514,7 @@ mod tests {
             let part = part_entries(vocabulary, width);
             let parts = vocabulary.next_multiple_of(PART_ENTRIES).div_ceil(part);
             assert!(
-                part % PART_ENTRIES == 0 && (1..=MOST_PARTS).contains(&parts),
+                part.is_multiple_of(PART_ENTRIES) && (1..=MOST_PARTS).contains(&parts),
                 "{vocabulary} × {width}"
             );
         }

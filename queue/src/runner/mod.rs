@@ -307,8 +307,14 @@ impl Work<'_> {
             self.report.claimed += 1;
             let entry = Running::new(job.lease);
             self.running.add(entry.clone());
-            self.tasks
-                .spawn(task::run(self.endings.clone(), self.slots.clone(), handler, job, entry, self.running.clone()));
+            self.tasks.spawn(task::run(
+                self.endings.clone(),
+                self.slots.clone(),
+                handler,
+                job,
+                entry,
+                self.running.clone(),
+            ));
         }
         Ok(count)
     }

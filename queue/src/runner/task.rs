@@ -34,7 +34,10 @@ pub(super) async fn run(
     let context = JobContext::new(job, endings.queue().clone(), entry.clone());
     let ending = match slot(&slots, &entry).await {
         None => Ending::Release("it had not begun".into()),
-        Some(_slot) => match AssertUnwindSafe(async { handler.run(context).await }).catch_unwind().await {
+        Some(_slot) => match AssertUnwindSafe(async { handler.run(context).await })
+            .catch_unwind()
+            .await
+        {
             Ok(ending) => ending,
             Err(panic) => Ending::Fail(panic_failure(panic.as_ref())),
         },

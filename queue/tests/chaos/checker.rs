@@ -306,12 +306,10 @@ fn lane(entries: &[Entry], remains: &Remains) -> Vec<String> {
         } = &entry.call
         {
             match entry.answer {
-                Answer::Accepted(_) => {
-                    if done.insert(*id, entry.answered).is_some() {
-                        found.push(format!(
-                            "lane job {id} was done twice, the second time under token {token}"
-                        ));
-                    }
+                Answer::Accepted(_) if done.insert(*id, entry.answered).is_some() => {
+                    found.push(format!(
+                        "lane job {id} was done twice, the second time under token {token}"
+                    ));
                 }
                 Answer::Unknown => {
                     doubt.insert(*id);

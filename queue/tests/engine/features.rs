@@ -718,7 +718,8 @@ async fn the_last_two_to_end_at_once_set_the_waiting_one_free() {
             .unwrap();
         let result = json!({});
         let (a, b) = tokio::join!(db.queue.complete(&one, &result), db.queue.complete(&two, &result));
-        (a.unwrap(), b.unwrap());
+        a.unwrap();
+        b.unwrap();
         assert_eq!(
             db.claim("w", "work", 9)
                 .await

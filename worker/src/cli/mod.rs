@@ -4,12 +4,12 @@
 //! (one per step for `train`), nothing else there. Human text goes to standard output, progress bars and logs to standard error.
 //! Exit codes: 0 success, 1 the user's input is at fault, 2 wrong usage, 3 this machine or a service is at fault.
 
-pub(crate) mod device;
 mod deploy;
+pub(crate) mod device;
 mod doctor;
 pub mod export;
-mod kernels;
 mod fetch;
+mod kernels;
 mod model;
 pub mod output;
 pub mod plan;

@@ -166,11 +166,12 @@ fn model(config: &Config) -> Result<String> {
     let model = ModelConfig::load(&folder)?;
     let tokenizer = folder.join("tokenizer.json");
     if !tokenizer.is_file() {
-        return Err(
-            Failure::system("MODEL_INCOMPLETE", "The checkpoint is not whole: tokenizer.json is missing")
-                .at(folder.display().to_string())
-                .hint("Download the tokenizer's files, too"),
-        );
+        return Err(Failure::system(
+            "MODEL_INCOMPLETE",
+            "The checkpoint is not whole: tokenizer.json is missing",
+        )
+        .at(folder.display().to_string())
+        .hint("Download the tokenizer's files, too"));
     }
     let files = model_files::check(&folder)?;
     Ok(format!(
@@ -185,7 +186,7 @@ fn model(config: &Config) -> Result<String> {
 
 /// Reads the tokenizer and the chat template whole, which takes a moment for a large vocabulary.
 fn template(config: &Config) -> Result<String> {
-    ChatTemplate::load(model_folder(config)?)?;
+    ChatTemplate::load(&model_folder(config)?)?;
     Ok("tokenizer and chat template are understood".to_owned())
 }
 

@@ -171,7 +171,9 @@ impl CheckpointFolder {
         let sealed = Sealed {
             sha256: seal(
                 &state_text,
-                tensors.iter().map(|(name, _, _, bytes)| (name.as_str(), bytes.as_slice())),
+                tensors
+                    .iter()
+                    .map(|(name, _, _, bytes)| (name.as_str(), bytes.as_slice())),
             ),
             state: state_text,
         };

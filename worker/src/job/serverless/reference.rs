@@ -39,7 +39,7 @@ pub(super) struct References<B: Backend> {
     database: Database,
     connected: OnceCell<OnDemand>,
     /// Claimed for a delivery that is about to run, by RunPod's id.
-    held: Mutex<HashMap<String, HeldJob>>,
+    held: Mutex<HashMap<String, Box<HeldJob>>>,
 }
 
 impl<B: Backend> References<B> {
@@ -106,7 +106,7 @@ impl<B: Backend> References<B> {
         ended(&status)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, HeldJob>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Box<HeldJob>>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
