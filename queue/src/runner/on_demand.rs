@@ -36,7 +36,7 @@ pub struct OnDemand {
 /// What became of a claim.
 pub enum Granted {
     /// The job is ours: run it.
-    Mine(HeldJob),
+    Mine(Box<HeldJob>),
     /// It has ended before.
     Ended(Box<JobStatus>),
     /// It cannot be had now: another worker runs it, or its time has not come.
@@ -144,12 +144,12 @@ impl OnDemand {
             Some(job) => {
                 let entry = Running::new(job.lease);
                 self.running.add(entry.clone());
-                Granted::Mine(HeldJob {
+                Granted::Mine(Box::new(HeldJob {
                     job,
                     entry,
                     running: self.running.clone(),
                     is_started: false,
-                })
+                }))
             }
             None => Granted::NotNow(Box::new(status)),
         })
