@@ -459,7 +459,12 @@ async fn serve(mut stream: TcpStream, state: &Mutex<State>, changed: &Notify) ->
         };
         state.lock().unwrap().requests.push(request.clone());
         let answer = match step {
-            Step::Behave => behave(state, changed, &request).await,
+            // A poll whose worker has left must not be handed a job.
+            Step::Behave => tokio::select! {
+                biased;
+                () = closed(&stream) => return Ok(()),
+                step = behave(state, changed, &request) => step,
+            },
             other => other,
         };
         match answer {
@@ -493,6 +498,13 @@ fn next_step(state: &Mutex<State>, route: Route) -> Step {
     scripted
         .or_else(|| state.habits.get(&route).cloned())
         .unwrap_or(Step::Behave)
+}
+
+/// Waits until the other side has closed the connection.
+async fn closed(stream: &TcpStream) {
+    if !matches!(stream.peek(&mut [0]).await, Ok(0) | Err(_)) {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// What a control plane in good health answers.

@@ -55,6 +55,7 @@ CASES = [
 DIFFERENCES = {
     "error object": "an object in `error` was reported to end as COMPLETED without output: ours is always text",
     "exception": "the same keys, and `error_code` and `retryable` besides",
+    "progress": "an update just before the end is dropped: sent beside the result it may arrive after it, and the job never ends",
     "status 429": "the SDK loses the result; ours repeats it",
     "reset": "the SDK loses the result; ours repeats it",
     "no input": "the SDK drops the job, which RunPod then hands out again and fails; ours runs it with {}",

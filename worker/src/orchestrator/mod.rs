@@ -34,7 +34,7 @@ pub mod webhooks;
 use std::sync::Arc;
 use std::time::Duration;
 
-use brightrun_queue::{Blame, DispatchRequest, DispatchTicket, Dispatched, JobFailure, Queue, WaitingJob};
+use brightrun_queue::{Blame, DispatchEnd, DispatchRequest, DispatchTicket, Dispatched, JobFailure, Queue, WaitingJob};
 use futures_util::{StreamExt, stream};
 use serde_json::json;
 use tokio::sync::Notify;
@@ -347,14 +347,25 @@ impl Orchestrator {
             FromRunPod::Over => self.over(ticket).await,
             FromRunPod::CancelAndOver => self.cancel_and_over(ticket, endpoint, external_id).await,
             FromRunPod::Wait => self.again(ticket, self.poll()).await,
-            FromRunPod::Failed(failure) => {
-                tracing::warn!(job_id = %ticket.job_id, code = failure.code, message = failure.message, "lost at RunPod");
+            FromRunPod::Failed(failure) => self.lose(ticket, &failure).await,
+        }
+    }
+
+    /// The run at RunPod is over, and when this dispatch was taken no worker had claimed the job. One may have come since.
+    async fn lose(&self, ticket: DispatchTicket, failure: &JobFailure) -> brightrun_queue::Result<()> {
+        match self.queue.dispatch_failed(ticket, failure).await? {
+            DispatchEnd::Ended(state) => {
+                let (job_id, code, message) = (ticket.job_id, &failure.code, &failure.message);
+                tracing::warn!(%job_id, code, message, %state, "lost at RunPod");
                 self.metrics.lost();
-                let ended = self.queue.dispatch_failed(ticket, &failure).await?;
-                tracing::debug!(job_id = %ticket.job_id, ?ended, "a lost job");
                 self.freed.notify_one();
                 Ok(())
             }
+            DispatchEnd::Claimed => {
+                self.freed.notify_one();
+                Ok(())
+            }
+            DispatchEnd::NotNow => self.again(ticket, self.poll()).await,
         }
     }
 
