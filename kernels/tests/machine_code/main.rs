@@ -141,7 +141,8 @@ fn matrix_kernels_use_tensor_cores_nothing_spills_and_the_page_says_what_is() {
     for (target, entries) in &readings {
         for (name, read) in entries {
             let kernel = kernels.get(name).unwrap_or_else(|| panic!("{name} is no entry"));
-            trouble.extend(expected::judge(kernel, read).map(|problem| format!("{name} for {target}: {problem}")));
+            trouble
+                .extend(expected::judge(name, kernel, read).map(|problem| format!("{name} for {target}: {problem}")));
         }
     }
     trouble.extend(expected::strangers(&kernels.values().copied().collect()));
