@@ -66,7 +66,7 @@ impl<B: Backend> References<B> {
         let granted = patiently(|| async { self.on_demand().await?.claim(KIND, id).await }).await?;
         match granted {
             Granted::Mine(held) => {
-                self.lock().insert(delivery.to_owned(), *held);
+                self.lock().insert(delivery.to_owned(), held);
                 Ok(Claim::Run)
             }
             Granted::Ended(status) => ended(&status).map(Claim::Done),
