@@ -9,7 +9,7 @@ demo: setup-demo
 test: setup-test
 	cargo fmt --check
 	cargo clippy --release --locked --workspace --all-targets -- -D warnings
-	cargo test --release --locked --workspace
+	cargo test --release --locked --workspace --no-fail-fast
 
 setup-demo:
 	@scripts/setup demo
