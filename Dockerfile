@@ -20,6 +20,8 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.13-slim-bookworm
 # NVRTC=nvidia-cuda-nvrtc-cu12==12.9.86.
 FROM ${PYTHON_IMAGE} AS compiler
 ARG NVRTC=nvidia-cuda-nvrtc==13.0.88
+# The argument names the version.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir --no-deps --target /wheel "${NVRTC}" \
     && mkdir /nvrtc \
     && find /wheel -name 'libnvrtc*.so*' ! -name '*.alt.*' -exec mv '{}' /nvrtc/ ';'

@@ -36,7 +36,7 @@ use self::kinds::Kind;
 use self::stage::Stage;
 
 /// Jobs of one run.
-const JOBS: usize = 4;
+const JOBS: usize = 5;
 
 /// Longest time between two faults.
 const PAUSE: Duration = Duration::from_millis(600);

@@ -112,7 +112,7 @@ impl Stage {
 
     async fn insert_jobs(&mut self) {
         for _ in 0..JOBS {
-            let epochs = 3 + self.random.below(12);
+            let epochs = 6 + self.random.below(15);
             let job = self.job(epochs).await;
             self.jobs.push(job);
         }
@@ -124,7 +124,7 @@ impl Stage {
     async fn job(&self, epochs: usize) -> Uuid {
         let id = Uuid::new_v4();
         let path = format!("{}/{id}/data.jsonl", self.world.user);
-        self.store.seed(&path, &dataset(10));
+        self.store.seed(&path, &dataset(16));
         self.world.insert(id, settings(epochs)).await
     }
 
