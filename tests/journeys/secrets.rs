@@ -243,8 +243,8 @@ async fn secrets_of_an_orchestrator_and_a_runpod_worker_reach_no_row_no_log_no_r
         let cores = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
         assert_eq!(cores.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"], "{cores}");
     }
-    worker.dies_of(Signal::SEGV);
-    orchestrator.dies_of(Signal::SEGV);
+    worker.dies_of(Signal::ABORT);
+    orchestrator.dies_of(Signal::ABORT);
 
     for log in ["worker.log", "orchestrator.log"] {
         let text = fs::read_to_string(world.folder.path().join(log)).unwrap();
