@@ -203,13 +203,13 @@ fn look_up_nf4(codes: &[u8], first: usize, values: &[u16; 16], out: &mut [u16]) 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m256bh, __m256i, __m512, __m512i, _CMP_LT_OQ, _CMP_UNORD_Q, _mm_loadl_epi64, _mm_loadu_si128, _mm512_abs_ps,
-        _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi256_si512, _mm512_cmp_ps_mask,
-        _mm512_cvtepi32_epi16, _mm512_cvtepu8_epi32, _mm512_cvtepu8_epi64, _mm512_cvtneps_pbh, _mm512_inserti64x4,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_and_epi32, _mm512_mask_or_epi32, _mm512_mul_ps,
-        _mm512_or_si512, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512,
-        _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_slli_epi64, _mm512_srli_epi32, _mm512_srli_epi64,
-        _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
+        __m256bh, __m256i, __m512, __m512i, _CMP_LT_OQ, _CMP_UNORD_Q, _MM_HINT_T0, _mm_loadl_epi64, _mm_loadu_si128,
+        _mm_prefetch, _mm512_abs_ps, _mm512_add_epi32, _mm512_and_si512, _mm512_castps_si512, _mm512_castsi256_si512,
+        _mm512_cmp_ps_mask, _mm512_cvtepi32_epi16, _mm512_cvtepu8_epi32, _mm512_cvtepu8_epi64, _mm512_cvtneps_pbh,
+        _mm512_inserti64x4, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_and_epi32, _mm512_mask_or_epi32,
+        _mm512_mul_ps, _mm512_or_si512, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps,
+        _mm512_setzero_si512, _mm512_shuffle_i32x4, _mm512_slli_epi32, _mm512_slli_epi64, _mm512_srli_epi32,
+        _mm512_srli_epi64, _mm512_storeu_si512, _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32,
         _mm512_unpacklo_epi64,
     };
 
@@ -284,6 +284,10 @@ mod avx512 {
                     for (block, scale) in scales.iter().enumerate() {
                         let values = $rounded(_mm512_mul_ps(table, _mm512_set1_ps(*scale)));
                         let values = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(values), values);
+                        // A panel takes 512 elements of a row and the next one goes on there: too short for the processor to see.
+                        if block % 2 == 0 {
+                            _mm_prefetch::<_MM_HINT_T0>(codes.wrapping_add(32 * block + 256).cast());
+                        }
                         for half in [2 * block, 2 * block + 1] {
                             // SAFETY: half a block is 16 bytes of codes and 32 values; the caller vouches for both.
                             unsafe { look_up(codes.add(16 * half), values, out.add(32 * half)) };
@@ -307,6 +311,9 @@ mod avx512 {
                     let first = $rounded(_mm512_mul_ps(table, _mm512_set1_ps(scales[0])));
                     let second = $rounded(_mm512_mul_ps(table, _mm512_set1_ps(scales[1])));
                     let values = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(first), second);
+                    // A cache line has the codes of this panel and the next; the line after it is wanted soon.
+                    _mm_prefetch::<_MM_HINT_T0>(codes[0].wrapping_add(64).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(codes[1].wrapping_add(64).cast());
                     for eighth in 0..4 {
                         // SAFETY: a fourth of a block is 8 bytes of codes in each row, and 32 values of both; the caller vouches for them.
                         unsafe {
