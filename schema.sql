@@ -803,6 +803,9 @@ begin
 end
 $$;
 
+-- Functions on the way of every job keep one plan for all calls (force_generic_plan): to plan their statements anew, as PostgreSQL
+-- does for the first five calls of a session and at its discretion afterwards, costs as much as to execute them.
+
 -- --- Time ------------------------------------------------------------------------------------------------------------
 
 -- A moved clock is for tests. Only the owner's sessions may move it: a worker that could would expire its neighbours' leases.
@@ -1304,25 +1307,32 @@ create or replace trigger lease_is_the_only_baton after insert on brightrun.leas
 -- --- Internal steps ---------------------------------------------------------------------------------------------------
 
 -- The object a projector gets: the worker's own words with the engine's facts over them.
+-- (What is called for every job is plpgsql throughout, whose plans are kept; a function in SQL with a search_path is planned each time.)
 create or replace function brightrun._detail(p_words jsonb, p_attempt integer, p_worker text) returns jsonb
-language sql immutable set search_path = '' as $$
-    select case when p_words is null then '{}'
+language plpgsql immutable set search_path = '' as $$
+begin
+    return case when p_words is null then '{}'
                 when pg_catalog.jsonb_typeof(p_words) = 'object' then p_words
                 else pg_catalog.jsonb_build_object('value', p_words) end
-        || pg_catalog.jsonb_build_object('attempt', p_attempt, 'worker', p_worker)
+        || pg_catalog.jsonb_build_object('attempt', p_attempt, 'worker', p_worker);
+end
 $$;
 
 -- A line of history. What has a column of its own is not said twice.
 create or replace function brightrun._append(p_job_id uuid, p_event text, p_detail jsonb, p_attempt integer,
                                              p_token bigint, p_worker text) returns void
-language sql volatile set search_path = '' as $$
+language plpgsql volatile set search_path = '' as $$
+begin
     insert into brightrun.event (at, job_id, event, attempt, token, worker, detail)
-    values (brightrun.now(), p_job_id, p_event, p_attempt, p_token, p_worker, p_detail - '{attempt,worker}'::text[])
+    values (brightrun.now(), p_job_id, p_event, p_attempt, p_token, p_worker, p_detail - '{attempt,worker}'::text[]);
+end
 $$;
 
 create or replace function brightrun._is_projected(p_kind text) returns boolean
-language sql stable set search_path = '' as $$
-    select exists (select from brightrun.job_kind where kind = p_kind and projector is not null)
+language plpgsql stable set search_path = '' as $$
+begin
+    return exists (select from brightrun.job_kind where kind = p_kind and projector is not null);
+end
 $$;
 
 -- Whether each job of this kind has something of its own to do when it is enqueued.
@@ -1403,8 +1413,10 @@ $$;
 
 -- Seconds used, halved for every day since.
 create or replace function brightrun._used(p_seconds float8, p_at timestamptz, p_now timestamptz) returns float8
-language sql immutable set search_path = '' as $$
-    select p_seconds * pg_catalog.power(0.5, least(greatest(extract(epoch from p_now - p_at) / 86400, 0), 1000))
+language plpgsql immutable set search_path = '' as $$
+begin
+    return p_seconds * pg_catalog.power(0.5, least(greatest(extract(epoch from p_now - p_at) / 86400, 0), 1000));
+end
 $$;
 
 -- The run's row of usage, and its owner's account. The account is only tried: it orders, it does not bill.
@@ -1428,26 +1440,32 @@ end
 $$;
 
 create or replace function brightrun._charge(p_owner uuid, p_seconds float8, p_now timestamptz) returns void
-language sql volatile set search_path = '' as $$
+language plpgsql volatile set search_path = '' as $$
+begin
     update brightrun.limit_rule
     set used_seconds = greatest(brightrun._used(used_seconds, used_at, p_now) + p_seconds, 0), used_at = p_now
     where (scope, name) in (select scope, name from brightrun.limit_rule
-                            where scope = 'owner' and name = p_owner::text for no key update skip locked)
+                            where scope = 'owner' and name = p_owner::text for no key update skip locked);
+end
 $$;
 
 -- How many starts a rule has to give at a moment.
 create or replace function brightrun._tokens(p_rule brightrun.limit_rule, p_now timestamptz) returns float8
-language sql immutable set search_path = '' as $$
-    select least(p_rule.starts_most, p_rule.tokens
-        + p_rule.starts_most * greatest(extract(epoch from p_now - p_rule.filled_at) / extract(epoch from p_rule.starts_per), 0))::float8
+language plpgsql immutable set search_path = '' as $$
+begin
+    return least(p_rule.starts_most, p_rule.tokens
+        + p_rule.starts_most * greatest(extract(epoch from p_now - p_rule.filled_at) / extract(epoch from p_rule.starts_per), 0))::float8;
+end
 $$;
 
 -- Takes starts from the rules of one scope and these names that are rates. The caller holds them.
 create or replace function brightrun._take_tokens(p_scope text, p_name text, p_count integer, p_now timestamptz) returns void
-language sql volatile set search_path = '' as $$
+language plpgsql volatile set search_path = '' as $$
+begin
     update brightrun.limit_rule
     set tokens = brightrun._tokens(limit_rule, p_now) - p_count, filled_at = greatest(p_now, filled_at)
-    where scope = p_scope and name = p_name and starts_most is not null
+    where scope = p_scope and name = p_name and starts_most is not null;
+end
 $$;
 
 -- A start of a share: of its owner's and of its key's, under the locks that admitted it.
@@ -1582,13 +1600,6 @@ begin
 end
 $$;
 
--- Whether a job's end has to do with more than its own rows.
-create or replace function brightrun._ends_one_by_one(p_kind text, p_share_id bigint, p_price numeric) returns boolean
-language sql stable set search_path = '' as $$
-    select p_share_id is not null or p_price is not null
-        or exists (select from brightrun.job_kind where kind = p_kind and (projector is not null or metered))
-$$;
-
 -- Half to all of base · 2^(attempt-1), capped: late enough to help, spread enough not to arrive together.
 create or replace function brightrun.backoff(p_attempt integer, p_base interval, p_cap interval) returns interval
 language sql volatile set search_path = '' as $$
@@ -1690,7 +1701,9 @@ begin
         ) asked
         join brightrun.lease on lease.job_id = asked.job_id and lease.token = asked.token
         join brightrun.job on job.id = lease.job_id
-        where not brightrun._ends_one_by_one(lease.kind, lease.share_id, lease.price_per_hour)
+        -- Those whose end has to do with more than their own rows go one by one.
+        where lease.share_id is null and lease.price_per_hour is null
+          and not exists (select from brightrun.job_kind where job_kind.kind = lease.kind and (projector is not null or metered))
         order by lease.job_id
         for update of lease for no key update of job skip locked
     ) held
@@ -1958,7 +1971,7 @@ create or replace function brightrun.enqueue(
     p_hard_deadline interval default null, p_external_id text default null, p_notify boolean default false,
     p_live_key text default null, p_concurrency_key text default null, p_requires jsonb default null, p_after uuid[] default null,
     p_budget numeric default null, p_price_per_hour numeric default null) returns uuid
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_now         timestamptz := brightrun.now();
     v_run_at      timestamptz := coalesce(p_run_at, v_now + p_delay, v_now);
@@ -2032,7 +2045,7 @@ create or replace function brightrun.enqueue_many(
     p_kind text, p_payloads jsonb[], p_keys text[] default null, p_queue text default 'default', p_priority integer default 0,
     p_owner uuid default null, p_max_attempts integer default 3, p_run_at timestamptz default null, p_delay interval default null,
     p_hard_deadline interval default null, p_notify boolean default false) returns uuid[]
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_now    timestamptz := brightrun.now();
     v_run_at timestamptz := coalesce(p_run_at, v_now + p_delay, v_now);
@@ -2257,7 +2270,7 @@ create or replace function brightrun.claim(p_worker text, p_kinds text[], p_limi
                                            p_lease interval default interval '2 minutes', p_queue text default 'default',
                                            p_can jsonb default null)
 returns setof brightrun.claimed
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms'
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms'
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
     v_next    record;
@@ -2343,7 +2356,7 @@ drop function if exists brightrun.claim_job(text, uuid, interval);
 create or replace function brightrun.claim_job(p_worker text, p_job_id uuid, p_lease interval default interval '2 minutes',
                                                p_can jsonb default null)
 returns setof brightrun.claimed
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms'
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms'
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
     v_kind   text;
@@ -2380,7 +2393,7 @@ $$;
 --   lost     the token is not the current one: stop, nothing you write will be accepted
 create or replace function brightrun.heartbeat(p_job_ids uuid[], p_tokens bigint[], p_progress jsonb[] default null)
 returns table (job_id uuid, token bigint, reply text, lease_seconds float8, reason text)
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms' as $$
 #variable_conflict use_column
 declare
     v_now     timestamptz := brightrun.now();
@@ -2457,7 +2470,7 @@ $$;
 
 -- Anything a worker has to say about its run, kept in the history and handed to the projector.
 create or replace function brightrun.report(p_job_id uuid, p_token bigint, p_event text, p_detail jsonb default '{}') returns void
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease  brightrun.lease := brightrun._hold(p_job_id, p_token);
     v_detail jsonb := brightrun._detail(p_detail, v_lease.attempt, v_lease.worker);
@@ -2474,7 +2487,7 @@ $$;
 -- A line of the run's log: kept in the history with its level, and readable by the job's owner. Not handed to the projector.
 create or replace function brightrun.log(p_job_id uuid, p_token bigint, p_level text, p_type text, p_message text, p_data jsonb default null)
 returns void
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease := brightrun._hold(p_job_id, p_token);
 begin
@@ -2489,7 +2502,7 @@ $$;
 
 -- Where the next run is to resume: handed to it by its claim, whatever ends this one. Say it when what it names is safely stored.
 create or replace function brightrun.checkpoint(p_job_id uuid, p_token bigint, p_checkpoint jsonb) returns void
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease := brightrun._hold(p_job_id, p_token);
 begin
@@ -2502,7 +2515,7 @@ $$;
 -- The endings. Each returns the state the job got, which after a cancel request is 'cancelled' whatever was asked for, and each
 -- can be repeated: the same token is told again what it did.
 create or replace function brightrun.complete(p_job_id uuid, p_token bigint, p_result jsonb default '{}') returns text
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease;
     v_state text;
@@ -2522,7 +2535,7 @@ $$;
 -- p_error: {code, blame: user|system|platform, message, detail}. p_retry_after replaces the kind's backoff.
 create or replace function brightrun.fail(p_job_id uuid, p_token bigint, p_error jsonb, p_retry_after interval default null)
 returns text
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease;
     v_state text;
@@ -2549,7 +2562,7 @@ $$;
 -- Jobs without a projector are ended set-wise. The rest, and those that somebody is just cancelling, go the way of complete().
 create or replace function brightrun.complete_many(p_job_ids uuid[], p_tokens bigint[], p_results jsonb[] default null)
 returns table (job_id uuid, token bigint, state text, refused text)
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms'
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms'
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
@@ -2579,7 +2592,7 @@ $$;
 
 -- Not now: run again after p_delay. Not an attempt.
 create or replace function brightrun.snooze(p_job_id uuid, p_token bigint, p_delay interval, p_reason text default null) returns text
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease  brightrun.lease;
     v_state  text;
@@ -2600,7 +2613,7 @@ $$;
 
 -- Interrupted (shutdown, preemption): ready again at once. Not an attempt.
 create or replace function brightrun.release(p_job_id uuid, p_token bigint, p_reason text default null) returns text
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease;
     v_state text;
@@ -2643,7 +2656,7 @@ $$;
 -- away) no lease is judged until it has had a full length of its own to be renewed. One caller at a time; others get no row.
 create or replace function brightrun.rescue_expired(p_limit integer default 100, p_gap interval default interval '30 seconds')
 returns table (job_id uuid, state text)
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms' as $$
 #variable_conflict use_column
 declare
     v_now    timestamptz := brightrun.now();
@@ -3005,7 +3018,7 @@ $$;
 -- Adds jobs, in one statement however many; returns their ids in order.
 create or replace function brightrun.brief_push(p_lane text, p_payloads jsonb[], p_delay interval default null,
                                                 p_notify boolean default false) returns bigint[]
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_due timestamptz := case when p_delay > interval '0' then brightrun.now() + p_delay end;
     v_ids bigint[];
@@ -3032,7 +3045,7 @@ $$;
 create or replace function brightrun.brief_claim(p_worker text, p_lane text, p_limit integer default 100,
                                                  p_lease interval default interval '1 minute', p_after bigint default 0)
 returns table (token bigint, lease_seconds float8, last_seq bigint, ids bigint[], attempts smallint[], payloads jsonb[])
-language plpgsql volatile security definer set search_path = '' set enable_seqscan = off as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
     v_now timestamptz := brightrun.now();
@@ -3098,7 +3111,7 @@ $$;
 -- worker whose batch was taken away can end nothing, and asking twice ends nothing twice (the second answer is false).
 create or replace function brightrun.brief_finish(p_tokens bigint[], p_places integer[], p_errors jsonb[] default null,
                                                   p_retry_after interval default null) returns boolean[]
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_batch    brightrun.brief_batch;
     v_accepted boolean[] := pg_catalog.array_fill(false, array[coalesce(pg_catalog.cardinality(p_tokens), 0)]);
@@ -3139,7 +3152,7 @@ $$;
 
 -- Extends the leases of batches; returns, in order, whether each is still held.
 create or replace function brightrun.brief_beat(p_tokens bigint[]) returns boolean[]
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_now timestamptz := brightrun.now();
 begin
