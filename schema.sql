@@ -837,7 +837,8 @@ create sequence if not exists brightrun.ready_seq;
 create sequence if not exists brightrun.lease_token;
 create sequence if not exists brightrun.event_seq;
 
--- Written at enqueue, at a cancel request, and at the end. No index covers a column that changes, so the final update is HOT.
+-- Written at enqueue, at a cancel request, and at the end. No index covers a column that changes, and each page keeps room for a second
+-- version of its rows, so that the final update is HOT also where a whole page of jobs ends in one statement.
 create table if not exists brightrun.job (
     id                  uuid primary key,
     kind                text not null,
@@ -879,7 +880,8 @@ create table if not exists brightrun.job (
     constraint job_cancel_wins         check (cancel_requested_at is null or outcome is null or outcome = 'cancelled'),
     constraint job_cancel_was_asked    check (outcome is distinct from 'cancelled' or cancel_requested_at is not null),
     constraint job_times_in_order      check (finished_at >= created_at and (started_at is null or finished_at >= started_at))
-) with (fillfactor = 80);
+) with (fillfactor = 50);
+alter table brightrun.job set (fillfactor = 50);
 
 create unique index if not exists job_idempotency on brightrun.job (kind, idempotency_key) where idempotency_key is not null;
 create index if not exists job_by_age on brightrun.job (created_at);
