@@ -309,14 +309,18 @@ async fn a_finished_run_is_shown_with_its_curve_costs_model_history_and_news() {
     let run = Run::claim(&database, "train").await;
     run.report("running", json!({ "gpu_type": "A100-80GB", "gpu_count": 1 }))
         .await;
-    run.beat(json!({ "progress": 40, "epoch": 1, "step": 5, "training_loss": 1.5, "learning_rate": 0.00005,
-        "metrics": { "training_loss": 1.5, "learning_rate": 0.00005 } }))
-        .await;
+    run.beat(
+        json!({ "progress": 40, "epoch": 1, "step": 5, "training_loss": 1.5, "learning_rate": 0.00005,
+        "metrics": { "training_loss": 1.5, "learning_rate": 0.00005 } }),
+    )
+    .await;
     let artifact = Uuid::new_v4();
     run.complete(finished(owner, artifact)).await.unwrap();
 
     let by_job = |table: &str, rest: &str| {
-        format!("SELECT \"public\".\"{table}\".* FROM \"public\".\"{table}\" WHERE \"public\".\"{table}\".\"job_id\" = '{job}'::unknown {rest}")
+        format!(
+            "SELECT \"public\".\"{table}\".* FROM \"public\".\"{table}\" WHERE \"public\".\"{table}\".\"job_id\" = '{job}'::unknown {rest}"
+        )
     };
     let curve = by_job("metrics_points", "ORDER BY \"timestamp\" ASC LIMIT 100");
     let costs = by_job("cost_records", "ORDER BY \"recorded_at\" DESC");
@@ -326,13 +330,22 @@ async fn a_finished_run_is_shown_with_its_curve_costs_model_history_and_news() {
     let models = "WHERE \"public\".\"model_artifacts\".\"deleted_at\" IS NULL \
                   ORDER BY to_jsonb(\"public\".\"model_artifacts\".\"quality_metrics\")->'overall_score' DESC LIMIT 12 OFFSET 0";
     let embeds = [
-        ("dataset", "datasets", "dataset_id", "id,name,format,total_training_pairs"),
+        (
+            "dataset",
+            "datasets",
+            "dataset_id",
+            "id,name,format,total_training_pairs",
+        ),
         ("job", "training_jobs", "job_id", "id,preset_id,created_at,completed_at"),
     ];
     let rows = |told: &Value| told.as_array().unwrap().len();
     for (caller, some) in [(user(owner), true), (user(stranger), false)] {
         for source in [curve.as_str(), &costs, &history, news] {
-            assert_eq!(rows(&app.get(caller, source).await.unwrap()) > 0, some, "{caller:?}: {source}");
+            assert_eq!(
+                rows(&app.get(caller, source).await.unwrap()) > 0,
+                some,
+                "{caller:?}: {source}"
+            );
         }
         let shown = app
             .get_embedded(caller, "model_artifacts", &embeds, models)
@@ -431,10 +444,7 @@ async fn a_dataset_is_made_confirmed_found_changed_and_deleted() {
     assert_eq!(app.get(user(owner), search).await.unwrap()[0]["id"], json!(dataset));
     assert_eq!(app.get(user(stranger), search).await.unwrap(), json!([]));
 
-    assert_eq!(
-        app.delete(user(stranger), "datasets", &which).await.unwrap(),
-        json!([])
-    );
+    assert_eq!(app.delete(user(stranger), "datasets", &which).await.unwrap(), json!([]));
     assert_eq!(codes(&app.delete(ANON, "datasets", &which).await), "42501");
     let gone = app.delete(user(owner), "datasets", &which).await.unwrap();
     assert_eq!(gone[0]["name"], "second");
@@ -466,10 +476,7 @@ async fn the_login_has_no_rights_of_its_own_and_forgets_each_caller() {
     let owner = database.user().await;
     database.ready_dataset(owner).await;
     let all = "SELECT \"public\".\"datasets\".* FROM \"public\".\"datasets\"";
-    assert_eq!(
-        app.get(user(owner), all).await.unwrap().as_array().unwrap().len(),
-        1
-    );
+    assert_eq!(app.get(user(owner), all).await.unwrap().as_array().unwrap().len(), 1);
     let without = app.login.query("select * from public.datasets", &[]).await.unwrap_err();
     assert_eq!(sqlstate(&without), "42501");
     let claims: Option<String> = app

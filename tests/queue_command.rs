@@ -93,14 +93,30 @@ async fn stats_top_and_explain_say_what_waits_what_runs_and_why() {
     let _run = Run::claim(&stage.database, "train").await;
     let waiting = stage.job().await;
     let stats = stage.json("stats");
-    let line = stats.as_array().unwrap().iter().find(|line| line["kind"] == "train").unwrap();
+    let line = stats
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|line| line["kind"] == "train")
+        .unwrap();
     assert_eq!((&line["ready"], &line["running"]), (&json!(1), &json!(1)));
     assert!(stage.told("stats").0.contains("default/train: 1 ready"));
     assert_eq!(stage.json("top")[0]["job_id"], json!(running));
     assert!(stage.told("top").0.contains("on worker-1"));
     let why = stage.json(&format!("explain {waiting}"));
-    assert!(why[0].as_str().unwrap().starts_with("0 jobs of its kind are before it, and 1 run"), "{why}");
-    assert!(stage.told(&format!("explain {running}")).0.starts_with("It runs in attempt 1 of 3"));
+    assert!(
+        why[0]
+            .as_str()
+            .unwrap()
+            .starts_with("0 jobs of its kind are before it, and 1 run"),
+        "{why}"
+    );
+    assert!(
+        stage
+            .told(&format!("explain {running}"))
+            .0
+            .starts_with("It runs in attempt 1 of 3")
+    );
 }
 
 #[tokio::test]
@@ -112,7 +128,10 @@ async fn requeue_gives_failed_jobs_another_chance_one_or_many() {
         failed(&stage, "GPU_LOST").await,
     );
     assert_eq!(stage.json(&format!("requeue {one}")), json!({ "requeued": 1 }));
-    assert_eq!(stage.failure(&format!("requeue {one}")), ("JOB_NOT_FAILED".to_owned(), 1));
+    assert_eq!(
+        stage.failure(&format!("requeue {one}")),
+        ("JOB_NOT_FAILED".to_owned(), 1)
+    );
     assert_eq!(
         stage.failure(&format!("requeue {}", Uuid::nil())),
         ("JOB_MISSING".to_owned(), 1)
@@ -124,7 +143,11 @@ async fn requeue_gives_failed_jobs_another_chance_one_or_many() {
     for (job, state) in [(one, "ready"), (two, "ready"), (three, "failed")] {
         assert_eq!(stage.database.engine_state(job).await.as_deref(), Some(state));
     }
-    assert_eq!(stage.database.job(two).await["status"], "queued", "the app sees it as well");
+    assert_eq!(
+        stage.database.job(two).await["status"],
+        "queued",
+        "the app sees it as well"
+    );
     assert_eq!(stage.told("requeue").1, 2, "of what?");
 }
 
@@ -137,11 +160,7 @@ async fn a_paused_queue_is_drained_when_its_last_run_has_ended() {
     assert_eq!(stage.json("pause --reason deploy"), json!({ "running": 1 }));
     let paused = "brightrun.queue_setting where paused and reason = 'deploy'";
     assert_eq!(stage.database.count(paused, &[]).await, 1);
-    let mut draining = stage
-        .command("drain --json")
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut draining = stage.command("drain --json").stdout(Stdio::piped()).spawn().unwrap();
     // It waits as long as something runs: it has looked when the reason of the pause is its own.
     eventually("drain has looked", || async {
         stage
@@ -190,7 +209,10 @@ async fn the_doctor_ends_well_on_a_healthy_queue_and_with_three_on_a_sick_one() 
     stage.database.owner.execute(lost, &[&job]).await.unwrap();
     let (output, code) = stage.told("doctor");
     assert_eq!(code, 3);
-    assert!(output.contains("BAD  one_baton: 1 jobs are not in exactly one place"), "{output}");
+    assert!(
+        output.contains("BAD  one_baton: 1 jobs are not in exactly one place"),
+        "{output}"
+    );
     assert_eq!(stage.failure("doctor"), ("QUEUE_UNHEALTHY".to_owned(), 3));
 }
 
@@ -211,7 +233,13 @@ async fn metrics_have_the_families_of_the_runbook() {
     let (output, code) = stage.told("metrics");
     assert_eq!(code, 0);
     let runbook = include_str!("../docs/guides/runbook.md");
-    let section = runbook.split("## Metrics").nth(1).unwrap().split("\n## ").next().unwrap();
+    let section = runbook
+        .split("## Metrics")
+        .nth(1)
+        .unwrap()
+        .split("\n## ")
+        .next()
+        .unwrap();
     let listed: Vec<&str> = section
         .split('`')
         .skip(1)
@@ -243,16 +271,30 @@ async fn limits_rates_budgets_and_cancels_by_the_kind_are_commands() {
     let claim = "brightrun.claim('w', '{train}', 9)";
     assert_eq!(stage.database.count(claim, &[]).await, 1);
     stage.json("rate --queue default");
-    assert_eq!(stage.failure("rate --starts 1"), ("QUEUE_LIMIT_OF_NOBODY".to_owned(), 1));
+    assert_eq!(
+        stage.failure("rate --starts 1"),
+        ("QUEUE_LIMIT_OF_NOBODY".to_owned(), 1)
+    );
     stage.json(&format!("limit --owner {user} --at-most 2"));
     let rule = "brightrun.limit_rule where scope = 'owner' and at_most = 2";
     assert_eq!(stage.database.count(rule, &[]).await, 1);
 
     assert_eq!(stage.json(&format!("budget {user}")), json!({ "budget": null }));
     let set = stage.json(&format!("budget {user} --amount 150 --period day"));
-    assert_eq!((&set["budget"]["budget"], &set["budget"]["period"]), (&json!(150.0), &json!("day")));
-    assert!(stage.told(&format!("budget {user}")).0.starts_with("0.00 of 150.00 are spent since "));
-    assert_eq!(stage.json(&format!("budget {user} --unlimited")), json!({ "budget": null }));
+    assert_eq!(
+        (&set["budget"]["budget"], &set["budget"]["period"]),
+        (&json!(150.0), &json!("day"))
+    );
+    assert!(
+        stage
+            .told(&format!("budget {user}"))
+            .0
+            .starts_with("0.00 of 150.00 are spent since ")
+    );
+    assert_eq!(
+        stage.json(&format!("budget {user} --unlimited")),
+        json!({ "budget": null })
+    );
 
     assert_eq!(
         stage.json(&format!("cancel --kind train --owner {}", Uuid::nil())),

@@ -491,7 +491,10 @@ async fn a_projects_own_webhooks_stay_and_hear_of_what_the_engine_does() {
         assert!(posted.contains(&step), "{step} is not in {posted:?}");
     }
     let last = database
-        .json("select body from supabase_functions.posted order by seq desc limit 1", &[])
+        .json(
+            "select body from supabase_functions.posted order by seq desc limit 1",
+            &[],
+        )
         .await;
     assert_eq!(last["record"]["id"], json!(job));
     let keys: Vec<&String> = last.as_object().unwrap().keys().collect();

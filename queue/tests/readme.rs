@@ -37,7 +37,8 @@ fn every_test_that_the_readme_names_exists() {
             Some(start) => (start, ""),
             None => (test, "("),
         };
-        let found = source(module).contains(&format!("fn {start}{end}")) || source(module).contains(&format!("mod {test} "));
+        let found =
+            source(module).contains(&format!("fn {start}{end}")) || source(module).contains(&format!("mod {test} "));
         assert!(found, "the README names {word}, which is nowhere");
     }
     assert!(named > 50, "only {named} tests were found in the README");

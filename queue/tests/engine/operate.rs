@@ -74,7 +74,10 @@ async fn jobs_of_a_kind_are_cancelled_in_bites_of_one_owner_or_of_all() {
         db.queue.complete(&running, &json!({})).await.unwrap(),
         brightrun_queue::JobState::Cancelled
     );
-    assert_eq!((db.state(jobs[2]).await, db.state(jobs[3]).await), ("cancelled", "ready"));
+    assert_eq!(
+        (db.state(jobs[2]).await, db.state(jobs[3]).await),
+        ("cancelled", "ready")
+    );
     assert_eq!(cancel(None, 9).await, 1);
     db.assert_whole().await;
 }

@@ -51,6 +51,8 @@ async fn with_pg_cron_recurring_jobs_come_into_being_while_no_process_lives() {
         .set_schedule(&Schedule::every("hourly", "work", Duration::from_secs(3600)))
         .await
         .unwrap();
+    // Watched since long ago, so that whoever sweeps would judge it.
+    db.sweep_at("0 seconds").await;
     let held = db.running("held").await;
     client
         .batch_execute(
@@ -82,7 +84,9 @@ async fn with_pg_net_somebody_outside_is_told_when_jobs_wait_and_nobody_lives() 
     client.batch_execute("select brightrun.tick()").await.unwrap();
     assert_eq!(asked(&client).await, [Value::Null; 0], "nobody is to be told");
     client
-        .batch_execute("update brightrun.housekeeping set wake_url = 'https://example.org/wake'; select brightrun.tick()")
+        .batch_execute(
+            "update brightrun.housekeeping set wake_url = 'https://example.org/wake'; select brightrun.tick()",
+        )
         .await
         .unwrap();
     let told = json!({"type": "jobs_waiting", "waiting": 1});
@@ -102,7 +106,9 @@ async fn without_them_and_where_they_refuse_nothing_is_missing() {
     let client = db.client().await;
     db.queue.enqueue(&NewJob::new("work", json!({}))).await.unwrap();
     client
-        .batch_execute("update brightrun.housekeeping set wake_url = 'https://example.org/wake'; select brightrun.tick()")
+        .batch_execute(
+            "update brightrun.housekeeping set wake_url = 'https://example.org/wake'; select brightrun.tick()",
+        )
         .await
         .unwrap();
     client

@@ -41,7 +41,11 @@ async fn a_queue_starts_no_more_than_its_rate_and_fills_up_again() {
     enqueue(&db, 10, None).await;
     assert_eq!(claimed_at(&db, "0 seconds").await, 3);
     assert_eq!(claimed_at(&db, "19 minutes").await, 0);
-    assert_eq!(claimed_at(&db, "21 minutes").await, 1, "a third of an hour, a third of three");
+    assert_eq!(
+        claimed_at(&db, "21 minutes").await,
+        1,
+        "a third of an hour, a third of three"
+    );
     let waiting = db.queue.jobs(Some("work"), None, 1).await.unwrap()[0].id;
     assert_eq!(
         db.queue.explain(waiting).await.unwrap()[0],
@@ -61,7 +65,11 @@ async fn a_key_has_a_rate_beside_its_limit_and_holds_up_nobody_else() {
     db.queue.set_rate(RateScope::Key("api"), rate(2, HOUR)).await.unwrap();
     enqueue(&db, 5, Some("api")).await;
     enqueue(&db, 4, None).await;
-    assert_eq!(claimed_at(&db, "0 seconds").await, 6, "two of the key, and all that have none");
+    assert_eq!(
+        claimed_at(&db, "0 seconds").await,
+        6,
+        "two of the key, and all that have none"
+    );
     assert_eq!(claimed_at(&db, "61 minutes").await, 2);
     db.queue.set_rate(RateScope::Key("new"), rate(9, HOUR)).await.unwrap();
     enqueue(&db, 3, Some("new")).await;
@@ -147,7 +155,10 @@ fn a_bucket_agrees_with_its_model() {
                     tokens -= i64::from(asked);
                 } else {
                     let exact = (missing * SECONDS_EACH) as f64;
-                    assert!(wait > exact - SECONDS_EACH as f64 && wait <= exact, "{wait} for {exact}");
+                    assert!(
+                        wait > exact - SECONDS_EACH as f64 && wait <= exact,
+                        "{wait} for {exact}"
+                    );
                 }
             }
         });
