@@ -221,6 +221,12 @@ fn the_page_of_error_codes_is_what_the_sources_say() {
     for (code, message) in queue {
         writeln!(text, "| `{code}` | {} |", error_codes::cell(&message)).unwrap();
     }
+    let engine = error_codes::read_engine(&read(&root().join("schema.sql")));
+    assert!(engine.len() >= 5, "the engine's codes were not found: {engine:?}");
+    text.push_str("\nWhat the engine itself writes into a job:\n\n| code | blame | what happened |\n|---|---|---|\n");
+    for (code, (blame, words)) in engine {
+        writeln!(text, "| `{code}` | {blame} | {} |", error_codes::cell(&words)).unwrap();
+    }
     text.push_str(
         "\n## Problems of a dataset\n\n\
          An *error* refuses the dataset, a *warning* is for its owner to know. Each comes with its line, its JSON path and the text.\n\n\

@@ -14,6 +14,7 @@ mod model;
 pub mod output;
 pub mod plan;
 mod queue;
+mod queue_limits;
 mod serverless;
 pub mod service;
 mod snapshot;
@@ -681,7 +682,6 @@ fn wants_json(command: &Command) -> bool {
         | Command::Eval(EvalArguments { output, .. })
         | Command::Generate(GenerateArguments { output, .. })
         | Command::Export(export::ExportArguments { output, .. })
-        | Command::Queue(queue::QueueArguments { output, .. })
         | Command::Kernels(
             KernelsCommand::List(output)
             | KernelsCommand::Devices(output)
@@ -692,6 +692,7 @@ fn wants_json(command: &Command) -> bool {
         | Command::Deploy(DeployArguments { output, .. })
         | Command::Doctor(DoctorArguments { output, .. }) => output.json,
         Command::Snapshot(arguments) => arguments.json,
+        Command::Queue(arguments) => arguments.json,
         Command::Migrate | Command::Orchestrate(_) | Command::Worker(_) | Command::Config => false,
     }
 }
