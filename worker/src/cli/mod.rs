@@ -211,6 +211,9 @@ pub struct DoctorArguments {
     /// Only what this machine alone can tell: neither storage nor database is asked
     #[arg(long)]
     pub quick: bool,
+    /// Only what is no burden every few minutes: the volume and the work folder
+    #[arg(long, conflicts_with = "quick")]
+    pub live: bool,
     /// Output form.
     #[command(flatten)]
     pub output: OutputArguments,
@@ -597,6 +600,7 @@ pub fn parse() -> Cli {
 
 /// Runs one command to its exit code.
 pub fn run(cli: Cli) -> ExitCode {
+    crate::secret::forbid_core_dumps();
     if !serverless::init_logging(&cli.command) {
         init_logging();
     }
