@@ -96,6 +96,20 @@ DEVICE i32 warp_index() { return i32(threadIdx.x) / WARP_LANES; }
 // Index of this thread in a one-dimensional grid.
 DEVICE i64 global_thread() { return i64(blockIdx.x) * blockDim.x + threadIdx.x; }
 
+// The value, of which the compiler knows nothing more: what is made of it in a loop is made there, and takes no register beyond.
+DEVICE i32 opaque(i32 value) {
+#ifndef BRIGHTRUN_EMULATED
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+DEVICE i64 opaque(i64 value) {
+#ifndef BRIGHTRUN_EMULATED
+    asm volatile("" : "+l"(value));
+#endif
+    return value;
+}
+
 // ---- packs: eight elements, moved by 16-byte accesses ---------------------------------------------------------------
 
 constexpr i32 PACK = 8;
@@ -183,6 +197,9 @@ template <class T>
 DEVICE T lane_across(T value, i32 bits) { return __shfl_xor_sync(FULL_WARP, value, bits); }
 template <class T>
 DEVICE T from_lane(T value, i32 lane) { return __shfl_sync(FULL_WARP, value, lane); }
+// Of the lane so far below this one; where there is none, its own.
+template <class T>
+DEVICE T from_lane_below(T value, i32 by) { return __shfl_up_sync(FULL_WARP, value, by); }
 
 // The sum over LANES neighbouring lanes, a power of two, in each of them.
 template <i32 LANES, class T>
@@ -211,6 +228,9 @@ DEVICE i32 warp_sum_through(i32 value) {
 // A bit for every lane of the warp: whether it votes yes.
 DEVICE u32 warp_votes(bool yes) { return __ballot_sync(FULL_WARP, yes); }
 DEVICE i32 count_bits(u32 bits) { return __popc(bits); }
+
+// Byte `i` of a word, in one instruction.
+DEVICE u32 byte_of(u32 word, i32 i) { return __byte_perm(word, 0, 0x4440 + i); }
 
 DEVICE u64 warp_max(u64 value) {
 #pragma unroll

@@ -11,6 +11,7 @@ mod gate;
 mod loss;
 mod matmul;
 mod moe;
+mod moe_fused;
 mod norm;
 mod quantize;
 mod rows;
@@ -31,7 +32,8 @@ pub(crate) use self::moe::{
     GroupedSizes, RoutingSizes, combine, grouped_linear_backward, grouped_linear_forward, route, route_backward,
     routed_swiglu_backward, routed_swiglu_forward, stack_expert,
 };
-pub(crate) use self::norm::{NormSizes, rms_norm_backward, rms_norm_forward};
+pub(crate) use self::moe_fused::{combine_residual, grouped_pair_backward, grouped_swiglu_forward};
+pub(crate) use self::norm::{NormSizes, add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
 pub(crate) use self::quantize::{dequantize, quantize_nf4, quantize_nf4_fp8, weight_shape};
 pub(crate) use self::rows::{copy_rows, gather_rows, rope};
 

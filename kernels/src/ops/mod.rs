@@ -25,6 +25,7 @@ mod gate;
 mod loss;
 mod matmul;
 mod moe;
+pub(crate) mod moe_parts;
 mod norm;
 mod optimizer;
 mod quantize;
@@ -40,10 +41,10 @@ pub use self::gate::{Columns, GateOps, GatedNormBackward, GatedNormForward, Sigm
 pub use self::loss::{LinearCrossEntropy, LossOps};
 pub use self::matmul::{LinearBackward, LinearForward, LoraBackward, LoraForward, MatmulOps, Precision, Write};
 pub use self::moe::{
-    GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward, MoeOps, RouteBackward,
-    RoutedSwigluBackward, Routing, RowOrder,
+    CombineResidual, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward,
+    GroupedPairBackward, GroupedSwigluForward, MoeOps, RouteBackward, RoutedSwigluBackward, Routing, RowOrder,
 };
-pub use self::norm::{NormBackward, NormForward, NormOps, NormWeight};
+pub use self::norm::{AddNormForward, NormBackward, NormForward, NormOps, NormWeight};
 pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, OptimizerOps};
 pub use self::quantize::QuantizeOps;
 pub use self::rope::{RopeDirection, RopeOps, RopeTable};

@@ -14,5 +14,6 @@ mod linear;
 mod loss;
 mod memory;
 mod moe;
+mod moe_fused;
 mod rows;
 mod weights;
