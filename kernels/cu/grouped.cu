@@ -236,10 +236,10 @@ struct GroupRight {
 
         DEVICE void begin(const GroupRight& of, i64 first, i32 depth) { feed.begin(of.matrix, first, depth); }
         DEVICE void skip(i32 depth) { feed.skip(depth); }
-        DEVICE void copy(bf16* tile) { feed.copy(tile); }
+        DEVICE void copy(SharedAddress tile) { feed.copy(tile); }
         DEVICE void fetch() {}
         DEVICE void advance() {}
-        DEVICE void decode(bf16*, i32) const {}
+        DEVICE void decode(SharedAddress, i32) const {}
     };
 };
 

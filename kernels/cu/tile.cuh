@@ -76,20 +76,19 @@ struct Rows {
 template <i32 HEIGHT, i32 WIDTH, i32 THREADS>
 struct Share {
     static constexpr i32 CHUNKS = WIDTH / PACK, APART = THREADS / CHUNKS, COUNT = HEIGHT / APART;
-    static constexpr i32 STEP = APART * WIDTH;
     static_assert(THREADS % CHUNKS == 0 && HEIGHT % APART == 0 && APART % 8 == 0, "threads' chunks lie regularly");
     static DEVICE i32 row() { return i32(threadIdx.x) / CHUNKS; }
     static DEVICE i32 column() { return i32(threadIdx.x) % CHUNKS * PACK; }
-    static DEVICE i32 place() { return swizzled<CHUNKS>(row(), i32(threadIdx.x) % CHUNKS) * PACK; }
+    // Where this thread's chunk `i` goes.
+    static DEVICE SharedAddress place(SharedAddress tile, i32 i) {
+        return tile + swizzled<CHUNKS>(row(), i32(threadIdx.x) % CHUNKS) * 16 + i * (APART * WIDTH * 2);
+    }
 };
-
-// Bytes of a chunk of which `left` elements, or all if it is more than eight, exist.
-DEVICE i32 chunk_bytes(i32 left) { return 2 * min(max(left, 0), PACK); }
 
 // Copies a rectangle whose rows do not begin at 16-byte boundaries, element by element and at once: rows from `row` on, columns
 // from `column` on; zeros from row `row_end` and from column `column_end` on.
 template <i32 HEIGHT, i32 WIDTH, i32 THREADS, class MATRIX>
-__noinline__ __device__ void copy_ragged(bf16* tile, MATRIX matrix, i64 row, i64 row_end, i64 column, i64 column_end) {
+__noinline__ __device__ void copy_ragged(SharedAddress tile, MATRIX matrix, i64 row, i64 row_end, i64 column, i64 column_end) {
     using Mine = Share<HEIGHT, WIDTH, THREADS>;
     column += Mine::column();
 #pragma unroll 1
@@ -100,8 +99,13 @@ __noinline__ __device__ void copy_ragged(bf16* tile, MATRIX matrix, i64 row, i64
 #pragma unroll
         for (i32 e = 0; e < PACK; e++)
             if (from != nullptr && column + e < column_end) words[e / 2] |= u32(from[column + e].bits) << 16 * (e % 2);
-        *reinterpret_cast<uint4*>(tile + Mine::place() + i * Mine::STEP) = make_uint4(words[0], words[1], words[2], words[3]);
+        store_shared(Mine::place(tile, i), make_uint4(words[0], words[1], words[2], words[3]));
     }
+}
+
+// So many rows of `row_bytes` below a place in memory, in one multiplication with an addition.
+DEVICE const void* below(const bf16* from, i32 rows, i32 row_bytes) {
+    return reinterpret_cast<const u8*>(from) + i64(rows) * row_bytes;
 }
 
 // A factor's tiles one after another in depth, as a thread copies its part of each. What does not change from tile to tile is
@@ -109,7 +113,8 @@ __noinline__ __device__ void copy_ragged(bf16* tile, MATRIX matrix, i64 row, i64
 //
 // ALONG: the depth runs along the rows of memory, of which the tile has SIZE, from `index` on. Rows beyond the last are a copy
 // of the last one: they make sums that nobody stores. Otherwise the depth runs across them and the tile has SIZE columns;
-// columns beyond the last are copies of the first ones. Beyond the depth there are zeros.
+// columns beyond the last are copies of the first ones. Beyond the depth there are zeros, or where it ends within 16 bytes of a
+// row, what the row goes on with: the other factor has zeros there.
 template <class T, i32 SIZE, bool ALONG, class MATRIX>
 struct Feed;
 
@@ -131,12 +136,12 @@ struct Feed<T, SIZE, true, Rows> {
     }
     // From a depth on, a multiple of T::K.
     DEVICE void skip(i32 depth) { from += depth, left -= depth; }
-    DEVICE void copy(bf16* tile) {
+    DEVICE void copy(SharedAddress tile) {
         if (matrix.width % PACK == 0) {
-            i32 bytes = chunk_bytes(left), width = opaque(i32(matrix.width)), most = opaque(last);
+            i32 row_bytes = opaque(2 * i32(matrix.width)), most = opaque(last);
 #pragma unroll
             for (i32 i = 0; i < Mine::COUNT; i++)
-                copy_async(tile + Mine::place() + i * Mine::STEP, from + i64(min(i * Mine::APART, most)) * width, bytes);
+                copy_async(Mine::place(tile, i), below(from, min(i * Mine::APART, most), row_bytes), left > 0);
         } else {
             i64 column = from - Mine::column() - matrix.values - (index + Mine::row()) * matrix.width;
             copy_ragged<SIZE, T::K, T::THREADS>(tile, matrix, index, matrix.count, column, column + left + Mine::column());
@@ -160,13 +165,12 @@ struct Feed<T, SIZE, false, Rows> {
         left = depth - Mine::row();
     }
     DEVICE void skip(i32 depth) { from += depth * matrix.width, left -= depth; }
-    DEVICE void copy(bf16* tile) {
+    DEVICE void copy(SharedAddress tile) {
         if (matrix.width % PACK == 0) {
-            i32 width = opaque(i32(matrix.width));
+            i32 row_bytes = opaque(2 * i32(matrix.width));
 #pragma unroll
             for (i32 i = 0; i < Mine::COUNT; i++)
-                copy_async(tile + Mine::place() + i * Mine::STEP, from + i64(i * Mine::APART) * width,
-                           i * Mine::APART < left ? 16 : 0);
+                copy_async(Mine::place(tile, i), below(from, i * Mine::APART, row_bytes), i * Mine::APART < left);
         } else {
             i64 row = (from - matrix.values) / matrix.width - Mine::row();
             copy_ragged<T::K, SIZE, T::THREADS>(tile, matrix, row, row + left + Mine::row(), index, matrix.width);
@@ -186,18 +190,18 @@ struct Feed {
 
     DEVICE void begin(const MATRIX& of, i64 first, i32 deep) { matrix = of, index = first, done = 0, depth = deep; }
     DEVICE void skip(i32 by) { done += by; }
-    DEVICE void copy(bf16* tile) {
+    DEVICE void copy(SharedAddress tile) {
         i64 row = ALONG ? index : done, column = ALONG ? done : index;
         i64 row_end = ALONG ? index + SIZE : depth, column_end = ALONG ? depth : matrix.width;
         if (matrix.width % PACK == 0) {
-            i32 bytes = chunk_bytes(i32(column_end - column) - Mine::column());
-            column = bytes > 0 ? column + Mine::column() : 0;
+            bool inside = column + Mine::column() < column_end;
+            column = inside ? column + Mine::column() : 0;
 #pragma unroll
             for (i32 i = 0; i < Mine::COUNT; i++) {
                 i64 own = row + Mine::row() + i * Mine::APART;
                 const bf16* from = own < row_end ? matrix.row(own) : nullptr;
                 bool exists = from != nullptr;
-                copy_async(tile + Mine::place() + i * Mine::STEP, (exists ? from : matrix.values) + column, exists ? bytes : 0);
+                copy_async(Mine::place(tile, i), (exists ? from : matrix.values) + column, exists && inside);
             }
         } else {
             copy_ragged<HEIGHT, WIDTH, T::THREADS>(tile, matrix, row, row_end, column, column_end);
@@ -235,12 +239,11 @@ struct Feed<T, SIZE, true, FoundRows> {
         }
     }
     DEVICE void skip(i32 depth) { from += depth, left -= depth; }
-    DEVICE void copy(bf16* tile) {
+    DEVICE void copy(SharedAddress tile) {
         if (matrix.width % PACK == 0) {
-            i32 bytes = chunk_bytes(left);
 #pragma unroll
             for (i32 i = 0; i < Mine::COUNT; i++)
-                copy_async(tile + Mine::place() + i * Mine::STEP, from + i64(chunks[i]) * PACK, bytes);
+                copy_async(Mine::place(tile, i), reinterpret_cast<const u8*>(from) + i64(chunks[i]) * 16, left > 0);
         } else {
             i64 column = from - matrix.values;
             copy_ragged<SIZE, T::K, T::THREADS>(tile, matrix, 0, SIZE, column, column + left + Mine::column());
@@ -265,10 +268,10 @@ struct DenseRight {
 
         DEVICE void begin(const DenseRight& of, i64 first, i32 depth) { feed.begin(of.matrix, first, depth); }
         DEVICE void skip(i32 depth) { feed.skip(depth); }
-        DEVICE void copy(bf16* tile) { feed.copy(tile); }
+        DEVICE void copy(SharedAddress tile) { feed.copy(tile); }
         DEVICE void fetch() {}
         DEVICE void advance() {}
-        DEVICE void decode(bf16*, i32) const {}
+        DEVICE void decode(SharedAddress, i32) const {}
     };
 };
 
@@ -296,7 +299,7 @@ struct Nf4Right {
         i64 code_step;
         u32 block_step;
         i32 left;   // of the depth, from this thread's runs on
-        i32 place;  // of the first run's first chunk in a tile
+        i32 place;  // of the first run's first chunk in a tile, in bytes
         // Codes and scales of the tile to be decoded, and of the one after it.
         uint4 words[COUNT], next_words[COUNT];
         f32 scale[COUNT], next_scale[COUNT];
@@ -307,9 +310,10 @@ struct Nf4Right {
             code_step = COLUMNS ? of.width * (T::K / 2) : T::K / 2;
             block_step = COLUMNS ? u32(of.width * T::K / NF4_BLOCK) : T::K / NF4_BLOCK;
             left = depth - (COLUMNS ? row : column);
-            place = swizzled<WIDTH / PACK>(row, column / PACK) * PACK;
+            place = swizzled<WIDTH / PACK>(row, column / PACK) * 16;
 #pragma unroll
             for (i32 run = 0; run < COUNT; run++) {
+                next_words[run] = make_uint4(0, 0, 0, 0);
                 i64 own_row = row + run * APART, own_column = column;
                 if constexpr (COLUMNS) {
                     own_column = first + column < of.width ? first + column : column % of.width;
@@ -321,13 +325,12 @@ struct Nf4Right {
                 block[run] = u32(element / NF4_BLOCK);
             }
         }
-        DEVICE void copy(bf16*) {}
+        DEVICE void copy(SharedAddress) {}
         // Reads this thread's codes and scales of the next tile, to be decoded one step later.
         DEVICE void fetch() {
 #pragma unroll
             for (i32 run = 0; run < COUNT; run++) {
-                next_words[run] = make_uint4(0, 0, 0, 0);
-                next_scale[run] = 0.0f;  // decodes to zeros
+                next_scale[run] = 0.0f;  // decodes to zeros, whatever the codes
                 if (left > (COLUMNS ? run * APART : 0)) {
                     next_words[run] = *reinterpret_cast<const uint4*>(codes[run]);
                     next_scale[run] = scales.of(block[run]);
@@ -341,7 +344,7 @@ struct Nf4Right {
             for (i32 run = 0; run < COUNT; run++) words[run] = next_words[run], scale[run] = next_scale[run];
         }
         // Decodes chunk `step` of four of each of this thread's runs into the tile.
-        DEVICE void decode(bf16* tile, i32 step) const {
+        DEVICE void decode(SharedAddress tile, i32 step) const {
 #pragma unroll
             for (i32 run = 0; run < COUNT; run++) {
                 const uint4& all = words[run];
@@ -351,8 +354,8 @@ struct Nf4Right {
 #pragma unroll
                 for (i32 i = 0; i < 4; i++)
                     halves[i] = bf16_pair(value(firsts, i) * scale[run], value(seconds, i) * scale[run]);
-                *reinterpret_cast<uint4*>(tile + (place ^ step * PACK) + run * (APART * WIDTH)) =
-                    make_uint4(halves[0], halves[1], halves[2], halves[3]);
+                store_shared((tile + place ^ step * 16) + run * (APART * WIDTH * 2),
+                             make_uint4(halves[0], halves[1], halves[2], halves[3]));
             }
         }
         // The value whose place in the table is byte `i`.
@@ -377,11 +380,11 @@ struct PairRight {
             feeds[0].begin(right.of[0], first, depth), feeds[1].begin(right.of[1], first, depth);
         }
         DEVICE void skip(i32 depth) { feeds[0].skip(depth), feeds[1].skip(depth); }
-        DEVICE void copy(bf16* tile) { feeds[0].copy(tile), feeds[1].copy(tile + N / 2 * T::K); }
+        DEVICE void copy(SharedAddress tile) { feeds[0].copy(tile), feeds[1].copy(tile + N * T::K); }
         DEVICE void fetch() { feeds[0].fetch(), feeds[1].fetch(); }
         DEVICE void advance() { feeds[0].advance(), feeds[1].advance(); }
-        DEVICE void decode(bf16* tile, i32 step) const {
-            feeds[0].decode(tile, step), feeds[1].decode(tile + N / 2 * T::K, step);
+        DEVICE void decode(SharedAddress tile, i32 step) const {
+            feeds[0].decode(tile, step), feeds[1].decode(tile + N * T::K, step);
         }
     };
 };
@@ -407,49 +410,61 @@ DEVICE Nf4Right below(Nf4Right right, i64 rows) {
 
 // ---- fragments -----------------------------------------------------------------------------------------------------
 
-// Rows `m .. m + 16`, depth `k .. k + 16` of the left tile.
-template <class T, bool COLUMNS>
-DEVICE void load_left(u32 (&a)[4], const bf16* tile, i32 m, i32 k) {
-    i32 lane = lane_index();
-    if constexpr (COLUMNS) {
-        i32 row = k + lane / 16 * 8 + lane % 8, chunk = m / PACK + lane / 8 % 2;
-        load_matrices_transposed(a, tile + swizzled<T::M / PACK>(row, chunk) * PACK);
-    } else {
-        load_matrices(a, tile + swizzled<T::K / PACK>(m + lane % 16, k / PACK + lane / 16) * PACK);
-    }
-}
-
-// Depth `k .. k + 16` of columns `n .. n + 16` of the product: two fragments, in b[0], b[1] and b[2], b[3].
-template <class T, bool COLUMNS>
-DEVICE void load_right(u32 (&b)[4], const bf16* tile, i32 n, i32 k) {
-    i32 lane = lane_index();
-    if constexpr (COLUMNS) {
-        i32 row = k + lane / 8 % 2 * 8 + lane % 8, chunk = n / PACK + lane / 16;
-        load_matrices_transposed(b, tile + swizzled<T::N / PACK>(row, chunk) * PACK);
-    } else {
-        i32 row = n + lane / 16 * 8 + lane % 8, chunk = k / PACK + lane / 8 % 2;
-        load_matrices(b, tile + swizzled<T::K / PACK>(row, chunk) * PACK);
-    }
-}
-
-// One step of 16 in depth.
+// Where this lane's rows of the first fragments lie in a stage, in bytes. All others are an exclusive or and a constant away: the
+// swizzle flips the low bits of a chunk's place, and so does going on along a row.
 template <class T, bool LEFT_COLUMNS, bool RIGHT_COLUMNS>
-DEVICE void multiply_step(Sums<T>& sums, const bf16* left, const bf16* right, i32 k) {
-    i32 m = warp_index() / T::WARPS_N * T::WARP_M, n = warp_index() % T::WARPS_N * T::WARP_N;
-    u32 a[T::ROWS][4], b[T::COLUMNS / 2][4];
-#pragma unroll
-    for (i32 row = 0; row < T::ROWS; row++) load_left<T, LEFT_COLUMNS>(a[row], left, m + 16 * row, k);
-#pragma unroll
-    for (i32 pair = 0; pair < T::COLUMNS / 2; pair++) load_right<T, RIGHT_COLUMNS>(b[pair], right, n + 16 * pair, k);
-#pragma unroll
-    for (i32 row = 0; row < T::ROWS; row++) {
-#pragma unroll
-        for (i32 column = 0; column < T::COLUMNS; column++) {
-            u32 factor[2] = {b[column / 2][column % 2 * 2], b[column / 2][column % 2 * 2 + 1]};
-            multiply_add(sums.at[row][column], a[row], factor);
+struct Fragments {
+    i32 left, right;
+
+    DEVICE Fragments() {
+        i32 lane = lane_index(), m = warp_index() / T::WARPS_N * T::WARP_M, n = warp_index() % T::WARPS_N * T::WARP_N;
+        if constexpr (LEFT_COLUMNS) {
+            left = swizzled<T::M / PACK>(lane / 16 * 8 + lane % 8, m / PACK + lane / 8 % 2) * 16;
+        } else {
+            left = swizzled<T::K / PACK>(m + lane % 16, lane / 16) * 16;
+        }
+        if constexpr (RIGHT_COLUMNS) {
+            right = swizzled<T::N / PACK>(lane / 8 % 2 * 8 + lane % 8, n / PACK + lane / 16) * 16;
+        } else {
+            right = swizzled<T::K / PACK>(n + lane / 16 * 8 + lane % 8, lane / 8 % 2) * 16;
+        }
+        right += T::LEFT * 2;
+    }
+
+    // Rows `16 row .. + 16` of the warp's part, depth `16 step .. + 16`; `at` is this lane's place in the stage.
+    static DEVICE void load_left(u32 (&a)[4], SharedAddress at, i32 row, i32 step) {
+        if constexpr (LEFT_COLUMNS) {
+            load_matrices_transposed(a, (at ^ row * 32) + step * 16 * (T::M * 2));
+        } else {
+            load_matrices(a, (at ^ step * 32) + row * 16 * (T::K * 2));
         }
     }
-}
+    // Columns `16 pair .. + 16`: two fragments, in b[0], b[1] and b[2], b[3].
+    static DEVICE void load_right(u32 (&b)[4], SharedAddress at, i32 pair, i32 step) {
+        if constexpr (RIGHT_COLUMNS) {
+            load_matrices_transposed(b, (at ^ pair * 32) + step * 16 * (T::N * 2));
+        } else {
+            load_matrices(b, (at ^ step * 32) + pair * 16 * (T::K * 2));
+        }
+    }
+
+    // One step of 16 in depth.
+    static DEVICE void multiply(Sums<T>& sums, SharedAddress left_at, SharedAddress right_at, i32 step) {
+        u32 a[T::ROWS][4], b[T::COLUMNS / 2][4];
+#pragma unroll
+        for (i32 row = 0; row < T::ROWS; row++) load_left(a[row], left_at, row, step);
+#pragma unroll
+        for (i32 pair = 0; pair < T::COLUMNS / 2; pair++) load_right(b[pair], right_at, pair, step);
+#pragma unroll
+        for (i32 row = 0; row < T::ROWS; row++) {
+#pragma unroll
+            for (i32 column = 0; column < T::COLUMNS; column++) {
+                u32 factor[2] = {b[column / 2][column % 2 * 2], b[column / 2][column % 2 * 2 + 1]};
+                multiply_add(sums.at[row][column], a[row], factor);
+            }
+        }
+    }
+};
 
 // ---- the main loop -------------------------------------------------------------------------------------------------
 
@@ -489,13 +504,13 @@ DEVICE void multiply_tile(Sums<T>& sums, bf16* memory, i64 m, i64 n, const Term<
         if (tile < term_tiles) right.fetch();
     };
     // Begins what is copied, of both factors of a tile; before the next one is fetched, which may begin another term.
-    auto copy = [&](i32 tile, bf16* stage) {
+    auto copy = [&](i32 tile, SharedAddress stage) {
         if (tile < term_tiles) {
             if constexpr (TERMS == 2) {
                 if (tile == first_tiles) left.begin(terms[1].left, m, terms[1].depth);
             }
             left.copy(stage);
-            right.copy(stage + T::LEFT);
+            right.copy(stage + T::LEFT * 2);
         } else if (tile < tiles) {
             Feed<T, T::M, !LEFT_COLUMNS, LEFT> low_left;
             typename LOW_RANK::template Feed<T, T::N, RIGHT_COLUMNS> low_right;
@@ -503,39 +518,42 @@ DEVICE void multiply_tile(Sums<T>& sums, bf16* memory, i64 m, i64 n, const Term<
             low_left.begin(low_rank.left, opaque(m), low_rank.depth), low_left.skip(skipped);
             low_right.begin(low_rank.right, opaque(n), low_rank.depth), low_right.skip(skipped);
             low_left.copy(stage);
-            low_right.copy(stage + T::LEFT);
+            low_right.copy(stage + T::LEFT * 2);
         }
     };
+    constexpr i32 STAGE_BYTES = T::STAGE * 2;
+    SharedAddress ring = shared_place(memory);
+    Fragments<T, LEFT_COLUMNS, RIGHT_COLUMNS> fragments;
     fetch(0);
     for (i32 tile = 0; tile < T::STAGES - 1; tile++) {
-        bf16* stage = memory + tile * T::STAGE;
+        SharedAddress stage = ring + tile * STAGE_BYTES;
         right.advance();
         copy(tile, stage);
         fetch(tile + 1);
         if (tile < term_tiles) {
 #pragma unroll
-            for (i32 step = 0; step < 4; step++) right.decode(stage + T::LEFT, step);
+            for (i32 step = 0; step < 4; step++) right.decode(stage + T::LEFT * 2, step);
         }
         copies_commit();
     }
-    i32 reading = 0, writing = (T::STAGES - 1) * T::STAGE;
+    i32 reading = 0, writing = (T::STAGES - 1) * STAGE_BYTES;
     for (i32 tile = 0; tile < tiles; tile++) {
         copies_wait<T::STAGES - 2>();
         __syncthreads();  // this tile is whole, and the one before it is done with
         i32 ahead = tile + T::STAGES - 1;
-        bf16* stage = memory + writing;
+        SharedAddress stage = ring + writing;
         right.advance();
         copy(ahead, stage);
         copies_commit();
         fetch(ahead + 1);
-        const bf16* at = memory + reading;
+        SharedAddress left_at = ring + (reading + fragments.left), right_at = ring + (reading + fragments.right);
 #pragma unroll
         for (i32 step = 0; step < 4; step++) {
-            multiply_step<T, LEFT_COLUMNS, RIGHT_COLUMNS>(sums, at, at + T::LEFT, step * 16);
-            if (ahead < term_tiles) right.decode(stage + T::LEFT, step);
+            fragments.multiply(sums, left_at, right_at, step);
+            if (ahead < term_tiles) right.decode(stage + T::LEFT * 2, step);
         }
         writing = reading;
-        reading = reading == (T::STAGES - 1) * T::STAGE ? 0 : reading + T::STAGE;
+        reading = reading == (T::STAGES - 1) * STAGE_BYTES ? 0 : reading + STAGE_BYTES;
     }
     copies_wait<0>();
     __syncthreads();  // the ring is free
