@@ -660,8 +660,8 @@ GATED_DELTA(f32)
 GATED_DELTA(bf16)
 
 // `form` direct: any head sizes; staged: heads whose rows are multiples of 16 bytes, as long as a chunk of them fits.
-#define SCANS(form, STAGED, A)                                                                                               \
-    ENTRY(THREADS, 2)                                                                                                        \
+#define SCANS(form, STAGED, BLOCKS, A)                                                                                            \
+    ENTRY(THREADS, BLOCKS)                                                                                                   \
     delta_forward_##form##_##A(const A* __restrict__ q, const A* __restrict__ k, const A* __restrict__ v,                    \
                                const f32* __restrict__ decay, const f32* __restrict__ beta, const f32* __restrict__ solved,  \
                                const A* __restrict__ products, const i32* __restrict__ documents, f32* __restrict__ state,   \
@@ -669,7 +669,7 @@ GATED_DELTA(bf16)
         delta_scan<true, STAGED, A>(q, k, v, decay, beta, solved, products, documents, state, out, nullptr,                  \
                                     Heads{key_heads, value_heads, key_dim, value_dim}, scale);                               \
     }                                                                                                                        \
-    ENTRY(THREADS, 2)                                                                                                        \
+    ENTRY(THREADS, BLOCKS)                                                                                                   \
     delta_states_##form##_##A(const A* __restrict__ k, const A* __restrict__ v, const f32* __restrict__ decay,               \
                               const f32* __restrict__ beta, const f32* __restrict__ solved,                                  \
                               const i32* __restrict__ documents, A* __restrict__ states, A* __restrict__ corrected,          \
@@ -677,7 +677,7 @@ GATED_DELTA(bf16)
         delta_scan<false, STAGED, A>(nullptr, k, v, decay, beta, solved, nullptr, documents, nullptr, corrected, states,     \
                                      Heads{key_heads, value_heads, key_dim, value_dim}, 1.0f);                               \
     }                                                                                                                        \
-    ENTRY(THREADS, 2)                                                                                                        \
+    ENTRY(THREADS, BLOCKS)                                                                                                   \
     delta_reverse_##form##_##A(const A* __restrict__ q, const A* __restrict__ k, const f32* __restrict__ decay,              \
                                const f32* __restrict__ beta, const f32* __restrict__ solved, const A* __restrict__ products, \
                                const A* __restrict__ dout, const i32* __restrict__ documents, A* __restrict__ dstates,       \
@@ -686,6 +686,6 @@ GATED_DELTA(bf16)
         delta_reverse<STAGED, A>(q, k, decay, beta, solved, products, dout, documents, dstates, dresidual, dv,               \
                                  Heads{key_heads, value_heads, key_dim, value_dim}, scale);                                  \
     }
-SCANS(direct, false, f32)
-SCANS(direct, false, bf16)
-SCANS(staged, true, bf16)
+SCANS(direct, false, 1, f32)
+SCANS(direct, false, 1, bf16)
+SCANS(staged, true, 2, bf16)

@@ -10,7 +10,7 @@ use crate::contract::{self, DeltaSizes};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
-    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaOps, Device, Op,
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps, Device, Op,
 };
 use crate::tensor::{Segments, Tensor};
 
@@ -443,6 +443,10 @@ impl<R: Runtime> DeltaOps for Gpu<R> {
             Argument::F32(call.scale),
         ];
         self.launch(&GRADIENTS, &[call.q.dtype()], blocks, &arguments)
+    }
+
+    fn delta_inputs_forward(&self, call: DeltaInputsForward<'_, Self>) -> Result<()> {
+        self.prepare_delta(call)
     }
 
     fn delta_gates_forward(&self, call: DeltaGatesForward<'_, Self>) -> Result<()> {

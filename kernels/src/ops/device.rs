@@ -45,6 +45,7 @@ pub enum Op {
     DeltaRuleBackward,
     DeltaGatesForward,
     DeltaGatesBackward,
+    DeltaInputsForward,
     ConvolutionForward,
     ConvolutionBackward,
     SigmoidGateForward,

@@ -8,6 +8,7 @@
 mod attention;
 mod backends;
 mod delta;
+mod delta_inputs;
 mod elementwise;
 mod gate;
 mod linear;

@@ -2,8 +2,8 @@
 //! layer. What they fuse is judged as its parts are: gate and up are one layer of `2·F` outputs to the oracle.
 
 use brightrun_kernels::ops::{
-    CombineResidual, GroupedLoraBackward, GroupedLoraForward, GroupedPairBackward, GroupedSwigluForward, MoeOps,
-    Precision, RowOrder,
+    CombineResidual, GroupedLoraBackward, GroupedLoraForward, GroupedPairBackward, GroupedSwigluForward, Precision,
+    RowOrder,
 };
 use brightrun_kernels::oracle::{
     Adapter, Layer, LinearGradients, Real, by_token, combine, grouped_linear_backward, grouped_linear_forward,

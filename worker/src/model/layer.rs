@@ -68,7 +68,7 @@ impl<B: Backend> Layer<B> {
     /// # Errors
     /// The backend's own.
     pub fn forward(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>) -> Result<()> {
-        let (mixed, _) = self.mix(pass, x)?;
+        let mixed = self.mix_only(pass, x)?;
         self.feed(pass, x, mixed)
     }
 
@@ -78,8 +78,13 @@ impl<B: Backend> Layer<B> {
     /// The backend's own.
     pub fn forward_traced(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>, keep: bool) -> Result<LayerTrace<B>> {
         let input = pass.duplicate(x)?;
-        let (mixed, mixer) = self.mix(pass, x)?;
-        let mixer = keep.then_some(mixer);
+        let (mixed, mixer) = match keep {
+            true => {
+                let (mixed, trace) = self.mix(pass, x)?;
+                (mixed, Some(trace))
+            }
+            false => (self.mix_only(pass, x)?, None),
+        };
         let normed = self.add_and_norm(pass, x, mixed)?;
         let middle = if keep { Some(pass.duplicate(x)?) } else { None };
         let purpose = if keep { Purpose::Both } else { Purpose::Output };
@@ -191,6 +196,11 @@ impl<B: Backend> Layer<B> {
     fn mix(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<(Tensor<B>, MixerTrace<B>)> {
         let normed = self.input_norm.forward(pass, x)?.y;
         self.mixer.forward(pass, &normed)
+    }
+
+    fn mix_only(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<Tensor<B>> {
+        let normed = self.input_norm.forward(pass, x)?.y;
+        self.mixer.output(pass, &normed)
     }
 
     /// Adds what the mixer gave to the residual stream, and then what the feed-forward part makes of it.
