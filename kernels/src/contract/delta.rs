@@ -3,7 +3,9 @@
 use super::{Rules, VECTOR};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, Device};
+use crate::ops::{
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, Device,
+};
 use crate::tensor::{Segments, Tensor};
 
 /// `Hk`, `Hv`, `Dk`, `Dv`.

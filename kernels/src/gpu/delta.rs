@@ -10,7 +10,8 @@ use crate::contract::{self, DeltaSizes};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
-    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps, Device, Op,
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps,
+    Device, Op,
 };
 use crate::tensor::{Segments, Tensor};
 
@@ -93,60 +94,60 @@ static SOLVE: Kernel = kernel(
 );
 
 const FORWARD: &[(&str, Parameter)] = &[
-        ("q", In(A)),
-        ("k", In(A)),
-        ("v", In(A)),
-        ("decay", In(SINGLE)),
-        ("beta", In(SINGLE)),
-        ("solved", In(SINGLE)),
-        ("products", In(A)),
-        ("documents", In(INTEGER)),
-        ("state", Out(SINGLE)),
-        ("out", Out(A)),
-        ("key_heads", I32),
-        ("value_heads", I32),
-        ("key_dim", I32),
-        ("value_dim", I32),
-        ("scale", F32),
-    ];
+    ("q", In(A)),
+    ("k", In(A)),
+    ("v", In(A)),
+    ("decay", In(SINGLE)),
+    ("beta", In(SINGLE)),
+    ("solved", In(SINGLE)),
+    ("products", In(A)),
+    ("documents", In(INTEGER)),
+    ("state", Out(SINGLE)),
+    ("out", Out(A)),
+    ("key_heads", I32),
+    ("value_heads", I32),
+    ("key_dim", I32),
+    ("value_dim", I32),
+    ("scale", F32),
+];
 static FORWARD_DIRECT: Kernel = kernel("delta_forward_direct", FORWARD);
 static FORWARD_STAGED: Kernel = staged("delta_forward_staged", FORWARD);
 
 const STATES: &[(&str, Parameter)] = &[
-        ("k", In(A)),
-        ("v", In(A)),
-        ("decay", In(SINGLE)),
-        ("beta", In(SINGLE)),
-        ("solved", In(SINGLE)),
-        ("documents", In(INTEGER)),
-        ("states", Out(A)),
-        ("corrected", Out(A)),
-        ("key_heads", I32),
-        ("value_heads", I32),
-        ("key_dim", I32),
-        ("value_dim", I32),
-    ];
+    ("k", In(A)),
+    ("v", In(A)),
+    ("decay", In(SINGLE)),
+    ("beta", In(SINGLE)),
+    ("solved", In(SINGLE)),
+    ("documents", In(INTEGER)),
+    ("states", Out(A)),
+    ("corrected", Out(A)),
+    ("key_heads", I32),
+    ("value_heads", I32),
+    ("key_dim", I32),
+    ("value_dim", I32),
+];
 static STATES_DIRECT: Kernel = kernel("delta_states_direct", STATES);
 static STATES_STAGED: Kernel = staged("delta_states_staged", STATES);
 
 const REVERSE: &[(&str, Parameter)] = &[
-        ("q", In(A)),
-        ("k", In(A)),
-        ("decay", In(SINGLE)),
-        ("beta", In(SINGLE)),
-        ("solved", In(SINGLE)),
-        ("products", In(A)),
-        ("dout", In(A)),
-        ("documents", In(INTEGER)),
-        ("dstates", Out(A)),
-        ("dresidual", Out(A)),
-        ("dv", Out(A)),
-        ("key_heads", I32),
-        ("value_heads", I32),
-        ("key_dim", I32),
-        ("value_dim", I32),
-        ("scale", F32),
-    ];
+    ("q", In(A)),
+    ("k", In(A)),
+    ("decay", In(SINGLE)),
+    ("beta", In(SINGLE)),
+    ("solved", In(SINGLE)),
+    ("products", In(A)),
+    ("dout", In(A)),
+    ("documents", In(INTEGER)),
+    ("dstates", Out(A)),
+    ("dresidual", Out(A)),
+    ("dv", Out(A)),
+    ("key_heads", I32),
+    ("value_heads", I32),
+    ("key_dim", I32),
+    ("value_dim", I32),
+    ("scale", F32),
+];
 static REVERSE_DIRECT: Kernel = kernel("delta_reverse_direct", REVERSE);
 static REVERSE_STAGED: Kernel = staged("delta_reverse_staged", REVERSE);
 
@@ -228,7 +229,10 @@ impl<R: Runtime> Chunks<R> {
         ];
         let own = bytes(stage(COLUMNS) + GATES + (sizes.key_dim + DELTA_CHUNK) * (COLUMNS + 1));
         let triangle = bytes(DELTA_CHUNK * pitch(DELTA_CHUNK, size_of::<f32>()));
-        let halves = rows.iter().map(|width| DELTA_CHUNK * pitch(*width, 2) * 2).sum::<usize>();
+        let halves = rows
+            .iter()
+            .map(|width| DELTA_CHUNK * pitch(*width, 2) * 2)
+            .sum::<usize>();
         let (is_regular, whole) = (
             [sizes.key_dim, sizes.value_dim].iter().all(|width| width % 8 == 0),
             own + triangle + halves,

@@ -1,11 +1,11 @@
 //! The fused op in front of the delta rule, put together from those that it stands for.
 
 use crate::contract;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
     Columns, ConvolutionForward, ConvolutionOps, DeltaGatesForward, DeltaInputsForward, DeltaOps, GateOps,
 };
-use crate::dtype::DType;
 use crate::tensor::Tensor;
 
 /// See [`DeltaOps::delta_inputs_forward`].
@@ -47,7 +47,10 @@ pub(crate) fn inputs_forward<D: DeltaOps + GateOps + ConvolutionOps>(
     }
     let values = convolved(2, 2 * key, group)?;
     device.copy(&values.reshaped(call.v.shape())?, call.v)?;
-    device.copy(&cut(call.fused, 2 * key + group, group)?.reshaped(call.z.shape())?, call.z)?;
+    device.copy(
+        &cut(call.fused, 2 * key + group, group)?.reshaped(call.z.shape())?,
+        call.z,
+    )?;
     let ratio = sizes.value_heads / heads;
     device.delta_gates_forward(DeltaGatesForward {
         a: &cut(call.ba, ratio, ratio)?,

@@ -35,7 +35,9 @@ mod rope;
 pub use self::activation::ActivationOps;
 pub use self::attention::{AttentionBackward, AttentionForward, AttentionOps};
 pub use self::convolution::{ConvolutionBackward, ConvolutionForward, ConvolutionOps};
-pub use self::delta::{DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps};
+pub use self::delta::{
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps,
+};
 pub use self::device::{Device, MemoryStats, Op, Support};
 pub use self::embedding::EmbeddingOps;
 pub use self::gate::{Columns, GateOps, GatedNormBackward, GatedNormForward, SigmoidGateBackward};

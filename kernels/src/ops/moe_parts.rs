@@ -5,8 +5,8 @@ use crate::contract;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
-    ActivationOps, Columns, CombineResidual, GateOps, GroupedLinearBackward, GroupedLinearForward,
-    GroupedLoraBackward, GroupedLoraForward, GroupedPairBackward, GroupedSwigluForward, MoeOps, RowOrder, Write,
+    ActivationOps, Columns, CombineResidual, GateOps, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward,
+    GroupedLoraForward, GroupedPairBackward, GroupedSwigluForward, MoeOps, RowOrder, Write,
 };
 use crate::stack::WeightStack;
 use crate::tensor::Tensor;
@@ -35,28 +35,29 @@ pub(crate) fn swiglu_forward<D: MoeOps + GateOps>(device: &D, call: GroupedSwigl
     let sizes = contract::grouped_swiglu_forward(&call)?;
     let shape = [sizes.routing.slots(), sizes.outputs];
     let mut lora = call.lora;
-    let project = |weight: &WeightStack<D>, half: usize, lora: &mut Option<GroupedLoraForward<'_, D>>, y: &mut Tensor<D>| {
-        let b = match lora {
-            Some(lora) => Some(half_of(device, lora.b, weight, half)?),
-            None => None,
+    let project =
+        |weight: &WeightStack<D>, half: usize, lora: &mut Option<GroupedLoraForward<'_, D>>, y: &mut Tensor<D>| {
+            let b = match lora {
+                Some(lora) => Some(half_of(device, lora.b, weight, half)?),
+                None => None,
+            };
+            // Both halves write the same `u`.
+            let lora = lora.as_mut().zip(b.as_ref()).map(|(lora, b)| GroupedLoraForward {
+                a: lora.a,
+                b,
+                scale: lora.scale,
+                hidden: &mut *lora.hidden,
+            });
+            device.grouped_linear_forward(GroupedLinearForward {
+                x: call.x,
+                x_order: RowOrder::Token,
+                routing: call.routing,
+                weight,
+                lora,
+                precision: call.precision,
+                y,
+            })
         };
-        // Both halves write the same `u`.
-        let lora = lora.as_mut().zip(b.as_ref()).map(|(lora, b)| GroupedLoraForward {
-            a: lora.a,
-            b,
-            scale: lora.scale,
-            hidden: &mut *lora.hidden,
-        });
-        device.grouped_linear_forward(GroupedLinearForward {
-            x: call.x,
-            x_order: RowOrder::Token,
-            routing: call.routing,
-            weight,
-            lora,
-            precision: call.precision,
-            y,
-        })
-    };
     let both = |gate: &mut Tensor<D>, up: &mut Tensor<D>| {
         project(call.gate, 0, &mut lora, gate)?;
         project(call.up, 1, &mut lora, up)?;
@@ -90,16 +91,19 @@ pub(crate) fn pair_backward<D: MoeOps + GateOps>(device: &D, call: GroupedPairBa
             )),
             None => None,
         };
-        let own = lora.as_mut().zip(halves.as_mut()).map(|(lora, (b, gradient_b))| GroupedLoraBackward {
-            x: lora.x,
-            x_order: lora.x_order,
-            a: lora.a,
-            b,
-            scale: lora.scale,
-            hidden: lora.hidden,
-            gradient_a: &mut *lora.gradient_a,
-            gradient_b,
-        });
+        let own = lora
+            .as_mut()
+            .zip(halves.as_mut())
+            .map(|(lora, (b, gradient_b))| GroupedLoraBackward {
+                x: lora.x,
+                x_order: lora.x_order,
+                a: lora.a,
+                b,
+                scale: lora.scale,
+                hidden: lora.hidden,
+                gradient_a: &mut *lora.gradient_a,
+                gradient_b,
+            });
         if own.is_none() && dx.is_none() {
             return Ok(());
         }
@@ -114,7 +118,12 @@ pub(crate) fn pair_backward<D: MoeOps + GateOps>(device: &D, call: GroupedPairBa
         })?;
         if let (Some(lora), Some((_, gradient_b))) = (&mut lora, halves) {
             let width = gradient_b.shape().elements() / weight.extents().0.max(1);
-            let Columns { groups, source, target, width } = half_columns(width, half);
+            let Columns {
+                groups,
+                source,
+                target,
+                width,
+            } = half_columns(width, half);
             let back = Columns {
                 groups,
                 source: target,

@@ -73,7 +73,9 @@ fn by_parts<B: Traits>(run: &Run<'_, B>, shape: &Shape, call: &DeltaInputsForwar
     };
     let mut results = Vec::new();
     for part in 0..2 {
-        let raw = convolved(part, part * key, key).reshaped([tokens, key_heads, key]).unwrap();
+        let raw = convolved(part, part * key, key)
+            .reshaped([tokens, key_heads, key])
+            .unwrap();
         let mut y = device.alloc(dtype, raw.shape()).unwrap();
         let mut rnorm = device.alloc(DType::F32, [tokens * key_heads]).unwrap();
         device.l2_norm_forward(&raw, EPS, &mut y, &mut rnorm).unwrap();
@@ -104,10 +106,20 @@ fn inputs<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, activation: DType, wei
     let columns = 2 * key_heads * key_dim + 2 * value_heads * value_dim;
     let mut fused_values = random.adversarial(tokens * columns);
     let fused = run.upload(activation, [tokens, columns], &mut fused_values);
-    let ba = run.upload(activation, [tokens, 2 * value_heads], &mut random.normal(tokens * 2 * value_heads));
+    let ba = run.upload(
+        activation,
+        [tokens, 2 * value_heads],
+        &mut random.normal(tokens * 2 * value_heads),
+    );
     let (keys, values) = (key_heads * key_dim, value_heads * value_dim);
-    let taps = [keys, keys, values]
-        .map(|channels| dense(device, weights, [channels, shape.taps], &random.normal(channels * shape.taps)));
+    let taps = [keys, keys, values].map(|channels| {
+        dense(
+            device,
+            weights,
+            [channels, shape.taps],
+            &random.normal(channels * shape.taps),
+        )
+    });
     let [a_log, dt_bias] = [(); 2].map(|()| device.upload_f32([value_heads], &random.normal(value_heads)).unwrap());
     let [mut q, mut k] = [(); 2].map(|()| run.output(activation, [tokens, key_heads, key_dim]));
     let [mut v, mut z] = [(); 2].map(|()| run.output(activation, [tokens, value_heads, value_dim]));

@@ -1,7 +1,8 @@
 //! Element-wise ops, norms and the optimizer.
 
 use brightrun_kernels::ops::{
-    AdamW, AddNormForward, BlockMoment, Device, MOMENT_BLOCK, NormBackward, NormForward, NormWeight, OptimizerOps, Precision, Write,
+    AdamW, AddNormForward, BlockMoment, Device, MOMENT_BLOCK, NormBackward, NormForward, NormWeight, OptimizerOps,
+    Precision, Write,
 };
 use brightrun_kernels::oracle::{
     Real, adamw_step, decode_moment, rms_norm_backward, rms_norm_forward, swiglu_backward, swiglu_forward,
@@ -135,7 +136,12 @@ fn norm<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], (style, dtype, write
     }
 }
 
-fn add_norm<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], (style, dtype): (NormWeight, DType), activation: DType) {
+fn add_norm<B: Traits>(
+    run: &mut Run<'_, B>,
+    shape: [usize; 2],
+    (style, dtype): (NormWeight, DType),
+    activation: DType,
+) {
     let [rows, width] = shape;
     let mut random = Random::new(width as u64 + 1);
     let count = rows * width;

@@ -81,7 +81,11 @@ struct Host {
 impl Shape {
     fn host(&self) -> Host {
         let Self {
-            crowd, inputs, width, rank, ..
+            crowd,
+            inputs,
+            width,
+            rank,
+            ..
         } = *self;
         let mut random = Random::new((inputs * width + rank) as u64);
         let mut logits = crowd.logits(&mut random);
@@ -130,7 +134,9 @@ impl<N: Real> Both<N> {
     fn new(host: &Host, gate: &[Vec<f32>], up: &[Vec<f32>]) -> Self {
         let both = gate.iter().zip(up);
         Self {
-            weights: both.map(|(gate, up)| [narrow::<N>(gate), narrow(up)].concat()).collect(),
+            weights: both
+                .map(|(gate, up)| [narrow::<N>(gate), narrow(up)].concat())
+                .collect(),
             a: narrow(&host.a),
             b: narrow(&host.b),
         }
@@ -166,8 +172,12 @@ fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
     let x = run.upload(shape.activation, [crowd.tokens, shape.inputs], &mut host.x);
     let (gate, gate_values) = shape.stack(device, &host.weights[0]);
     let (up, up_values) = shape.stack(device, &host.weights[1]);
-    let a = device.upload_f32([crowd.experts, shape.rank, shape.inputs], &host.a).unwrap();
-    let b = device.upload_f32([crowd.experts, 2 * shape.width, shape.rank], &host.b).unwrap();
+    let a = device
+        .upload_f32([crowd.experts, shape.rank, shape.inputs], &host.a)
+        .unwrap();
+    let b = device
+        .upload_f32([crowd.experts, 2 * shape.width, shape.rank], &host.b)
+        .unwrap();
     let rows = [crowd.slots(), shape.width];
     // Everything at once, the activation alone, the projections alone.
     let results = [(true, true), (false, true), (true, false)].map(|(keeps, activates)| {
@@ -193,9 +203,17 @@ fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
         (gate_y, up_y, y, hidden)
     });
     let [(gate_y, up_y, y, hidden), (.., alone, _), (gate_alone, up_alone, ..)] = results;
-    for (name, whole, part) in [("y", &y, &alone), ("gate", &gate_y, &gate_alone), ("up", &up_y, &up_alone)] {
+    for (name, whole, part) in [
+        ("y", &y, &alone),
+        ("gate", &gate_y, &gate_alone),
+        ("up", &up_y, &up_alone),
+    ] {
         let same = device.read(whole).unwrap() == device.read(part).unwrap();
-        assert!(same, "{name} depends on what else is asked for: {shape:?} on {}", run.name);
+        assert!(
+            same,
+            "{name} depends on what else is asked for: {shape:?} on {}",
+            run.name
+        );
     }
     let (plain, oracle) = judged!(shape.precision, N, {
         let own = Both::<N>::new(&host, &gate_values, &up_values);
@@ -264,7 +282,9 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
         let own = Both::<N>::new(&host, &gate_values, &up_values);
         let route = as_route::<B, N>(device, &routing);
         let x = by_token(&narrow::<N>(&host.x), &route, crowd.top, shape.inputs);
-        let halves = host.dy[0].chunks_exact(shape.width).zip(host.dy[1].chunks_exact(shape.width));
+        let halves = host.dy[0]
+            .chunks_exact(shape.width)
+            .zip(host.dy[1].chunks_exact(shape.width));
         let dy: Vec<f32> = halves.flat_map(|(gate, up)| [gate, up].concat()).collect();
         let layers = own.layers(shape);
         let u = narrow::<N>(&host.hidden);
@@ -346,13 +366,17 @@ fn sum<B: Traits>(run: &mut Run<'_, B>, crowd: Crowd, width: usize, activation: 
 
 #[test]
 fn a_layer_of_experts_ends_in_the_residual_stream() {
-    on_every_backend!("combine_residual", [Route, Combine, SigmoidGateForward, AddAssign], |run| {
-        for crowd in CROWDS {
-            for activation in run.activations() {
-                for (width, has_shared) in [(1, true), (17, false), (64, true)] {
-                    sum(run, *crowd, width, *activation, has_shared);
+    on_every_backend!(
+        "combine_residual",
+        [Route, Combine, SigmoidGateForward, AddAssign],
+        |run| {
+            for crowd in CROWDS {
+                for activation in run.activations() {
+                    for (width, has_shared) in [(1, true), (17, false), (64, true)] {
+                        sum(run, *crowd, width, *activation, has_shared);
+                    }
                 }
             }
         }
-    });
+    );
 }

@@ -123,7 +123,9 @@ pub fn judge(entry: &str, kernel: &str, read: &Read) -> Option<String> {
         _ => {}
     }
     let frame = read.resources.stack_bytes + read.resources.local_bytes;
-    let explained = LOCAL_MEMORY.iter().any(|(name, most, _)| *name == kernel && frame <= *most);
+    let explained = LOCAL_MEMORY
+        .iter()
+        .any(|(name, most, _)| *name == kernel && frame <= *most);
     if (whole.local > 0 || frame > 0) && !explained {
         return Some(format!(
             "{} accesses of local memory and a frame of {frame} bytes: it spills, or indexes an array at run time",

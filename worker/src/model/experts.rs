@@ -83,13 +83,7 @@ impl<B: Backend> Experts<B> {
     ///
     /// # Errors
     /// The backend's own.
-    pub fn open(
-        &self,
-        pass: &Pass<'_, B>,
-        x: &Tensor<B>,
-        routing: &Routing<B>,
-        purpose: Purpose,
-    ) -> Result<Wide<B>> {
+    pub fn open(&self, pass: &Pass<'_, B>, x: &Tensor<B>, routing: &Routing<B>, purpose: Purpose) -> Result<Wide<B>> {
         let shape = [routing.slots.shape().elements(), self.width()];
         let mut wide = Wide {
             kept: match purpose.keeps() {

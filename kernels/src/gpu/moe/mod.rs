@@ -21,7 +21,8 @@ use super::family::Family;
 use super::{Gpu, Kernel, Runtime, sources};
 use crate::error::Result;
 use crate::ops::{
-    CombineResidual, GroupedLinearBackward, GroupedLinearForward, GroupedPairBackward, GroupedSwigluForward, MoeOps, Op, RouteBackward, RoutedSwigluBackward, Routing, Write,
+    CombineResidual, GroupedLinearBackward, GroupedLinearForward, GroupedPairBackward, GroupedSwigluForward, MoeOps,
+    Op, RouteBackward, RoutedSwigluBackward, Routing, Write,
 };
 use crate::stack::WeightStack;
 use crate::tensor::Tensor;
