@@ -108,7 +108,12 @@ impl Compiler {
             std::fs::create_dir_all(&build)?;
             let done = self.compile(&build, &flags, includes, main, library);
             std::fs::remove_dir_all(&build)?;
-            done.map(|message| failure = message)
+            failure = done?;
+            // A library that was not made must not be found by the next one who asks.
+            match failure {
+                Some(_) => Err(std::io::Error::other("it does not compile")),
+                None => Ok(()),
+            }
         });
         match (failure, published) {
             (Some(message), _) => Err(failed(name, message)),
@@ -139,7 +144,6 @@ impl Compiler {
         if output.status.success() {
             return Ok(None);
         }
-        std::fs::write(library, "")?; // so that there is something to rename or remove
         Ok(Some(String::from_utf8_lossy(&output.stderr).into_owned()))
     }
 }

@@ -3,7 +3,8 @@
 use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
-    attention_kernels, convolution, delta, elementwise, gate, loss, matmul, moe, norm, optimizer, quantize, rows,
+    attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, matmul, moe, norm, optimizer,
+    quantize, rows,
 };
 use crate::ops::{Op, Support};
 
@@ -27,6 +28,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &gate::FAMILY,
     &convolution::FAMILY,
     &delta::FAMILY,
+    &delta_inputs::FAMILY,
     &moe::FAMILY,
     &moe::TENSOR_FAMILY,
     &moe::EXACT_FAMILY,

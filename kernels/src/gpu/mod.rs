@@ -20,6 +20,7 @@ mod attention_kernels;
 pub(crate) mod cache;
 mod convolution;
 mod delta;
+mod delta_inputs;
 mod elementwise;
 mod family;
 mod faults;

@@ -32,6 +32,7 @@ pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static CONVOLUTION: Source = source!("convolution");
 pub(crate) static GATE: Source = source!("gate");
 pub(crate) static GATED_DELTA: Source = source!("gated_delta");
+pub(crate) static DELTA_INPUTS: Source = source!("delta_inputs");
 pub(crate) static MOE: Source = source!("moe");
 pub(crate) static GROUPED: Source = source!("grouped");
 pub(crate) static GROUPED_F32: Source = source!("grouped_f32");

@@ -52,6 +52,8 @@ pub(super) struct GroupedOuter<'a, R: Runtime> {
     pub(super) order: RowOrder,
     /// f32 `[E, rows, columns]`, or `[E, columns, rows]` if `transposed`.
     pub(super) gradient: &'a mut Tensor<Gpu<R>>,
+    /// Elements from one expert's gradient to the next, and before the part of it that is meant.
+    pub(super) place: [usize; 2],
     pub(super) scale: f32,
     pub(super) transposed: bool,
     pub(super) routing: &'a Routing<Gpu<R>>,
@@ -76,7 +78,7 @@ pub(super) fn most_tiles(rows: usize, experts: usize, height: usize) -> usize {
 }
 
 impl<R: Runtime> Gpu<R> {
-    fn experts<'a>(&self, stack: &'a WeightStack<Self>, precision: Precision) -> Result<Experts<'a, R>> {
+    pub(super) fn experts<'a>(&self, stack: &'a WeightStack<Self>, precision: Precision) -> Result<Experts<'a, R>> {
         Ok(match (stack, precision) {
             (WeightStack::Dense(tensor), Precision::F32) => Experts::Dense(Held::Borrowed(tensor)),
             (WeightStack::Dense(tensor), Precision::Bf16) => Experts::Dense(self.held(tensor, DType::BF16)?),
@@ -176,6 +178,7 @@ impl<R: Runtime> Gpu<R> {
                 right: &x,
                 order: lora.x_order,
                 gradient: lora.gradient_a,
+                place: [rank * inputs, 0],
                 scale: 1.0,
                 transposed: false,
                 routing: call.routing,
@@ -188,6 +191,7 @@ impl<R: Runtime> Gpu<R> {
                 right: &dy,
                 order: call.dy_order,
                 gradient: lora.gradient_b,
+                place: [rank * outputs, 0],
                 scale: lora.scale,
                 transposed: true,
                 routing: call.routing,
