@@ -923,6 +923,7 @@ fn loss<'a, B: Clock>(backend: &'a B, sizes: [usize; 3]) -> Result<Body<'a>> {
     let labels = backend.upload_i32([tokens], &labels)?;
     let mut losses = backend.alloc(DType::F32, [tokens])?;
     let mut dx = room(backend, &[tokens, width])?;
+    let one = backend.upload_f32([1], &[1.0])?;
     Ok(Box::new(move || {
         backend.linear_cross_entropy(LinearCrossEntropy {
             x: &x,
@@ -930,7 +931,7 @@ fn loss<'a, B: Clock>(backend: &'a B, sizes: [usize; 3]) -> Result<Body<'a>> {
             labels: &labels,
             precision: BF16,
             losses: &mut losses,
-            dx: Some((&mut dx, 1.0)),
+            dx: Some((&mut dx, &one)),
         })
     }))
 }

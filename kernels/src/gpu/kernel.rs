@@ -167,6 +167,8 @@ impl<R: Runtime> Gpu<R> {
         };
         let shared_bytes = u32::try_from(geometry.shared_bytes)
             .map_err(|_| kernel.mismatch(format_args!("{} bytes of shared memory", geometry.shared_bytes)))?;
+        let writes_faults = arguments.iter().any(|argument| matches!(argument, Argument::Faults));
+        self.tape().launches(kernel.stem, writes_faults)?;
         self.runtime().launch(&Launch {
             source: kernel.source,
             entry: &kernel.entry(types),
@@ -193,7 +195,7 @@ impl<R: Runtime> Gpu<R> {
             if wanted != Some(tensor.dtype()) {
                 return Err(format!("wants {element:?} of {types:?}, but is {tensor:?}"));
             }
-            Ok(Value::Memory(tensor.buffer().block()))
+            Ok(Value::Memory(tensor.buffer().span()))
         };
         match (parameter, argument) {
             (Parameter::In(element), Argument::In(tensor) | Argument::Optional(Some(tensor))) => {

@@ -96,7 +96,7 @@ static SOFTMAX: Kernel = Kernel {
         ("chunk", I32),
         ("vocabulary", I32),
         ("pitch", I64),
-        ("factor", F32),
+        ("scale", In(SINGLE)),
     ],
 };
 
@@ -252,7 +252,7 @@ impl<R: Runtime> Gpu<R> {
         let mut parts = self.alloc(DType::F32, [parts_count, parts_rows, sizes.inputs])?;
         let mut hidden = self.alloc(DType::BF16, [workspace.chunk, sizes.inputs])?;
         let head = self.right(call.head, Precision::Bf16)?;
-        let factor = call.dx.as_ref().map_or(0.0, |(_, factor)| *factor);
+        let factor = call.dx.as_ref().map(|(_, factor)| *factor);
         for first in (0..sizes.tokens).step_by(workspace.chunk) {
             self.gather(call.x, supervised, &mut hidden, [first, workspace.chunk, sizes.inputs])?;
             self.logits(&hidden, &head, supervised, (first, sizes), &mut workspace)?;
@@ -325,7 +325,7 @@ impl<R: Runtime> Gpu<R> {
     /// Losses of a chunk of logits, and their gradients.
     fn softmax(
         &self,
-        (labels, factor): (&Tensor<Self>, f32),
+        (labels, factor): (&Tensor<Self>, Option<&Tensor<Self>>),
         supervised: &Supervised<R>,
         (first, sizes): (usize, LinearSizes),
         workspace: &mut Workspace<R>,
@@ -343,7 +343,7 @@ impl<R: Runtime> Gpu<R> {
             Argument::Size(workspace.chunk),
             Argument::Size(sizes.outputs),
             Argument::Size(workspace.pitch),
-            Argument::F32(factor),
+            Argument::Optional(factor),
         ];
         self.launch(&SOFTMAX, &[dtype], Geometry::cover(workspace.chunk, 1), &arguments)
     }
@@ -389,7 +389,7 @@ impl<R: Runtime> Gpu<R> {
         let mut workspace = self.workspace((rows, vocabulary), gradient, chunk_bytes)?;
         let mut hidden = self.alloc(DType::F32, [workspace.chunk, width])?;
         let head = self.right(call.head, Precision::F32)?;
-        let factor = call.dx.as_ref().map_or(0.0, |(_, factor)| *factor);
+        let factor = call.dx.as_ref().map(|(_, factor)| *factor);
         for first in (0..rows).step_by(workspace.chunk) {
             let here = workspace.chunk.min(rows - first);
             self.gather(call.x, supervised, &mut hidden, [first, workspace.chunk, width])?;
@@ -484,13 +484,14 @@ mod tests {
         let labels = device.upload_i32([TOKENS], &labels).unwrap();
         let mut losses = device.alloc(DType::F32, [TOKENS]).unwrap();
         let mut dx = device.alloc(DType::F32, [TOKENS, WIDTH]).unwrap();
+        let half = device.upload_f32([1], &[0.5]).unwrap();
         let call = LinearCrossEntropy {
             x: &x,
             head: &Weight::Dense(head),
             labels: &labels,
             precision,
             losses: &mut losses,
-            dx: Some((&mut dx, 0.5)),
+            dx: Some((&mut dx, &half)),
         };
         device.cross_entropy(call, chunk_bytes).unwrap();
         [device.read(&losses).unwrap(), device.read(&dx).unwrap()]

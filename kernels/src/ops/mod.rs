@@ -28,6 +28,7 @@ mod moe;
 mod norm;
 mod optimizer;
 mod quantize;
+mod recording;
 mod rope;
 
 pub use self::activation::ActivationOps;
@@ -46,6 +47,7 @@ pub use self::moe::{
 pub use self::norm::{NormBackward, NormForward, NormOps, NormWeight};
 pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, OptimizerOps};
 pub use self::quantize::QuantizeOps;
+pub use self::recording::{Recorded, Recording};
 pub use self::rope::{RopeDirection, RopeOps, RopeTable};
 
 /// All op families together: what model code asks for.

@@ -5,6 +5,9 @@ use brightrun_kernels::Segments;
 /// The label of a position where nothing is learnt.
 pub const IGNORED: i32 = -100;
 
+/// How many numbers of tokens [`Batch::in_few_shapes`] knows from one power of two to the next.
+pub const SHAPES_PER_OCTAVE: usize = 32;
+
 /// Packed documents. All vectors have one entry per token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
@@ -39,6 +42,27 @@ impl Batch {
         }
     }
 
+    /// The same documents in one of few shapes, for backends that record a pass for each: a last document of unlearnt tokens fills
+    /// the tokens up to one of [`SHAPES_PER_OCTAVE`] numbers between two powers of two, so that at most a 32nd is added, and empty
+    /// documents fill their number up to a power of two. Nothing of the first documents changes: what is added comes last, and
+    /// documents never see each other.
+    pub fn in_few_shapes(&self) -> Self {
+        let tokens = self.tokens();
+        let step = (1 << tokens.max(1).ilog2()) / SHAPES_PER_OCTAVE;
+        let filling = tokens.next_multiple_of(step.max(1)) - tokens;
+        let mut filled = self.clone();
+        filled.input_ids.resize(tokens + filling, 0);
+        filled.labels.resize(tokens + filling, IGNORED);
+        filled.positions.extend(0..filling as i32);
+        let mut lengths: Vec<usize> = self.segments.ranges().map(|range| range.len()).collect();
+        if filling > 0 {
+            lengths.push(filling);
+        }
+        lengths.resize(lengths.len().next_power_of_two(), 0);
+        filled.segments = Segments::from_lengths(lengths);
+        filled
+    }
+
     /// One document of which nothing is learnt.
     pub fn prompt(ids: &[i32]) -> Self {
         Self::pack([(ids, &[][..])])
@@ -71,5 +95,27 @@ mod tests {
         assert_eq!(batch.positions, [0, 1, 2, 0, 0, 1]);
         assert_eq!(batch.segments.offsets(), [0, 3, 4, 6]);
         assert_eq!(batch.supervised_tokens(), 2);
+    }
+
+    #[test]
+    fn few_shapes_hold_the_same_documents_and_nothing_to_learn_beyond_them() {
+        let ids: Vec<i32> = (0..1000).collect();
+        for tokens in [1, 31, 63, 64, 65, 700, 1000] {
+            let learnt = vec![true; tokens];
+            let batch = Batch::pack([(&ids[..tokens], learnt.as_slice()), (&[1, 2][..], &[true, true][..])]);
+            let filled = batch.in_few_shapes();
+            assert_eq!(filled.supervised_tokens(), batch.supervised_tokens());
+            assert_eq!(filled.input_ids[..batch.tokens()], batch.input_ids);
+            assert_eq!(filled.positions[..batch.tokens()], batch.positions);
+            let of_first = |batch: &Batch| batch.segments.offsets()[..3].to_vec();
+            assert_eq!(of_first(&filled), of_first(&batch));
+            assert_eq!(filled.segments.tokens(), filled.tokens());
+            assert_eq!((filled.labels.len(), filled.positions.len()), (filled.tokens(), filled.tokens()));
+            assert!(filled.segments.len().is_power_of_two());
+            assert!(filled.tokens() - batch.tokens() <= batch.tokens() / SHAPES_PER_OCTAVE);
+            assert_eq!(filled.in_few_shapes().tokens(), filled.tokens());
+        }
+        let of = |tokens: usize| Batch::prompt(&vec![0; tokens]).in_few_shapes().tokens();
+        assert_eq!([of(4096), of(4097), of(4224), of(8191)], [4096, 4224, 4224, 8192]);
     }
 }

@@ -1,0 +1,303 @@
+//! A whole training step measured without a checkpoint.
+//!
+//! The model has the shapes of a configuration and seeded contents made on the device ([`Contents::Skewed`]): codes of 4-bit
+//! matrices that are neither zero nor all alike, and routers whose choice is as uneven as a trained one's. A step is all of one: the
+//! batch's copies, forward, computing again, backward, norm, clipping and update, as [`Trainer`] does it.
+//!
+//! Time is the host's clock around whole steps, which end with a copy from the device. Of that the device was idle as long as it
+//! was not between the beginning of the first micro-batch and the end of the update, where the backend can tell ([`Meter`]).
+
+mod meter;
+
+use std::time::Instant;
+
+use brightrun_kernels::{Backend, DType};
+use serde::Serialize;
+
+pub use self::meter::{Meter, NoMeter};
+use crate::error::{Failure, Result};
+use crate::model::random::CounterRandom;
+use crate::model::{ExpertLoads, LoadOptions, LoraConfig, LoraSet, Model, ModelConfig, RoutingBalance};
+use crate::plan::{Contents, skeleton_with};
+use crate::spec::TrainSpec;
+use crate::train::EncodedExample;
+use crate::train::step::{Trainer, packed};
+
+/// Steps that are not measured: the first plans memory and compiles kernels, the second records.
+const WARM_UP: usize = 3;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct BenchRequest {
+    /// The model's numbers.
+    pub config: ModelConfig,
+    /// Adapter, optimizer, precision of the frozen weights.
+    pub spec: TrainSpec,
+    /// Tokens of a micro-batch, one measurement each.
+    pub tokens: Vec<usize>,
+    /// Documents of equal length in it.
+    pub documents: usize,
+    /// Steps that are measured.
+    pub steps: usize,
+}
+
+/// The model as it was built.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchModel {
+    /// `qwen3_next` and so on.
+    pub model_type: &'static str,
+    /// Decoder layers.
+    pub layers: usize,
+    /// Bytes of the frozen weights.
+    pub weight_bytes: u64,
+    /// Trained values.
+    pub trainable_parameters: usize,
+    /// Seconds it took to make.
+    pub build_seconds: f64,
+}
+
+/// One measurement.
+#[derive(Clone, Debug, Serialize)]
+pub struct BenchStep {
+    /// Tokens of the step.
+    pub tokens: usize,
+    /// Its documents.
+    pub documents: usize,
+    /// Seconds of a step: median, and the 10th and 90th of a hundred.
+    pub seconds: [f64; 3],
+    /// Steps measured.
+    pub steps: usize,
+    /// By the median.
+    pub tokens_per_second: f64,
+    /// Seconds of the first step, which compiles, plans and fills caches.
+    pub first_step_seconds: f64,
+    /// Whether the micro-batch was replayed from a recording.
+    pub is_recorded: bool,
+    /// The most bytes of tensors at once.
+    pub tensor_peak_bytes: u64,
+    /// Bytes of the device's memory in use after the steps, by all its users, as the device counts them.
+    pub device_bytes: Option<u64>,
+    /// Share of the steps' time in which the device had nothing to do.
+    pub idle_share: Option<f64>,
+    /// The loss of the last step.
+    pub loss: f64,
+    /// How the routers spread the tokens.
+    pub routing: Option<RoutingBalance>,
+}
+
+/// Measures steps of a model that is made on `device`. `on_step` gets each measurement as soon as it is there: a later one may
+/// not fit the device.
+///
+/// # Errors
+/// `SPEC_OUT_OF_RANGE`, `BENCH_OUT_OF_RANGE`; the backend's own.
+pub fn bench<B: Backend>(
+    device: &B,
+    meter: &dyn Meter,
+    request: &BenchRequest,
+    on_model: &mut dyn FnMut(&BenchModel) -> Result<()>,
+    on_step: &mut dyn FnMut(&BenchStep) -> Result<()>,
+) -> Result<()> {
+    request.check()?;
+    let begun = Instant::now();
+    let model = request.model(device)?;
+    let mut lora = request.lora(&model)?;
+    device.read(&lora.pairs()[0].a)?;
+    on_model(&BenchModel {
+        model_type: request.config.family.model_type(),
+        layers: request.config.layers,
+        weight_bytes: model.weight_bytes().values().sum(),
+        trainable_parameters: lora.parameters(),
+        build_seconds: begun.elapsed().as_secs_f64(),
+    })?;
+    for tokens in &request.tokens {
+        on_step(&request.measure(&model, &mut lora, meter, *tokens)?)?;
+    }
+    Ok(())
+}
+
+impl BenchRequest {
+    fn check(&self) -> Result<()> {
+        self.spec.check()?;
+        let longest = self.config.max_positions;
+        let fits = |tokens: &usize| (2..=longest).contains(&(tokens / self.documents.max(1)));
+        if self.documents > 0 && self.steps > 0 && self.tokens.iter().all(fits) {
+            return Ok(());
+        }
+        let problem = format!(
+            "{} steps of {:?} tokens in {} documents cannot be measured",
+            self.steps, self.tokens, self.documents
+        );
+        Err(Failure::user("BENCH_OUT_OF_RANGE", problem)
+            .hint(format!("Ask for at least one step, and for documents of 2 to {longest} tokens")))
+    }
+
+    fn model<B: Backend>(&self, device: &B) -> Result<Model<B>> {
+        let longest = self.tokens.iter().max().map_or(1, |tokens| tokens / self.documents);
+        let options = LoadOptions::from(self.spec.base_dtype);
+        let config = self.config.clone();
+        skeleton_with(device, config, options, DType::BF16, longest, Contents::Skewed(self.spec.seed))
+    }
+
+    fn lora<B: Backend>(&self, model: &Model<B>) -> Result<LoraSet<B>> {
+        let config = LoraConfig {
+            rank: self.spec.rank,
+            alpha: self.spec.lora_alpha(),
+            targets: self.spec.targets.clone(),
+        };
+        config.check_budget(model.modules(), self.spec.optimizer, self.spec.adapter_budget_bytes)?;
+        LoraSet::initialise(model.device(), config, model.modules(), self.spec.seed)
+    }
+
+    /// Documents of random tokens, all of them learnt.
+    fn examples(&self, tokens: usize, seed: u64) -> Vec<EncodedExample> {
+        let random = CounterRandom::new(seed, "tokens");
+        let length = tokens / self.documents;
+        (0..self.documents)
+            .map(|document| EncodedExample {
+                ids: (0..length)
+                    .map(|t| random.below((document * length + t) as u64, self.config.vocabulary) as i32)
+                    .collect(),
+                supervised: vec![true; length],
+                line: document as u64 + 1,
+            })
+            .collect()
+    }
+
+    fn measure<B: Backend>(
+        &self,
+        model: &Model<B>,
+        lora: &mut LoraSet<B>,
+        meter: &dyn Meter,
+        tokens: usize,
+    ) -> Result<BenchStep> {
+        let device = model.device();
+        let spec = TrainSpec {
+            batch_size: self.documents,
+            micro_batch_tokens: tokens,
+            ..self.spec.clone()
+        };
+        device.reset_peak();
+        let mut trainer = Trainer::new(model, lora, &spec)?;
+        let (mut times, mut busy, mut loss, mut first) = (Vec::new(), Some(0.0), 0.0, 0.0);
+        for step in 0..WARM_UP + self.steps {
+            let examples = self.examples(tokens, step as u64);
+            let examples: Vec<&EncodedExample> = examples.iter().collect();
+            let begun = Instant::now();
+            let mut queued = || {
+                meter.begin();
+                true
+            };
+            if let Some(outcome) = trainer.step(&examples, step, f64::from(spec.learning_rate), &mut queued)? {
+                loss = outcome.loss;
+            }
+            let worked = meter.end()?;
+            let seconds = begun.elapsed().as_secs_f64();
+            if step == 0 {
+                first = seconds;
+            }
+            if step >= WARM_UP {
+                times.push(seconds);
+                busy = busy.zip(worked).map(|(sum, more)| sum + more);
+            }
+        }
+        let is_recorded = trainer.recorded() > 0;
+        drop(trainer);
+        let total: f64 = times.iter().sum();
+        let seconds = spread(times);
+        Ok(BenchStep {
+            tokens,
+            documents: self.documents,
+            seconds,
+            steps: self.steps,
+            tokens_per_second: tokens as f64 / seconds[0].max(1e-9),
+            first_step_seconds: first,
+            is_recorded,
+            tensor_peak_bytes: device.memory().peak_bytes,
+            device_bytes: meter.device_bytes()?,
+            idle_share: busy.map(|busy| (1.0 - busy / total.max(1e-9)).max(0.0)),
+            loss,
+            routing: self.routing(model, tokens)?,
+        })
+    }
+
+    fn routing<B: Backend>(&self, model: &Model<B>, tokens: usize) -> Result<Option<RoutingBalance>> {
+        if self.config.moe.is_none() {
+            return Ok(None);
+        }
+        let loads = ExpertLoads::default();
+        model.forward_losses_counting(None, &packed(&self.examples(tokens, 0)), Some(&loads))?;
+        Ok(loads.balance())
+    }
+}
+
+/// Median, 10th and 90th of a hundred.
+fn spread(mut times: Vec<f64>) -> [f64; 3] {
+    times.sort_by(f64::total_cmp);
+    let last = times.len().saturating_sub(1) as f64;
+    [0.5, 0.1, 0.9].map(|share| times.get((last * share).round() as usize).copied().unwrap_or(f64::NAN))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use brightrun_kernels::cpu::Cpu;
+
+    use super::*;
+    use crate::model::Family;
+    use crate::spec::BaseDtype;
+
+    fn request(tokens: Vec<usize>) -> BenchRequest {
+        BenchRequest {
+            config: ModelConfig::miniature(Family::Qwen3Next, 320),
+            spec: TrainSpec {
+                base_dtype: BaseDtype::Nf4Experts,
+                rank: 4,
+                ..TrainSpec::default()
+            },
+            tokens,
+            documents: 2,
+            steps: 2,
+        }
+    }
+
+    #[test]
+    fn steps_of_every_length_are_measured_on_a_model_without_a_checkpoint() {
+        let device = Cpu::new(Some(2)).unwrap();
+        let (mut models, mut steps) = (Vec::new(), Vec::new());
+        bench(
+            &device,
+            &NoMeter,
+            &request(vec![128, 512]),
+            &mut |model| {
+                models.push(model.clone());
+                Ok(())
+            },
+            &mut |step| {
+                steps.push(step.clone());
+                Ok(())
+            },
+        )
+        .unwrap();
+        assert_eq!((models.len(), models[0].layers), (1, 4));
+        assert!(models[0].weight_bytes > 0 && models[0].trainable_parameters > 0);
+        assert_eq!(steps.iter().map(|step| step.tokens).collect::<Vec<_>>(), [128, 512]);
+        for step in &steps {
+            // The loss of a model that knows nothing is near ln(320).
+            assert!((4.0..8.0).contains(&step.loss), "{step:?}");
+            assert!(step.tokens_per_second > 0.0 && step.tensor_peak_bytes > 0 && !step.is_recorded);
+            assert_eq!((step.idle_share, step.device_bytes), (None, None));
+            let routing = step.routing.unwrap();
+            assert!(routing.max_over_mean > 1.3 && routing.entropy < 0.99, "{routing:?}");
+        }
+    }
+
+    #[test]
+    fn documents_that_no_model_could_read_are_refused() {
+        let device = Cpu::new(Some(1)).unwrap();
+        for tokens in [2, 1 << 20] {
+            let (mut model, mut step) = (|_: &BenchModel| Ok(()), |_: &BenchStep| Ok(()));
+            let failure = bench(&device, &NoMeter, &request(vec![tokens]), &mut model, &mut step).unwrap_err();
+            assert_eq!(failure.code, "BENCH_OUT_OF_RANGE");
+        }
+    }
+}
