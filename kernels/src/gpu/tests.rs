@@ -4,11 +4,15 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::Gpu;
+use super::{Gpu, PlainForm, SharedRows};
 use crate::dtype::DType;
 use crate::emu::Emulation;
 use crate::error::{Error, Result};
-use crate::ops::{AttentionForward, AttentionOps, Device, EmbeddingOps, Precision, Recorded, Recording};
+use crate::ops::{
+    AttentionForward, AttentionOps, Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, LinearBackward,
+    LinearForward, MatmulOps, MoeOps, Precision, QuantizeOps, Recorded, Recording, Routing, RowOrder, Write,
+};
+use crate::stack::WeightStack;
 use crate::tensor::{Segments, Tensor};
 use crate::testing::{Calls, Random, Watched};
 use crate::weight::Weight;
@@ -235,4 +239,127 @@ fn a_replay_reports_data_that_breaks_a_contract() {
     assert!(device.step(|| recording.replay(&documents)).unwrap());
     let error = device.read(&rows).unwrap_err();
     assert!(matches!(error, Error::Value { op: "gather_rows", argument: "ids", .. }), "{error}");
+}
+
+/// Outputs and input gradients of a linear layer and of routed experts, both in NF4.
+fn both_passes(device: &Emulated, layer: &Weight<Emulated>, stack: &WeightStack<Emulated>) -> [Vec<u8>; 4] {
+    const TOKENS: usize = 40;
+    let x = numbers(device, [1, TOKENS, 64], 5).reshaped([TOKENS, 64]).unwrap();
+    let dy = numbers(device, [1, TOKENS, 96], 6).reshaped([TOKENS, 96]).unwrap();
+    let room = |width: usize| device.alloc(DType::BF16, [TOKENS, width]).unwrap();
+    let (mut y, mut dx, mut grouped_y, mut grouped_dx) = (room(96), room(64), room(96), room(64));
+    let forward = LinearForward {
+        x: &x,
+        weight: layer,
+        bias: None,
+        lora: None,
+        precision: Precision::Bf16,
+        y: &mut y,
+    };
+    device.linear_forward(forward).unwrap();
+    let backward = LinearBackward {
+        dy: &dy,
+        weight: layer,
+        lora: None,
+        precision: Precision::Bf16,
+        dx: Some((&mut dx, Write::Overwrite)),
+    };
+    device.linear_backward(backward).unwrap();
+    let mut routing = Routing::alloc(device, TOKENS, 3, 1).unwrap();
+    let logits = device.upload_f32([TOKENS, 3], &Random::new(7).normal(TOKENS * 3)).unwrap();
+    device.route(&logits, true, &mut routing).unwrap();
+    let forward = GroupedLinearForward {
+        x: &x,
+        x_order: RowOrder::Token,
+        routing: &routing,
+        weight: stack,
+        lora: None,
+        precision: Precision::Bf16,
+        y: &mut grouped_y,
+    };
+    device.grouped_linear_forward(forward).unwrap();
+    let backward = GroupedLinearBackward {
+        dy: &dy,
+        dy_order: RowOrder::Grouped,
+        routing: &routing,
+        weight: stack,
+        lora: None,
+        precision: Precision::Bf16,
+        dx: Some((&mut grouped_dx, Write::Overwrite)),
+    };
+    device.grouped_linear_backward(backward).unwrap();
+    [y, dx, grouped_y, grouped_dx].map(|tensor| device.read(&tensor).unwrap())
+}
+
+#[test]
+fn a_shared_weight_is_decoded_once_for_both_passes_and_changes_no_bit() {
+    let Some(device) = device() else { return };
+    let matrix = |seed: u64| {
+        let values = Random::new(seed).normal(96 * 64);
+        let source = device.upload_f32([96, 64], &values).unwrap();
+        Weight::Nf4(device.quantize_nf4(&source, true).unwrap())
+    };
+    let layer = matrix(1);
+    let mut stack = WeightStack::alloc_like(&device, 3, &layer).unwrap();
+    for expert in 0..3 {
+        device.stack_expert(&matrix(2 + expert as u64), expert, &mut stack).unwrap();
+    }
+    let run = || both_passes(&device, &layer, &stack);
+    let decodes = || {
+        let launched = device.runtime().entries();
+        ["dequantize_nested_bf16", "decode_stack"].map(|entry| launched.get(entry).copied().unwrap_or(0))
+    };
+    let fused = run();
+    decodes();
+    assert_eq!(device.sharing(|| Ok::<_, Error>(run())).unwrap(), fused);
+    assert_eq!(decodes(), [0, 0], "too few rows by the roofline");
+    device.share_from(SharedRows { linear: 40, experts: 13 });
+    assert_eq!(run(), fused);
+    assert_eq!(decodes(), [0, 0], "nothing is kept outside a scope");
+    let live = device.memory().in_use_bytes;
+    for _ in 0..2 {
+        let shared = device.sharing(|| Ok::<_, Error>([run(), run()])).unwrap();
+        assert_eq!(shared, [fused.clone(), fused.clone()]);
+        assert_eq!(decodes(), [1, 1]);
+        assert_eq!(device.memory().in_use_bytes, live, "the scope frees what it decoded");
+    }
+}
+
+#[test]
+fn a_library_is_asked_for_large_plain_products_alone() {
+    let Some(device) = device() else { return };
+    // Not computed: the emulation would take long. Whether a product is asked for is decided before.
+    let untouched = |shape: [usize; 2]| {
+        let buffer = device.inner.memory.take(shape[0] * shape[1] * 2).unwrap();
+        Tensor::from_buffer(buffer, DType::BF16, shape.into())
+    };
+    let weight = Weight::Dense(untouched([8192, 8192]));
+    let (x, mut y) = (untouched([8192, 8192]), untouched([8192, 8192]));
+    let right = device.right(&weight, Precision::Bf16).unwrap();
+    let mut product = super::matmul::Product {
+        left: &x,
+        right: &right,
+        reads: super::matmul::Reads::Rows,
+        second: None,
+        bias: None,
+        out: Some((&mut y, Write::Overwrite)),
+        copy: None,
+        sizes: [8192, 8192, 8192, 0],
+    };
+    assert!(!device.left_to_a_library(&product).unwrap(), "the emulation has none");
+    let asked = device.runtime().plain_products();
+    let expected = PlainForm {
+        rows: 8192,
+        columns: 8192,
+        depth: 8192,
+        reads_rows: true,
+    };
+    assert_eq!(asked, [expected]);
+    let bias = device.zeros(DType::BF16, [8192]).unwrap();
+    product.bias = Some(&bias);
+    device.left_to_a_library(&product).unwrap();
+    product.bias = None;
+    product.sizes[0] = 16;
+    device.left_to_a_library(&product).unwrap();
+    assert_eq!(device.runtime().plain_products(), []);
 }

@@ -115,6 +115,42 @@ pub fn bench<B: Backend>(
     Ok(())
 }
 
+/// Measures when asked, to be run in turns with something else: for each of `counts` so many steps of the first number of tokens,
+/// which `on_steps` gets the milliseconds of. Warm-up is apart, before the first.
+///
+/// # Errors
+/// As [`bench`].
+pub fn serve<B: Backend>(
+    device: &B,
+    request: &BenchRequest,
+    counts: &mut dyn Iterator<Item = usize>,
+    on_steps: &mut dyn FnMut(&[f64], f64) -> Result<()>,
+) -> Result<()> {
+    request.check()?;
+    let model = request.model(device)?;
+    let mut lora = request.lora(&model)?;
+    let tokens = request.tokens.first().copied().unwrap_or(0);
+    let mut trainer = request.trainer(&model, &mut lora, tokens)?;
+    let mut done = 0;
+    let mut steps = |count: usize| -> Result<(Vec<f64>, f64)> {
+        let (mut times, mut loss) = (Vec::new(), f64::NAN);
+        for _ in 0..count {
+            let timed = request.step(&mut trainer, &NoMeter, tokens, done)?;
+            times.push(1e3 * timed.seconds);
+            loss = timed.loss;
+            done += 1;
+        }
+        Ok((times, loss))
+    };
+    let (_, loss) = steps(WARM_UP)?;
+    on_steps(&[], loss)?;
+    for count in counts {
+        let (times, loss) = steps(count)?;
+        on_steps(&times, loss)?;
+    }
+    Ok(())
+}
+
 impl BenchRequest {
     fn check(&self) -> Result<()> {
         self.spec.check()?;
@@ -163,6 +199,39 @@ impl BenchRequest {
             .collect()
     }
 
+    fn trainer<'a, B: Backend>(
+        &self,
+        model: &'a Model<B>,
+        lora: &'a mut LoraSet<B>,
+        tokens: usize,
+    ) -> Result<Trainer<'a, B>> {
+        let spec = TrainSpec {
+            batch_size: self.documents,
+            micro_batch_tokens: tokens,
+            ..self.spec.clone()
+        };
+        Trainer::new(model, lora, &spec)
+    }
+
+    /// One step, its number counted from 0.
+    fn step<B: Backend>(&self, trainer: &mut Trainer<'_, B>, meter: &dyn Meter, tokens: usize, step: usize) -> Result<Timed> {
+        let examples = self.examples(tokens, step as u64);
+        let examples: Vec<&EncodedExample> = examples.iter().collect();
+        let begun = Instant::now();
+        let mut queued = || {
+            meter.begin();
+            true
+        };
+        let rate = f64::from(self.spec.learning_rate);
+        let outcome = trainer.step(&examples, step, rate, &mut queued)?;
+        let busy = meter.end()?;
+        Ok(Timed {
+            seconds: begun.elapsed().as_secs_f64(),
+            busy,
+            loss: outcome.map_or(f64::NAN, |outcome| outcome.loss),
+        })
+    }
+
     fn measure<B: Backend>(
         &self,
         model: &Model<B>,
@@ -171,39 +240,20 @@ impl BenchRequest {
         tokens: usize,
     ) -> Result<BenchStep> {
         let device = model.device();
-        let spec = TrainSpec {
-            batch_size: self.documents,
-            micro_batch_tokens: tokens,
-            ..self.spec.clone()
-        };
         device.reset_peak();
-        let mut trainer = Trainer::new(model, lora, &spec)?;
-        let (mut times, mut busy, mut loss, mut first) = (Vec::new(), Some(0.0), 0.0, 0.0);
-        for step in 0..WARM_UP + self.steps {
-            let examples = self.examples(tokens, step as u64);
-            let examples: Vec<&EncodedExample> = examples.iter().collect();
-            let begun = Instant::now();
-            let mut queued = || {
-                meter.begin();
-                true
-            };
-            if let Some(outcome) = trainer.step(&examples, step, f64::from(spec.learning_rate), &mut queued)? {
-                loss = outcome.loss;
-            }
-            let worked = meter.end()?;
-            let seconds = begun.elapsed().as_secs_f64();
-            if step == 0 {
-                first = seconds;
-            }
-            if step >= WARM_UP {
-                times.push(seconds);
-                busy = busy.zip(worked).map(|(sum, more)| sum + more);
-            }
+        let mut trainer = self.trainer(model, lora, tokens)?;
+        let first = self.step(&mut trainer, meter, tokens, 0)?.seconds;
+        for step in 1..WARM_UP {
+            self.step(&mut trainer, meter, tokens, step)?;
         }
+        let timed = (0..self.steps).map(|step| self.step(&mut trainer, meter, tokens, WARM_UP + step));
+        let timed = timed.collect::<Result<Vec<_>>>()?;
         let is_recorded = trainer.recorded() > 0;
         drop(trainer);
-        let total: f64 = times.iter().sum();
-        let seconds = spread(times);
+        let total: f64 = timed.iter().map(|one| one.seconds).sum();
+        let busy = timed.iter().try_fold(0.0, |sum, one| Some(sum + one.busy?));
+        let loss = timed.last().map_or(f64::NAN, |one| one.loss);
+        let seconds = spread(timed.iter().map(|one| one.seconds).collect());
         Ok(BenchStep {
             tokens,
             documents: self.documents,
@@ -228,6 +278,13 @@ impl BenchRequest {
         model.forward_losses_counting(None, &packed(&self.examples(tokens, 0)), Some(&loads))?;
         Ok(loads.balance())
     }
+}
+
+/// One step, measured.
+struct Timed {
+    seconds: f64,
+    busy: Option<f64>,
+    loss: f64,
 }
 
 /// Median, 10th and 90th of a hundred.
@@ -289,6 +346,19 @@ mod tests {
             let routing = step.routing.unwrap();
             assert!(routing.max_over_mean > 1.3 && routing.entropy < 0.99, "{routing:?}");
         }
+    }
+
+    #[test]
+    fn a_server_of_steps_warms_up_and_then_does_as_many_as_it_is_asked_for() {
+        let device = Cpu::new(Some(2)).unwrap();
+        let mut answers = Vec::new();
+        serve(&device, &request(vec![64]), &mut [2, 1].into_iter(), &mut |times, loss| {
+            assert!(loss.is_finite() && times.iter().all(|time| *time > 0.0));
+            answers.push(times.len());
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(answers, [0, 2, 1]);
     }
 
     #[test]

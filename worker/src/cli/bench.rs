@@ -7,10 +7,10 @@ use brightrun_kernels::cuda::{Cuda, Mark};
 use clap::Args;
 use serde_json::json;
 
-use super::device::Chosen;
+use super::device::{Chosen, on_device};
 use super::output::{print_json, print_line};
 use super::{OutputArguments, TrainFlags};
-use crate::bench::{BenchRequest, BenchStep, Meter, NoMeter, bench};
+use crate::bench::{BenchRequest, BenchStep, Meter, NoMeter, bench, serve};
 use crate::config::Config;
 use crate::error::Result;
 use crate::model::ModelConfig;
@@ -34,6 +34,9 @@ pub struct BenchArguments {
     /// Steps that are measured, for each number of tokens
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub repetitions: usize,
+    /// Measure when asked: reads numbers of steps from standard input, a line each, and answers with their milliseconds
+    #[arg(long)]
+    pub serve: bool,
     /// Settings of the run.
     #[command(flatten)]
     pub train: TrainFlags,
@@ -57,11 +60,22 @@ pub fn run(config: &Config, arguments: &BenchArguments) -> Result<()> {
         documents: arguments.documents,
         steps: arguments.repetitions,
     };
+    if arguments.serve {
+        return on_device!(config, |device| served(&device, &request));
+    }
     match Chosen::by(config)? {
         Chosen::Cpu(device) => measured(&device, &NoMeter, &request, arguments.output.json),
         Chosen::Emulated(device) => measured(&device, &NoMeter, &request, arguments.output.json),
         Chosen::Cuda(device) => measured(&device, &Marks::of(&device), &request, arguments.output.json),
     }
+}
+
+fn served<B: Backend>(device: &B, request: &BenchRequest) -> Result<()> {
+    let lines = std::io::stdin().lines().map_while(std::result::Result::ok);
+    let mut counts = lines.filter_map(|line| line.trim().parse().ok());
+    serve(device, request, &mut counts, &mut |milliseconds, loss| {
+        print_json(&json!({ "device": device.name(), "milliseconds": milliseconds, "loss": loss }))
+    })
 }
 
 fn measured<B: Backend>(device: &B, meter: &dyn Meter, request: &BenchRequest, as_json: bool) -> Result<()> {

@@ -61,7 +61,7 @@ impl PlainForm {
 
 impl<R: Runtime> Gpu<R> {
     /// Leaves a product to the runtime's library, if it is plain, worth it, and there is one; `false` if not.
-    pub(super) fn left_to_a_library(&self, product: &Product<'_, R>) -> Result<bool> {
+    pub(in crate::gpu) fn left_to_a_library(&self, product: &Product<'_, R>) -> Result<bool> {
         let Some(plain) = plain(product) else {
             return Ok(false);
         };
