@@ -169,13 +169,20 @@ impl<R: Runtime> Gpu<R> {
             .map_err(|_| kernel.mismatch(format_args!("{} bytes of shared memory", geometry.shared_bytes)))?;
         let writes_faults = arguments.iter().any(|argument| matches!(argument, Argument::Faults));
         self.tape().launches(kernel.stem, writes_faults)?;
-        self.runtime().launch(&Launch {
+        let launched = self.runtime().launch(&Launch {
             source: kernel.source,
             entry: &kernel.entry(types),
             grid,
             threads: kernel.threads,
             shared_bytes,
             values: &values,
+        });
+        launched.map_err(|error| match error {
+            Error::Device { message, .. } => Error::Device {
+                op: kernel.stem,
+                message: format!("{message}; given {}", shapes(kernel, arguments)),
+            },
+            other => other,
         })
     }
 
@@ -220,6 +227,23 @@ impl<R: Runtime> Gpu<R> {
             (Parameter::F32, Argument::F32(value)) => Ok(Value::F32(*value)),
             (parameter, _) => Err(format!("wants {parameter:?} and got another kind of argument")),
         }
+    }
+}
+
+/// The tensors of a launch, for a message: `x bf16 [70, 64], y f32 [70]`.
+fn shapes<R: Runtime>(kernel: &Kernel, arguments: &[Argument<'_, R>]) -> String {
+    let tensors = kernel.parameters.iter().zip(arguments).filter_map(|((name, _), argument)| {
+        let tensor = match argument {
+            Argument::In(tensor) | Argument::Optional(Some(tensor)) => *tensor,
+            Argument::Out(tensor) | Argument::OptionalOut(Some(tensor)) => &**tensor,
+            _ => return None,
+        };
+        Some(format!("{name} {} {}", tensor.dtype(), tensor.shape()))
+    });
+    let tensors: Vec<String> = tensors.collect();
+    match tensors.is_empty() {
+        true => "no tensor".to_owned(),
+        false => tensors.join(", "),
     }
 }
 

@@ -159,12 +159,16 @@ impl BenchRequest {
         if self.documents > 0 && self.steps > 0 && self.tokens.iter().all(fits) {
             return Ok(());
         }
-        let problem = format!(
-            "{} steps of {:?} tokens in {} documents cannot be measured",
-            self.steps, self.tokens, self.documents
-        );
-        Err(Failure::user("BENCH_OUT_OF_RANGE", problem)
-            .hint(format!("Ask for at least one step, and for documents of 2 to {longest} tokens")))
+        Err(Failure::user(
+            "BENCH_OUT_OF_RANGE",
+            format!(
+                "{} steps of {:?} tokens in {} documents cannot be measured",
+                self.steps, self.tokens, self.documents
+            ),
+        )
+        .hint(format!(
+            "Ask for at least one step, and for documents of 2 to {longest} tokens"
+        )))
     }
 
     fn model<B: Backend>(&self, device: &B) -> Result<Model<B>> {
@@ -292,82 +296,4 @@ fn spread(mut times: Vec<f64>) -> [f64; 3] {
     times.sort_by(f64::total_cmp);
     let last = times.len().saturating_sub(1) as f64;
     [0.5, 0.1, 0.9].map(|share| times.get((last * share).round() as usize).copied().unwrap_or(f64::NAN))
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use brightrun_kernels::cpu::Cpu;
-
-    use super::*;
-    use crate::model::Family;
-    use crate::spec::BaseDtype;
-
-    fn request(tokens: Vec<usize>) -> BenchRequest {
-        BenchRequest {
-            config: ModelConfig::miniature(Family::Qwen3Next, 320),
-            spec: TrainSpec {
-                base_dtype: BaseDtype::Nf4Experts,
-                rank: 4,
-                ..TrainSpec::default()
-            },
-            tokens,
-            documents: 2,
-            steps: 2,
-        }
-    }
-
-    #[test]
-    fn steps_of_every_length_are_measured_on_a_model_without_a_checkpoint() {
-        let device = Cpu::new(Some(2)).unwrap();
-        let (mut models, mut steps) = (Vec::new(), Vec::new());
-        bench(
-            &device,
-            &NoMeter,
-            &request(vec![128, 512]),
-            &mut |model| {
-                models.push(model.clone());
-                Ok(())
-            },
-            &mut |step| {
-                steps.push(step.clone());
-                Ok(())
-            },
-        )
-        .unwrap();
-        assert_eq!((models.len(), models[0].layers), (1, 4));
-        assert!(models[0].weight_bytes > 0 && models[0].trainable_parameters > 0);
-        assert_eq!(steps.iter().map(|step| step.tokens).collect::<Vec<_>>(), [128, 512]);
-        for step in &steps {
-            // The loss of a model that knows nothing is near ln(320).
-            assert!((4.0..8.0).contains(&step.loss), "{step:?}");
-            assert!(step.tokens_per_second > 0.0 && step.tensor_peak_bytes > 0 && !step.is_recorded);
-            assert_eq!((step.idle_share, step.device_bytes), (None, None));
-            let routing = step.routing.unwrap();
-            assert!(routing.max_over_mean > 1.3 && routing.entropy < 0.99, "{routing:?}");
-        }
-    }
-
-    #[test]
-    fn a_server_of_steps_warms_up_and_then_does_as_many_as_it_is_asked_for() {
-        let device = Cpu::new(Some(2)).unwrap();
-        let mut answers = Vec::new();
-        serve(&device, &request(vec![64]), &mut [2, 1].into_iter(), &mut |times, loss| {
-            assert!(loss.is_finite() && times.iter().all(|time| *time > 0.0));
-            answers.push(times.len());
-            Ok(())
-        })
-        .unwrap();
-        assert_eq!(answers, [0, 2, 1]);
-    }
-
-    #[test]
-    fn documents_that_no_model_could_read_are_refused() {
-        let device = Cpu::new(Some(1)).unwrap();
-        for tokens in [2, 1 << 20] {
-            let (mut model, mut step) = (|_: &BenchModel| Ok(()), |_: &BenchStep| Ok(()));
-            let failure = bench(&device, &NoMeter, &request(vec![tokens]), &mut model, &mut step).unwrap_err();
-            assert_eq!(failure.code, "BENCH_OUT_OF_RANGE");
-        }
-    }
 }

@@ -96,26 +96,4 @@ mod tests {
         assert_eq!(batch.segments.offsets(), [0, 3, 4, 6]);
         assert_eq!(batch.supervised_tokens(), 2);
     }
-
-    #[test]
-    fn few_shapes_hold_the_same_documents_and_nothing_to_learn_beyond_them() {
-        let ids: Vec<i32> = (0..1000).collect();
-        for tokens in [1, 31, 63, 64, 65, 700, 1000] {
-            let learnt = vec![true; tokens];
-            let batch = Batch::pack([(&ids[..tokens], learnt.as_slice()), (&[1, 2][..], &[true, true][..])]);
-            let filled = batch.in_few_shapes();
-            assert_eq!(filled.supervised_tokens(), batch.supervised_tokens());
-            assert_eq!(filled.input_ids[..batch.tokens()], batch.input_ids);
-            assert_eq!(filled.positions[..batch.tokens()], batch.positions);
-            let of_first = |batch: &Batch| batch.segments.offsets()[..3].to_vec();
-            assert_eq!(of_first(&filled), of_first(&batch));
-            assert_eq!(filled.segments.tokens(), filled.tokens());
-            assert_eq!((filled.labels.len(), filled.positions.len()), (filled.tokens(), filled.tokens()));
-            assert!(filled.segments.len().is_power_of_two());
-            assert!(filled.tokens() - batch.tokens() <= batch.tokens() / SHAPES_PER_OCTAVE);
-            assert_eq!(filled.in_few_shapes().tokens(), filled.tokens());
-        }
-        let of = |tokens: usize| Batch::prompt(&vec![0; tokens]).in_few_shapes().tokens();
-        assert_eq!([of(4096), of(4097), of(4224), of(8191)], [4096, 4224, 4224, 8192]);
-    }
 }
