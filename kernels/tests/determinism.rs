@@ -194,7 +194,8 @@ fn cross_entropy() {
         let labels = cpu.upload_i32([tokens], &labels).unwrap();
         let mut losses = cpu.alloc(DType::F32, [tokens]).unwrap();
         let mut dx = cpu.alloc(x.dtype(), [tokens, width]).unwrap();
-        let dx_out = Some((&mut dx, 0.5));
+        let half = cpu.upload_f32([1], &[0.5]).unwrap();
+        let dx_out = Some((&mut dx, &half));
         let call = LinearCrossEntropy {
             x: &x,
             head: &head,

@@ -71,7 +71,8 @@ fn measure(tokens: usize, name: &str, dtype: BaseDtype) {
     let device = Cpu::new(None).unwrap();
     let model = one_layer(&device, dtype);
     let batch = Batch::prompt(&vec![1; tokens]);
-    let pass = model.pass(None, &batch).unwrap();
+    let inputs = model.inputs(&batch, 0.0).unwrap();
+    let pass = model.pass(None, &inputs);
     let layer = &model.layers()[0];
     // Nobody adds to these: the pass has no adapter.
     let idle = LoraConfig {

@@ -6,11 +6,14 @@
 //! multiples of 32 elements.
 
 mod exact;
+mod library;
 pub(super) mod tensor;
 
+pub use self::library::{PlainForm, PlainProduct};
 pub(super) use self::tensor::Tile;
 
 use std::ops::Deref;
+use std::sync::Arc;
 
 use super::family::Family;
 use super::{Gpu, Runtime};
@@ -37,6 +40,7 @@ pub(super) static EXACT_FAMILY: Family = Family {
 pub(super) enum Held<'a, R: Runtime> {
     Borrowed(&'a Tensor<Gpu<R>>),
     Made(Tensor<Gpu<R>>),
+    Shared(Arc<Tensor<Gpu<R>>>),
 }
 
 impl<R: Runtime> Deref for Held<'_, R> {
@@ -46,6 +50,7 @@ impl<R: Runtime> Deref for Held<'_, R> {
         match self {
             Self::Borrowed(tensor) => tensor,
             Self::Made(tensor) => tensor,
+            Self::Shared(tensor) => tensor,
         }
     }
 }
@@ -133,9 +138,27 @@ impl<R: Runtime> Gpu<R> {
         }
     }
 
+    /// As [`Gpu::right`], for a layer's product of so many rows.
+    fn right_of_rows<'a>(&self, weight: &'a Weight<Self>, precision: Precision, rows: usize) -> Result<Right<'a, R>> {
+        let right = self.right(weight, precision)?;
+        let Right::Nf4(nf4) = &right else {
+            return Ok(right);
+        };
+        if precision == Precision::F32 || rows < self.inner.shared.rows().linear {
+            return Ok(right);
+        }
+        let decoded = self.shared(&nf4.codes, || {
+            let mut decoded = self.alloc(DType::BF16, [nf4.outputs, nf4.inputs])?;
+            self.dequantize(weight, &mut decoded)?;
+            Ok(decoded)
+        })?;
+        Ok(decoded.map_or(right, |decoded| Right::Dense(Held::Shared(decoded))))
+    }
+
     pub(super) fn product(&self, precision: Precision, product: Product<'_, R>) -> Result<()> {
         match precision {
             Precision::F32 => self.exact_product(product),
+            Precision::Bf16 if self.left_to_a_library(&product)? => Ok(()),
             Precision::Bf16 => self.tensor_product(product),
         }
     }
@@ -206,7 +229,7 @@ impl<R: Runtime> MatmulOps for Gpu<R> {
             self.product(precision, down)?;
             low_rank = Some((scaled, self.held(lora.b, dtype)?));
         }
-        let right = self.right(call.weight, precision)?;
+        let right = self.right_of_rows(call.weight, precision, tokens)?;
         let whole = Product {
             left: &x,
             right: &right,
@@ -252,7 +275,7 @@ impl<R: Runtime> MatmulOps for Gpu<R> {
         let Some(dx) = call.dx else {
             return Ok(());
         };
-        let right = self.right(call.weight, precision)?;
+        let right = self.right_of_rows(call.weight, precision, tokens)?;
         let whole = Product {
             left: &dy,
             right: &right,
