@@ -13,7 +13,7 @@ use super::launch;
 use super::presence::{DeviceInfo, Presence, probe};
 use super::staging::Staging;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, Launch, Runtime, Source};
+use crate::gpu::{Gpu, Launch, Machine, Runtime, Source};
 
 /// The environment variable that, when set to `1`, makes every launch wait for its end: an error then names the kernel that
 /// made it.
@@ -223,6 +223,13 @@ impl Runtime for Driver {
 
     fn name(&self) -> &'static str {
         "cuda"
+    }
+
+    fn machine(&self) -> Machine {
+        Machine {
+            capability: self.info.capability,
+            multiprocessors: self.info.multiprocessors,
+        }
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {

@@ -8,6 +8,8 @@ mod compiler;
 #[cfg(test)]
 pub(crate) mod defects;
 mod ffi;
+#[cfg(test)]
+pub(crate) mod hopper_defects;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,7 +18,7 @@ use self::compiler::Compiler;
 use self::ffi::Engine;
 pub use self::ffi::Memory;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, Launch, Runtime};
+use crate::gpu::{Gpu, Launch, Machine, Runtime};
 
 /// A GPU backend whose device is emulated.
 pub type Emulated = Gpu<Emulation>;
@@ -26,15 +28,29 @@ pub struct Emulation {
     engine: Arc<Engine>,
     compiler: Compiler,
     threads: u32,
+    machine: Machine,
     /// The compiled sources by name. Held for a whole launch: launches of one device follow each other.
     libraries: Mutex<HashMap<&'static str, ffi::Library>>,
 }
+
+/// The compute capability that [`emulated`] claims: the first with what the portable kernels need.
+const PORTABLE: (u32, u32) = (8, 0);
+/// Few, so that the blocks of a grid that stays have several tiles even of small products.
+const MULTIPROCESSORS: u32 = 3;
 
 /// A backend on emulation, whose blocks are spread over `threads` threads, or as many as the machine offers.
 ///
 /// # Errors
 /// [`Error::Unsupported`] where there is no C++ compiler; [`Error::Device`] when it fails.
 pub fn emulated(threads: Option<usize>) -> Result<Emulated> {
+    emulated_as(threads, PORTABLE)
+}
+
+/// The same of a device that claims to be of this compute capability: of (9, 0), Hopper's own kernels are run.
+///
+/// # Errors
+/// As [`emulated`].
+pub fn emulated_as(threads: Option<usize>, capability: (u32, u32)) -> Result<Emulated> {
     let available = || std::thread::available_parallelism().map_or(1, usize::from);
     let threads = threads.unwrap_or_else(available).clamp(1, 256) as u32;
     let compiler = Compiler::find()?;
@@ -43,6 +59,10 @@ pub fn emulated(threads: Option<usize>) -> Result<Emulated> {
         engine: Arc::new(engine),
         compiler,
         threads,
+        machine: Machine {
+            capability,
+            multiprocessors: MULTIPROCESSORS,
+        },
         libraries: Mutex::new(HashMap::new()),
     })
 }
@@ -61,6 +81,10 @@ impl Runtime for Emulation {
 
     fn name(&self) -> &'static str {
         "emulated"
+    }
+
+    fn machine(&self) -> Machine {
+        self.machine
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {

@@ -8,6 +8,7 @@
 //! | `runtime` | what a runtime must do |
 //! | `kernel` | typed descriptors of kernels, checked at every launch, and against the `.cu` sources by a test |
 //! | `family` | the op families: source, kernels, ops |
+//! | `map` | tensors as the copy engine sees them |
 //! | `memory` | the pool of device memory |
 //! | `faults` | data that breaks a contract, noticed on the device |
 //! | the others | one op family each, as in [`ops`](crate::ops) |
@@ -26,6 +27,7 @@ mod faults;
 mod gate;
 mod kernel;
 mod loss;
+mod map;
 mod matmul;
 mod memory;
 mod moe;
@@ -56,9 +58,11 @@ use self::faults::Faults;
 #[cfg(test)]
 pub(crate) use self::kernel::Parameter;
 pub(crate) use self::kernel::{Argument, Element, Geometry, Kernel};
+pub(crate) use self::map::Map;
+pub use self::map::{Swizzle, TensorMap};
 pub use self::memory::Buffer;
 use self::memory::Pool;
-pub use self::runtime::{Launch, Runtime, Value};
+pub use self::runtime::{Launch, Machine, Runtime, Value};
 pub use self::sources::Source;
 
 /// A handle to a GPU, real or emulated. Clones share its memory pool and its queue of launches.

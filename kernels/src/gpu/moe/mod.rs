@@ -1,4 +1,4 @@
-//! Mixture of experts: routing and grouped rows (`moe.cu`), layers of experts (`grouped.cu`, `grouped_f32.cu`).
+//! Mixture of experts: routing and grouped rows (`moe.cu`), layers of experts (`grouped.cu`, `grouped_hopper.cu`, `grouped_f32.cu`).
 //!
 //! | file | what |
 //! |---|---|
@@ -6,9 +6,11 @@
 //! | `rows` | the activation and the sum of grouped rows |
 //! | `linear` | the passes of a grouped layer, written once for both precisions |
 //! | `tensor`, `exact` | the products of the two precisions |
+//! | `hopper` | the same on sm_90a, and when |
 //! | `stack` | one expert's matrix to its place |
 
 mod exact;
+mod hopper;
 mod linear;
 mod routing;
 mod rows;
@@ -53,6 +55,12 @@ pub(super) static TENSOR_FAMILY: Family = Family {
     source: &sources::GROUPED,
     kernels: tensor::KERNELS,
     ops: &[Op::GroupedLinearForward, Op::GroupedLinearBackward],
+};
+
+pub(super) static HOPPER_FAMILY: Family = Family {
+    source: &sources::GROUPED_HOPPER,
+    kernels: hopper::KERNELS,
+    ops: &[],
 };
 
 pub(super) static EXACT_FAMILY: Family = Family {
