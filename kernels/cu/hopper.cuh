@@ -157,7 +157,7 @@ DEVICE void take_registers() {
 
 // A factor in shared memory in the swizzle of 128 bytes: its rows have 64 elements, eight of them a group of 1024 bytes, and `next`
 // bytes are between one group of eight rows and the next. Rows are those of A, columns those of B; or, for a transposed A, each
-// row is one index of the depth. `at` is the first row's beginning, or 16 elements (32 bytes) further along it.
+// row is one index of the depth. `at` is the first row's beginning.
 DEVICE u64 factor(const void* at, i32 next) {
 #ifdef BRIGHTRUN_EMULATED
     u64 address = emu::shared_offset(at);
@@ -166,6 +166,9 @@ DEVICE u64 factor(const void* at, i32 next) {
 #endif
     return (address & 0x3ffff) >> 4 | u64(1) << 16 | u64(next >> 4) << 32 | u64(1) << 62;
 }
+
+// The same factor further along in shared memory: 32 bytes for the next 16 elements of its rows.
+DEVICE u64 moved(u64 factor, i32 bytes) { return factor + u64(bytes >> 4); }
 
 // Orders what this thread did to registers of D and A before the products that follow.
 DEVICE void products_begin() {

@@ -168,8 +168,11 @@ DEVICE void copy_tiles(const HopperMemory<T>& memory, const HopperOperands& of, 
         HopperJob job;
         if (!schedule.find(index, job)) continue;
         Nf4Scales scales = schedule.scales(job);
-        bool gathers = schedule.gathers();
-        i32 source = gathers && i32(threadIdx.x) < T::N ? schedule.gathered(job, i32(threadIdx.x)) : -1;
+        // A row of its own box: every warp begins as many, since a warp begins one after another.
+        constexpr i32 ROWS = T::N / (WARP_GROUP / WARP_LANES);  // more than a warp has only where nothing is gathered
+        bool gathers = schedule.gathers() && lane_index() < ROWS;
+        i32 row = warp_index() * ROWS + lane_index();
+        i32 source = gathers ? schedule.gathered(job, row) : -1;
         f32 next = 0.0f;
         if constexpr (T::CODES) next = stage_scale<T>(scales, of, job.column, 0);
         for (i32 depth = 0; depth < of.depth; depth += HOPPER_DEPTH) {
@@ -178,11 +181,10 @@ DEVICE void copy_tiles(const HopperMemory<T>& memory, const HopperOperands& of, 
             begin(T::TOKEN_BYTES + T::WEIGHT_BYTES);
             if (leads) copy_weight(memory, of, job, at.slot, depth);
             u8* tokens = memory.tokens(at.slot);
-            if (!gathers) {
-                if (leads) copy_box(tokens, of.left, depth, i32(job.row), 0, memory.full(at.slot));
-            } else if (i32(threadIdx.x) < T::N) {
-                i32 row = i32(threadIdx.x);
+            if (gathers) {
                 copy_box(tokens + row * HOPPER_DEPTH * 2, of.left, depth, source, 0, memory.full(at.slot));
+            } else if (leads && !schedule.gathers()) {
+                copy_box(tokens, of.left, depth, i32(job.row), 0, memory.full(at.slot));
             }
             if constexpr (T::CODES) memory.scales(at.slot)[threadIdx.x] = scale;
             end();
@@ -314,19 +316,20 @@ DEVICE void release(const HopperMemory<T>& memory, i32 slot) {
 template <class T>
 DEVICE void add_codes(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const Multiplier& me, RingPlace& at, i32 depth) {
     typename CodesOf<T::COLUMNS, T>::Type codes(memory, me);
+    u64 ring = factor(memory.tokens(0), SWIZZLE_REPEAT);
     u32 a[4][4];
     i32 owed = -1;
     for (i32 k = 0; k < depth; k += HOPPER_DEPTH) {
         barrier_wait(memory.full(at.slot), at.parity);
         codes.load(memory, me, at.slot);
-        const u8* tokens = memory.tokens(at.slot);
+        u64 tokens = moved(ring, at.slot * T::TOKEN_BYTES);
 #pragma unroll
         for (i32 step = 0; step < 4; step++) {
             products_wait<3>();
             if (step == 3) release(memory, owed);
             codes.decode(a[step], step);
             products_begin();
-            multiply_async(sum, a[step], factor(tokens + 32 * step, SWIZZLE_REPEAT));
+            multiply_async(sum, a[step], moved(tokens, 32 * step));
             products_commit();
         }
         owed = at.slot;
@@ -338,17 +341,17 @@ DEVICE void add_codes(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const
 
 template <class T>
 DEVICE void add_elements(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const Multiplier& me, RingPlace& at, i32 depth) {
+    u64 ring = factor(memory.tokens(0), SWIZZLE_REPEAT);
+    u64 weights = factor(memory.weight(0) + me.group * (T::WEIGHT_BYTES / 2), SWIZZLE_REPEAT);
     i32 owed = -1;
     for (i32 k = 0; k < depth; k += HOPPER_DEPTH) {
         barrier_wait(memory.full(at.slot), at.parity);
-        const u8* tokens = memory.tokens(at.slot);
-        const u8* weight = memory.weight(at.slot) + me.group * (T::WEIGHT_BYTES / 2);
+        u64 tokens = moved(ring, at.slot * T::TOKEN_BYTES), weight = moved(weights, at.slot * T::WEIGHT_BYTES);
         products_begin();
 #pragma unroll
         for (i32 step = 0; step < 4; step++) {
             // 16 of the depth are 32 bytes of a row, or 16 rows of 128 bytes.
-            u64 a = factor(weight + (T::COLUMNS ? 2048 : 32) * step, SWIZZLE_REPEAT);
-            multiply_async<T::COLUMNS>(sum, a, factor(tokens + 32 * step, SWIZZLE_REPEAT));
+            multiply_async<T::COLUMNS>(sum, moved(weight, (T::COLUMNS ? 2048 : 32) * step), moved(tokens, 32 * step));
         }
         products_commit();
         products_wait<1>();
@@ -377,6 +380,7 @@ template <class T>
 DEVICE void add_low_rank(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const Multiplier& me, RingPlace& at,
                          const HopperOperands& of, const HopperJob& job) {
     const bf16* right2 = of.right2 + i64(job.expert) * of.columns * of.depth2;
+    u64 ring = factor(memory.tokens(0), SWIZZLE_REPEAT);
     u32 a[4];
     for (i32 k = 0; k < of.depth2; k += HOPPER_DEPTH) {
         barrier_wait(memory.full(at.slot), at.parity);
@@ -385,7 +389,7 @@ DEVICE void add_low_rank(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, co
             for (i32 i = 0; i < 4; i++)
                 a[i] = low_rank_pair<T>(of, right2, job.column + me.place<T>(i % 2), k + 16 * step + 8 * (i / 2) + 2 * me.t);
             products_begin();
-            multiply_async(sum, a, factor(memory.tokens(at.slot) + 32 * step, SWIZZLE_REPEAT));
+            multiply_async(sum, a, moved(ring, at.slot * T::TOKEN_BYTES + 32 * step));
             products_commit();
             products_wait<0>();
         }

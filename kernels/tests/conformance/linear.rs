@@ -46,7 +46,7 @@ const SHAPES: &[(usize, usize, usize, usize, bool, bool)] = &[
     // Tiles of 64, 128 and 256 tokens of Hopper's kernels, with tails in every direction and several tiles a block.
     (50, 192, 264, 24, true, false),
     (200, 128, 136, 8, false, true),
-    (530, 64, 136, 16, true, true),
+    (530, 128, 136, 16, true, true),
     (600, 72, 264, 0, false, false),
 ];
 

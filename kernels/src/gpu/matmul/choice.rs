@@ -56,10 +56,13 @@ const LINES: &[Line] = &[
 /// What does a product on a machine.
 pub(super) fn path<R: Runtime>(machine: Machine, product: &Product<'_, R>) -> Path {
     let [rows, columns, ..] = product.sizes;
-    let hopper = machine.is_hopper() && is_within_limits(product);
-    let fits = LINES.iter().find(|line| {
-        (hopper || !line.hopper) && rows <= line.most_rows && columns <= line.most_columns
-    });
+    look_up(machine.is_hopper() && is_within_limits(product), rows, columns)
+}
+
+fn look_up(hopper: bool, rows: usize, columns: usize) -> Path {
+    let fits = LINES
+        .iter()
+        .find(|line| (hopper || !line.hopper) && rows <= line.most_rows && columns <= line.most_columns);
     fits.map_or(Path::Large, |line| line.path)
 }
 
@@ -85,3 +88,33 @@ pub(in crate::gpu) fn fits_hopper(sizes: [usize; 2], depths: [usize; 2], weight:
 
 /// Elements that share a scale.
 const NF4_BLOCK: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hopper_does_what_is_neither_small_nor_beyond_its_limits() {
+        let wide = Path::Hopper(Width::Wide);
+        assert_eq!(look_up(true, 4_096, 12_288), wide);
+        assert_eq!(look_up(true, 512, 12_288), Path::Hopper(Width::Middle));
+        assert_eq!(look_up(true, 33, 65), Path::Hopper(Width::Narrow));
+        // The adapter's first products, and few tokens.
+        assert_eq!(look_up(true, 4_096, 16), Path::Small);
+        assert_eq!(look_up(true, 32, 12_288), Path::Small);
+        assert_eq!(look_up(false, 4_096, 12_288), Path::Large);
+    }
+
+    #[test]
+    fn rows_that_the_copy_engine_cannot_begin_at_are_beyond_the_limits() {
+        let layer = |sizes, depths, weight, row| fits_hopper(sizes, depths, weight, row);
+        assert!(layer([100, 200], [64, 16], DType::U8, 64));
+        assert!(layer([100, 200], [72, 0], DType::BF16, 72));
+        assert!(!layer([100, 200], [72, 0], DType::U8, 72), "a block of codes crosses rows");
+        assert!(!layer([100, 200], [68, 0], DType::BF16, 68), "rows begin at 8 bytes");
+        assert!(!layer([100, 200], [64, 4], DType::BF16, 64), "so do the adapter's");
+        assert!(!layer([100, 201], [64, 0], DType::BF16, 64), "so do the result's");
+        assert!(!layer([100, 200], [0, 0], DType::BF16, 64), "there is nothing to multiply");
+        assert!(!layer([1 << 31, 200], [64, 0], DType::BF16, 64), "coordinates have 32 bits");
+    }
+}
