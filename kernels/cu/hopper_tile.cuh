@@ -384,6 +384,7 @@ DEVICE void add_low_rank(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, co
     u32 a[4];
     for (i32 k = 0; k < of.depth2; k += HOPPER_DEPTH) {
         barrier_wait(memory.full(at.slot), at.parity);
+#pragma unroll 1
         for (i32 step = 0; step < 4 && k + 16 * step < of.depth2; step++) {
 #pragma unroll
             for (i32 i = 0; i < 4; i++)

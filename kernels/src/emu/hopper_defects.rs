@@ -175,7 +175,11 @@ fn a_warp_group_multiplies_as_the_hardware_defines_it() {
 fn complains(kernel: &'static Kernel, left: Left, words: &str) {
     let Some(device) = device() else { return };
     let message = run(&device, kernel, left).err().map(|error| error.to_string());
-    assert!(message.as_ref().is_some_and(|message| message.contains(words)), "{}: {message:?}", kernel.stem);
+    assert!(
+        message.as_ref().is_some_and(|message| message.contains(words)),
+        "{}: {message:?}",
+        kernel.stem
+    );
     assert_eq!(
         run(&device, &RIGHT, left).unwrap(),
         expected(left),
@@ -185,7 +189,11 @@ fn complains(kernel: &'static Kernel, left: Left, words: &str) {
 
 #[test]
 fn a_barrier_that_is_misused_is_found() {
-    complains(&BYTES_NOT_EXPECTED, Left::Straight, "16384 bytes under way that nobody expected");
+    complains(
+        &BYTES_NOT_EXPECTED,
+        Left::Straight,
+        "16384 bytes under way that nobody expected",
+    );
     complains(&TOO_MUCH_EXPECTED, Left::Straight, "misses 0 arrivals and 16 bytes");
     complains(&TOO_MANY_ARRIVALS, Left::Straight, "more arrivals");
     complains(&BARRIER_NOT_PUBLISHED, Left::Straight, "not shown to the copy engine");
@@ -198,7 +206,11 @@ fn products_that_are_misused_are_found() {
     complains(&PRODUCTS_NOT_WAITED_FOR, Left::Straight, "nobody waited for");
     complains(&PRODUCTS_NOT_COMMITTED, Left::Straight, "nobody waited for");
     complains(&SUMS_TOUCHED, Left::Straight, "sums were written");
-    complains(&REGISTERS_TOUCHED, Left::Registers, "registers of a left factor were written");
+    complains(
+        &REGISTERS_TOUCHED,
+        Left::Registers,
+        "registers of a left factor were written",
+    );
     complains(&DIFFERENT_PRODUCTS, Left::Straight, "different products");
 }
 
@@ -211,7 +223,10 @@ fn what_was_not_waited_for_is_not_there() {
     }
     // The first warp overwrites what its own product still reads; the others may have been before it.
     let result = run(&device, &FACTOR_OVERWRITTEN, Left::Straight).unwrap();
-    assert!(result.iter().take(16 * SIDE).all(|value| value.is_nan()), "read too early");
+    assert!(
+        result.iter().take(16 * SIDE).all(|value| value.is_nan()),
+        "read too early"
+    );
 }
 
 #[test]

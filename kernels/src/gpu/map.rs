@@ -92,7 +92,11 @@ impl<R: Runtime> Map<'_, R> {
         Ok(TensorMap {
             memory,
             element_bytes: element as u32,
-            extents: [u64::from(narrow(row)?), u64::from(narrow(rows)?), u64::from(narrow(planes)?)],
+            extents: [
+                u64::from(narrow(row)?),
+                u64::from(narrow(rows)?),
+                u64::from(narrow(planes)?),
+            ],
             strides: strides.map(|stride| stride as u64),
             rectangle,
             swizzle: self.swizzle,

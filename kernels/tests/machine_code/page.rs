@@ -89,9 +89,14 @@ fn row(target: &str, entry: &Entry, read: &Read) -> String {
         integer,
         shared,
         shared_matrices,
-        copies,
         ..
     } = counts;
+    // Where a warp group multiplies, another one copies.
+    let copies = if counts.hgmma > 0 {
+        read.code.whole.copies
+    } else {
+        counts.copies
+    };
     let _ = writeln!(
         row,
         " {} | {float} | {decode} | {integer} | {shared} | {shared_matrices} | {copies} | {} | {} | {} |",
@@ -149,7 +154,7 @@ sm_90a, sm_100 or sm_120 (with `BRIGHTRUN_EVERY_TARGET=1`: for any target from s
 | code | instructions of the entry; the columns from here on count instructions too |
 | tensor … local | of the loop with the tensor-core instructions, where there is one; otherwise of the whole entry |
 | float, decode, integer | f32 arithmetic; picking bits apart and converting; integers, mostly addresses |
-| LDS/STS, LDSM, async | shared memory by elements, by matrices; copies to it by cp.async or TMA |
+| LDS/STS, LDSM, async | shared memory by elements, by matrices; copies to it by cp.async, or by TMA, which are counted in the whole entry: another warp group begins them |
 | reads, writes | of global memory, by bytes that one thread moves |
 | local | reads and writes of local memory, in the whole entry |
 ";

@@ -81,7 +81,9 @@ pub(in crate::gpu) fn fits_hopper(sizes: [usize; 2], depths: [usize; 2], weight:
     let halves = MAP_GRANULE / 2;
     let granule = if weight == DType::U8 { NF4_BLOCK } else { halves };
     let [rows, columns] = sizes;
-    let whole = [columns, depths[0], depths[1]].iter().all(|extent| extent % halves == 0);
+    let whole = [columns, depths[0], depths[1]]
+        .iter()
+        .all(|extent| extent % halves == 0);
     let something = rows > 0 && columns > 0 && depths[0] > 0;
     whole && something && weight_row % granule == 0 && i32::try_from(rows).is_ok()
 }
@@ -110,11 +112,20 @@ mod tests {
         let layer = |sizes, depths, weight, row| fits_hopper(sizes, depths, weight, row);
         assert!(layer([100, 200], [64, 16], DType::U8, 64));
         assert!(layer([100, 200], [72, 0], DType::BF16, 72));
-        assert!(!layer([100, 200], [72, 0], DType::U8, 72), "a block of codes crosses rows");
+        assert!(
+            !layer([100, 200], [72, 0], DType::U8, 72),
+            "a block of codes crosses rows"
+        );
         assert!(!layer([100, 200], [68, 0], DType::BF16, 68), "rows begin at 8 bytes");
         assert!(!layer([100, 200], [64, 4], DType::BF16, 64), "so do the adapter's");
         assert!(!layer([100, 201], [64, 0], DType::BF16, 64), "so do the result's");
-        assert!(!layer([100, 200], [0, 0], DType::BF16, 64), "there is nothing to multiply");
-        assert!(!layer([1 << 31, 200], [64, 0], DType::BF16, 64), "coordinates have 32 bits");
+        assert!(
+            !layer([100, 200], [0, 0], DType::BF16, 64),
+            "there is nothing to multiply"
+        );
+        assert!(
+            !layer([1 << 31, 200], [64, 0], DType::BF16, 64),
+            "coordinates have 32 bits"
+        );
     }
 }

@@ -113,7 +113,11 @@ pub(in crate::gpu) fn weight_map<R: Runtime>(
     sizes: [usize; 2],
 ) -> Map<'_, R> {
     let [columns, depth] = sizes;
-    let (row, rows) = if is_straight { (depth, columns) } else { (columns, depth) };
+    let (row, rows) = if is_straight {
+        (depth, columns)
+    } else {
+        (columns, depth)
+    };
     // Codes come two a byte; for dx a box of elements is half as wide as the tile, since the swizzle spans 64 of them.
     let (row, rectangle, swizzle) = match (tensor.dtype(), is_straight) {
         (DType::U8, true) => (row / 2, [DEPTH / 2, OUTPUTS], Swizzle::None),

@@ -105,7 +105,12 @@ impl<R: Runtime> Gpu<R> {
         let arguments = [
             Argument::Map(token_map(grouped.left, box_rows)),
             Argument::Optional(left_slots),
-            Argument::Map(weight_map(frozen(grouped.right), is_straight, experts, [columns, depth])),
+            Argument::Map(weight_map(
+                frozen(grouped.right),
+                is_straight,
+                experts,
+                [columns, depth],
+            )),
             absmax,
             nested,
             map,
@@ -123,6 +128,11 @@ impl<R: Runtime> Gpu<R> {
             Argument::Flag(accumulate),
         ];
         let geometry = self.persistent(groups * columns.div_ceil(OUTPUTS));
-        self.launch(kernel, &[weight], geometry.with_shared(width.shared_bytes(weight)), &arguments)
+        self.launch(
+            kernel,
+            &[weight],
+            geometry.with_shared(width.shared_bytes(weight)),
+            &arguments,
+        )
     }
 }
