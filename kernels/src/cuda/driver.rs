@@ -14,7 +14,7 @@ use super::launch;
 use super::presence::{DeviceInfo, Presence, probe};
 use super::staging::Staging;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, Launch, PlainProduct, Runtime, Source, Span, Value};
+use crate::gpu::{Gpu, Launch, Machine, PlainProduct, Runtime, Source, Span, Value};
 
 /// The environment variable that, when set to `1`, makes every launch wait for its end: an error then names the kernel that
 /// made it.
@@ -271,6 +271,13 @@ impl Runtime for Driver {
         "cuda"
     }
 
+    fn machine(&self) -> Machine {
+        Machine {
+            capability: self.info.capability,
+            multiprocessors: self.info.multiprocessors,
+        }
+    }
+
     fn allocate(&self, bytes: usize) -> Result<Memory> {
         self.uncaptured(&format!("allocating {bytes} bytes"))?;
         let slice = launch::allocate(&self.compute, bytes).map_err(|error| match error.0 {
@@ -321,6 +328,7 @@ impl Runtime for Driver {
         let spans = || {
             launch.values.iter().filter_map(|value| match value {
                 Value::Memory(span) => *span,
+                Value::Map(map) => Some(map.part),
                 _ => None,
             })
         };

@@ -11,12 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, LaunchConfig, PinnedHostSlice, PushKernelArg, sys,
+    CudaContext, CudaFunction, CudaGraph, CudaSlice, CudaStream, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice,
+    PushKernelArg, sys,
 };
 
 use super::DeviceInfo;
 use super::driver::Memory;
-use crate::gpu::{Launch, Span, Value};
+use crate::gpu::{Launch, Span, Swizzle, TensorMap, Value};
 
 /// Whether the driver's library can be loaded; without it cudarc's functions panic.
 pub(super) fn has_driver_library() -> bool {
@@ -147,8 +148,9 @@ pub(super) fn launch(
     function: &CudaFunction,
     launch: &Launch<'_, Memory>,
 ) -> Result<(), DriverError> {
-    // Each value lies in a place of its own, eight bytes wide; the driver copies as much of it as the parameter has.
-    let places: Vec<u64> = launch.values.iter().map(|value| place(value, stream)).collect();
+    // Each value lies in a place of its own, as large as a map; the driver copies as much of it as the parameter has.
+    let places = launch.values.iter().map(|value| place(value, stream));
+    let places: Vec<Place> = places.collect::<Result<_, _>>()?;
     let mut arguments = stream.launch_builder(function);
     for place in &places {
         arguments.arg(place);
@@ -168,12 +170,59 @@ pub(super) fn launch(
 }
 
 /// A value as it lies in memory, little-endian and padded.
-fn place(value: &Value<'_, Memory>, stream: &CudaStream) -> u64 {
-    match value {
+#[repr(transparent)]
+struct Place(sys::CUtensorMap);
+
+// SAFETY: plain bytes, of which the driver reads as many as the parameter has: at most a map, which this is as large as.
+unsafe impl DeviceRepr for Place {}
+
+fn place(value: &Value<'_, Memory>, stream: &CudaStream) -> Result<Place, DriverError> {
+    let word = match value {
         Value::Memory(None) => 0,
         Value::Memory(Some(span)) => span.memory.address(stream) + span.first as u64,
         Value::I32(value) => u64::from(value.cast_unsigned()),
         Value::I64(value) => value.cast_unsigned(),
         Value::F32(value) => u64::from(value.to_bits()),
+        Value::Map(map) => return encode(map, stream).map(Place),
+    };
+    let mut words = sys::CUtensorMap { opaque: [0; 16] };
+    words.opaque[0] = word;
+    Ok(Place(words))
+}
+
+/// A tensor's map as the copy engine reads it.
+fn encode(map: &TensorMap<'_, Memory>, stream: &CudaStream) -> Result<sys::CUtensorMap, DriverError> {
+    let mut encoded = sys::CUtensorMap { opaque: [0; 16] };
+    let elements = match map.element_bytes {
+        1 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    };
+    let swizzle = match map.swizzle {
+        Swizzle::None => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+        Swizzle::Bytes64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+        Swizzle::Bytes128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+    };
+    let address = (map.part.memory.address(stream) + map.part.first as u64) as *mut std::ffi::c_void;
+    // SAFETY: the driver is loaded, for there is a stream. It reads three extents, boxes and steps and two strides from arrays of so
+    // many, and writes one map. It does not touch the tensor; that boxes stay within it is the copy engine's own rule, and that the
+    // extents do was checked against the tensor's bytes by `Map::checked`.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &raw mut encoded,
+            elements,
+            3,
+            address,
+            map.extents.as_ptr(),
+            map.strides.as_ptr(),
+            map.rectangle.as_ptr(),
+            [1; 3].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            // The next boxes of a row are wanted next: their lines are fetched with this one's.
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
     }
+    .result()?;
+    Ok(encoded)
 }

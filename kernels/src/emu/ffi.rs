@@ -14,7 +14,7 @@ use std::sync::Arc;
 use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_NOW, Symbol};
 
 use crate::error::{Error, Result};
-use crate::gpu::{Launch, Span, Value};
+use crate::gpu::{Launch, Span, TensorMap, Value};
 
 /// `emu_entry_…`: calls a kernel with the arguments the array points to.
 type Entry = unsafe extern "C" fn(*mut *mut c_void);
@@ -98,8 +98,8 @@ impl Engine {
             }
         }
         let kernel = CString::new(launch.entry).map_err(|error| failed(&error.to_string()))?;
-        // Each value lies in a place of its own, eight bytes wide, that `pointers` points to: as cuLaunchKernel has it.
-        let mut places: Vec<u64> = launch.values.iter().map(place).collect();
+        // Each value lies in a place of its own, as large as a map, that `pointers` points to: as cuLaunchKernel has it.
+        let mut places: Vec<Place> = launch.values.iter().map(place).collect();
         let mut pointers: Vec<*mut c_void> = places
             .iter_mut()
             .map(|place| std::ptr::from_mut(place).cast())
@@ -135,15 +135,40 @@ impl Engine {
     }
 }
 
-/// A value as it lies in memory, little-endian and padded.
-fn place(value: &Value<'_, Memory>) -> u64 {
-    match value {
+/// A value as it lies in memory, little-endian and padded; as large as a `TensorMap` of the kernels.
+#[repr(C, align(64))]
+struct Place([u64; 16]);
+
+fn place(value: &Value<'_, Memory>) -> Place {
+    let word = match value {
         Value::Memory(None) => 0,
         Value::Memory(Some(span)) => address(span) as u64,
         Value::I32(value) => u64::from(value.cast_unsigned()),
         Value::I64(value) => value.cast_unsigned(),
         Value::F32(value) => u64::from(value.to_bits()),
-    }
+        Value::Map(map) => return Place(words(map)),
+    };
+    let mut place = [0; 16];
+    place[0] = word;
+    Place(place)
+}
+
+/// What marks a map: `MAP_MARK` of `hopper_emu.h`.
+const MAP_MARK: u64 = 0x0062_726d_6170;
+
+/// A tensor's map as `hopper_emu.h` reads it.
+fn words(map: &TensorMap<'_, Memory>) -> [u64; 16] {
+    let [row, rows, planes] = map.extents;
+    let [box_row, box_rows, box_planes] = map.rectangle.map(u64::from);
+    let (element, swizzle) = (u64::from(map.element_bytes), u64::from(map.swizzle.bytes()));
+    let base = address(&map.part) as u64;
+    let [next_row, next_plane] = map.strides;
+    let mut words = [0; 16];
+    let described = [
+        base, row, rows, planes, next_row, next_plane, box_row, box_rows, box_planes, element, swizzle, MAP_MARK,
+    ];
+    words[..described.len()].copy_from_slice(&described);
+    words
 }
 
 fn range(value: &Value<'_, Memory>) -> Option<Range> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::ffi::Memory;
-use crate::gpu::{Launch, Source, Span, Value};
+use crate::gpu::{Launch, Source, Span, Swizzle, TensorMap, Value};
 
 /// Launches and fills in their order.
 #[derive(Default)]
@@ -44,6 +44,14 @@ pub(super) enum Kept {
     I64(i64),
     /// Its bits.
     F32(u32),
+    Map {
+        part: Part,
+        element_bytes: u32,
+        extents: [u64; 3],
+        strides: [u64; 2],
+        rectangle: [u32; 3],
+        swizzle: Swizzle,
+    },
 }
 
 impl Graph {
@@ -90,6 +98,14 @@ impl Kept {
             Value::I32(value) => Self::I32(*value),
             Value::I64(value) => Self::I64(*value),
             Value::F32(value) => Self::F32(value.to_bits()),
+            Value::Map(map) => Self::Map {
+                part: Part::of(map.part),
+                element_bytes: map.element_bytes,
+                extents: map.extents,
+                strides: map.strides,
+                rectangle: map.rectangle,
+                swizzle: map.swizzle,
+            },
         }
     }
 
@@ -99,6 +115,21 @@ impl Kept {
             Self::I32(value) => Value::I32(*value),
             Self::I64(value) => Value::I64(*value),
             Self::F32(bits) => Value::F32(f32::from_bits(*bits)),
+            Self::Map {
+                part,
+                element_bytes,
+                extents,
+                strides,
+                rectangle,
+                swizzle,
+            } => Value::Map(TensorMap {
+                part: part.span(),
+                element_bytes: *element_bytes,
+                extents: *extents,
+                strides: *strides,
+                rectangle: *rectangle,
+                swizzle: *swizzle,
+            }),
         }
     }
 }

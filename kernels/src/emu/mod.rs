@@ -9,6 +9,8 @@ mod compiler;
 pub(crate) mod defects;
 mod ffi;
 mod graph;
+#[cfg(test)]
+pub(crate) mod hopper_defects;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +21,7 @@ pub use self::ffi::Memory;
 pub use self::graph::Graph;
 use self::graph::{Node, Part};
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, Launch, Runtime, Span};
+use crate::gpu::{Gpu, Launch, Machine, Runtime, Span};
 
 /// A GPU backend whose device is emulated.
 pub type Emulated = Gpu<Emulation>;
@@ -29,6 +31,7 @@ pub struct Emulation {
     engine: Arc<Engine>,
     compiler: Compiler,
     threads: u32,
+    machine: Machine,
     /// Held for a whole launch: launches of one device follow each other.
     queue: Mutex<Queue>,
 }
@@ -41,12 +44,25 @@ struct Queue {
     capture: Option<Graph>,
 }
 
+/// The compute capability that [`emulated`] claims: the first with what the portable kernels need.
+const PORTABLE: (u32, u32) = (8, 0);
+/// Few, so that the blocks of a grid that stays have several tiles even of small products.
+const MULTIPROCESSORS: u32 = 3;
+
 /// A backend on emulation, whose blocks are spread over `threads` threads, or as many as the machine offers.
 ///
 /// # Errors
 /// [`Error::Unsupported`] where there is no C++ compiler; [`Error::Device`] when it fails.
 pub fn emulated(threads: Option<usize>) -> Result<Emulated> {
-    Gpu::new(Emulation::new(threads)?)
+    emulated_as(threads, PORTABLE)
+}
+
+/// The same of a device that claims to be of this compute capability: of (9, 0), Hopper's own kernels are run.
+///
+/// # Errors
+/// As [`emulated`].
+pub fn emulated_as(threads: Option<usize>, capability: (u32, u32)) -> Result<Emulated> {
+    Gpu::new(Emulation::of(threads, capability)?)
 }
 
 impl Emulation {
@@ -55,6 +71,10 @@ impl Emulation {
     /// # Errors
     /// [`Error::Unsupported`] where there is no C++ compiler; [`Error::Device`] when it fails.
     pub fn new(threads: Option<usize>) -> Result<Self> {
+        Self::of(threads, PORTABLE)
+    }
+
+    fn of(threads: Option<usize>, capability: (u32, u32)) -> Result<Self> {
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = threads.unwrap_or_else(available).clamp(1, 256) as u32;
         let compiler = Compiler::find()?;
@@ -63,6 +83,10 @@ impl Emulation {
             engine: Arc::new(engine),
             compiler,
             threads,
+            machine: Machine {
+                capability,
+                multiprocessors: MULTIPROCESSORS,
+            },
             queue: Mutex::default(),
         })
     }
@@ -138,6 +162,10 @@ impl Runtime for Emulation {
 
     fn name(&self) -> &'static str {
         "emulated"
+    }
+
+    fn machine(&self) -> Machine {
+        self.machine
     }
 
     fn allocate(&self, bytes: usize) -> Result<Memory> {

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::{Gpu, Launch, Runtime, Source, Value};
+use super::{Gpu, Launch, Map, Runtime, Source, Value};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -32,6 +32,8 @@ pub(crate) enum Parameter {
     I32,
     I64,
     F32,
+    /// `MAP`: a tensor's map, by value.
+    Map,
 }
 
 /// The elements behind a pointer.
@@ -60,6 +62,7 @@ pub(crate) enum Argument<'a, R: Runtime> {
     Flag(bool),
     I32(i32),
     F32(f32),
+    Map(Map<'a, R>),
 }
 
 /// The shape of a launch.
@@ -225,6 +228,7 @@ impl<R: Runtime> Gpu<R> {
             (Parameter::I32, Argument::Flag(flag)) => Ok(Value::I32(i32::from(*flag))),
             (Parameter::I32, Argument::I32(value)) => Ok(Value::I32(*value)),
             (Parameter::F32, Argument::F32(value)) => Ok(Value::F32(*value)),
+            (Parameter::Map, Argument::Map(map)) => map.checked().map(Value::Map),
             (parameter, _) => Err(format!("wants {parameter:?} and got another kind of argument")),
         }
     }

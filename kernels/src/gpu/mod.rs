@@ -8,6 +8,7 @@
 //! | `runtime` | what a runtime must do |
 //! | `kernel` | typed descriptors of kernels, checked at every launch, and against the `.cu` sources by a test |
 //! | `family` | the op families: source, kernels, ops |
+//! | `map` | tensors as the copy engine sees them |
 //! | `memory` | the arena of a step, and the pool of everything else |
 //! | `places` | where tensors lie in the arena |
 //! | `layouts` | what kernels must know of packed documents, kept on the device |
@@ -32,6 +33,7 @@ mod gate;
 mod kernel;
 mod layouts;
 mod loss;
+mod map;
 mod matmul;
 mod memory;
 mod moe;
@@ -67,11 +69,13 @@ use self::faults::Faults;
 #[cfg(test)]
 pub(crate) use self::kernel::Parameter;
 pub(crate) use self::kernel::{Argument, Element, Geometry, Kernel};
+pub(crate) use self::map::Map;
+pub use self::map::{Swizzle, TensorMap};
 pub use self::matmul::{PlainForm, PlainProduct};
 pub use self::memory::Buffer;
 use self::layouts::Layouts;
 use self::memory::Pool;
-pub use self::runtime::{Launch, Runtime, Span, Value};
+pub use self::runtime::{Launch, Machine, Runtime, Span, Value};
 use self::shared::Shared;
 pub use self::shared::{SHARED_ROWS, SharedRows};
 pub use self::sources::Source;

@@ -3,7 +3,23 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::gpu::{PlainProduct, Source};
+use crate::gpu::{PlainProduct, Source, TensorMap};
+
+/// What kernels are chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Compute capability: (major, minor).
+    pub capability: (u32, u32),
+    /// Streaming multiprocessors: the blocks of a grid that stays.
+    pub multiprocessors: u32,
+}
+
+impl Machine {
+    /// Whether it has Hopper's own instructions, which later generations do not have.
+    pub fn is_hopper(self) -> bool {
+        self.capability == (9, 0)
+    }
+}
 
 /// Memory and launches of one device. Everything happens in the order of the calls; only [`Runtime::read`] and
 /// [`Runtime::synchronise`] need to wait.
@@ -26,6 +42,9 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// The backend's name in messages: `cuda`, `emulated`.
     fn name(&self) -> &'static str;
+
+    /// The device.
+    fn machine(&self) -> Machine;
 
     /// Memory of at least `bytes` bytes, which is not 0, aligned to 16 bytes or more; its contents are unspecified.
     ///
@@ -143,4 +162,6 @@ pub enum Value<'a, M> {
     I64(i64),
     /// `float`.
     F32(f32),
+    /// A tensor's map, by value.
+    Map(TensorMap<'a, M>),
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::Result;
-use crate::gpu::{Launch, PlainForm, PlainProduct, Runtime, Span};
+use crate::gpu::{Launch, Machine, PlainForm, PlainProduct, Runtime, Span};
 
 /// Another runtime, watched.
 pub struct Watched<R> {
@@ -104,6 +104,10 @@ impl<R: Runtime> Runtime for Watched<R> {
 
     fn name(&self) -> &'static str {
         self.inner.name()
+    }
+
+    fn machine(&self) -> Machine {
+        self.inner.machine()
     }
 
     fn allocate(&self, bytes: usize) -> Result<R::Memory> {

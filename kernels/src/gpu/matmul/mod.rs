@@ -1,12 +1,15 @@
-//! Frozen linear layers with LoRA: `matmul.cu` (bf16, tensor cores) and `matmul_f32.cu`.
+//! Frozen linear layers with LoRA: `matmul.cu` (bf16, tensor cores), `matmul_hopper.cu` (the same on sm_90a) and `matmul_f32.cu`.
 //!
-//! The passes are written once; a [`Product`] is carried out by [`tensor`] or [`exact`], as the precision says. Factors are
+//! The passes are written once; a [`Product`] is carried out by [`tensor`] or [`exact`], as the precision says, or
+//! by [`hopper`] where the table in [`choice`] says so. Factors are
 //! brought to the precision's dtype first where they are not in it already: the small ones of the adapter always, activations
 //! and dense weights only where a caller mixes dtypes. NF4 weights are never decoded to memory, unless their rows are not
 //! multiples of 32 elements.
 
+pub(super) mod choice;
 mod exact;
 mod library;
+pub(super) mod hopper;
 pub(super) mod tensor;
 
 pub use self::library::{PlainForm, PlainProduct};
@@ -28,6 +31,12 @@ pub(super) static TENSOR_FAMILY: Family = Family {
     source: &super::sources::MATMUL,
     kernels: tensor::KERNELS,
     ops: &[Op::LinearForward, Op::LinearBackward],
+};
+
+pub(super) static HOPPER_FAMILY: Family = Family {
+    source: &super::sources::MATMUL_HOPPER,
+    kernels: hopper::KERNELS,
+    ops: &[],
 };
 
 pub(super) static EXACT_FAMILY: Family = Family {
