@@ -277,7 +277,7 @@ fn a_box_is_swizzled_by_address_and_zero_outside_its_tensor() {
         };
         for (place, value) in found.iter().enumerate() {
             // Undo the exchange of chunks: it is its own inverse, since it leaves the row alone.
-            let from = place ^ ((place / 128 & bits) * 16);
+            let from = place ^ (((place / 128) & bits) * 16);
             let [x, y] = [from % 128 + 112, from / 128 + 20];
             let inside = x < extents[0] && y < extents[1];
             let wanted = if inside { bytes[y * extents[0] + x] } else { 0 };
@@ -289,7 +289,7 @@ fn a_box_is_swizzled_by_address_and_zero_outside_its_tensor() {
         return;
     };
     for (place, value) in found.iter().enumerate() {
-        assert_eq!(*value, bytes[place ^ ((place / 128 & 3) * 16)], "at {place}");
+        assert_eq!(*value, bytes[place ^ (((place / 128) & 3) * 16)], "at {place}");
     }
 }
 

@@ -76,7 +76,7 @@ impl<R: Runtime> Map<'_, R> {
         if row == 0 || strides[1] == 0 || strides[1].saturating_mul(planes) > bytes || planes == 0 {
             return wrong("it has another size");
         }
-        if strides.iter().any(|stride| stride % MAP_GRANULE != 0) {
+        if strides.iter().any(|stride| !stride.is_multiple_of(MAP_GRANULE)) {
             return wrong("a row does not begin at 16 bytes");
         }
         let narrow = |extent: usize| u32::try_from(extent).map_err(|_| "an extent is too large".to_owned());
@@ -86,7 +86,7 @@ impl<R: Runtime> Map<'_, R> {
         if rectangle.iter().any(|extent| *extent == 0 || *extent > MOST_OF_A_BOX) {
             return wrong("a box has 1 to 256 elements in each direction");
         }
-        if row_bytes % MAP_GRANULE != 0 || (swizzle > 0 && row_bytes > swizzle) {
+        if !row_bytes.is_multiple_of(MAP_GRANULE) || (swizzle > 0 && row_bytes > swizzle) {
             return wrong("a box's row does not fit its swizzle");
         }
         Ok(TensorMap {

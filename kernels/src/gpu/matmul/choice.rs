@@ -83,9 +83,9 @@ pub(in crate::gpu) fn fits_hopper(sizes: [usize; 2], depths: [usize; 2], weight:
     let [rows, columns] = sizes;
     let whole = [columns, depths[0], depths[1]]
         .iter()
-        .all(|extent| extent % halves == 0);
+        .all(|extent| extent.is_multiple_of(halves));
     let something = rows > 0 && columns > 0 && depths[0] > 0;
-    whole && something && weight_row % granule == 0 && i32::try_from(rows).is_ok()
+    whole && something && weight_row.is_multiple_of(granule) && i32::try_from(rows).is_ok()
 }
 
 /// Elements that share a scale.
