@@ -112,6 +112,9 @@ async fn settle(url: &str) {
         .batch_execute("set brightrun.test_now_offset = '1 day'")
         .await
         .unwrap();
+    // What waits for its turn under a limit would take thousands of rounds.
+    let limited = "select brightrun.cancel(job_id, 'it is over') from brightrun.ready where share_id is not null";
+    client.batch_execute(limited).await.unwrap();
     let deadline = Instant::now() + PATIENCE;
     for round in 1.. {
         // The clock moves on, so that retries come due and the steadiness rule is met.
