@@ -2,9 +2,9 @@
 //! they answer.
 
 use brightrun_kernels::ops::{
-    AdamW, AttentionBackward, AttentionForward, BlockMoment, ConvolutionBackward, ConvolutionForward, DELTA_CHUNK, DeltaBackward,
-    DeltaForward, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, LinearBackward, LinearCrossEntropy,
-    LinearForward, LoraForward, NormForward, NormWeight, Precision, Routing, RowOrder, Write,
+    AdamW, AttentionBackward, AttentionForward, BlockMoment, ConvolutionBackward, ConvolutionForward, DELTA_CHUNK,
+    DeltaBackward, DeltaForward, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, LinearBackward,
+    LinearCrossEntropy, LinearForward, LoraForward, NormForward, NormWeight, Precision, Routing, RowOrder, Write,
 };
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Result, Tensor, WeightStack};

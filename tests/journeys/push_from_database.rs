@@ -65,7 +65,9 @@ impl Project {
         let base = "update brightrun.push_setting set api_base = $1, look_every = '10 milliseconds'";
         owner.execute(base, &[&project.plane.api()]).await.unwrap();
         owner
-            .batch_execute("update brightrun.job_kind set retry_base = '10 milliseconds', retry_cap = '10 milliseconds'")
+            .batch_execute(
+                "update brightrun.job_kind set retry_base = '10 milliseconds', retry_cap = '10 milliseconds'",
+            )
             .await
             .unwrap();
         project
@@ -171,12 +173,22 @@ async fn an_inserted_row_is_pushed_by_the_database_trained_and_forgotten_at_runp
     let asked = project
         .world
         .database
-        .json("select jsonb_agg(to_jsonb(request)) from net.http_request_queue request", &[])
+        .json(
+            "select jsonb_agg(to_jsonb(request)) from net.http_request_queue request",
+            &[],
+        )
         .await;
     assert_eq!(asked.as_array().unwrap().len(), 1, "{asked:#}");
     assert_eq!(asked[0]["url"], json!(format!("{}/ep1/run", project.plane.api())));
-    assert_eq!(asked[0]["headers"]["Authorization"], json!(format!("Bearer {CANARY_KEY}")));
-    assert_eq!(asked[0]["body"]["input"], json!({"job_id": job}), "a reference and nothing else");
+    assert_eq!(
+        asked[0]["headers"]["Authorization"],
+        json!(format!("Bearer {CANARY_KEY}"))
+    );
+    assert_eq!(
+        asked[0]["body"]["input"],
+        json!({"job_id": job}),
+        "a reference and nothing else"
+    );
     assert!(asked[0]["body"]["policy"]["executionTimeout"].as_u64().unwrap() >= 3_600_000);
     let _carrier = project.carrier().await;
     project.sent(job).await;
@@ -203,7 +215,11 @@ async fn an_insert_succeeds_without_the_key_and_the_job_is_pushed_once_there_is_
     assert!(project.is_forgotten().await, "nothing is half done");
     let refused = owner.query_one("select brightrun.push_tick()", &[]).await.unwrap_err();
     assert!(
-        refused.as_db_error().unwrap().message().contains("no secret named RUNPOD_API_KEY"),
+        refused
+            .as_db_error()
+            .unwrap()
+            .message()
+            .contains("no secret named RUNPOD_API_KEY"),
         "{refused}"
     );
     let key = "select vault.create_secret($1, 'RUNPOD_API_KEY')";
@@ -243,9 +259,17 @@ async fn an_endpoint_gets_no_more_than_it_takes_and_rests_after_a_429() {
     for _ in 0..5 {
         project.tick().await;
     }
-    assert_eq!(project.world.database.count("brightrun.dispatch", &[]).await, 2, "the third one waits");
+    assert_eq!(
+        project.world.database.count("brightrun.dispatch", &[]).await,
+        2,
+        "the third one waits"
+    );
     for job in jobs {
-        assert_eq!(project.row(job).await["retry_count"], 0, "trouble of the platform is no attempt");
+        assert_eq!(
+            project.row(job).await["retry_count"],
+            0,
+            "trouble of the platform is no attempt"
+        );
     }
 }
 
@@ -289,7 +313,10 @@ async fn what_ends_at_runpod_unclaimed_is_an_attempt_a_cancel_is_passed_on_and_a
         })
         .await;
     let row = project.row(job).await;
-    assert!(row["error_message"].as_str().unwrap().contains("[RUNPOD_CANCELLED]"), "{row:#}");
+    assert!(
+        row["error_message"].as_str().unwrap().contains("[RUNPOD_CANCELLED]"),
+        "{row:#}"
+    );
 
     let waiting = project.world.job(10, 1).await;
     let remote = project.sent(waiting).await;
@@ -298,7 +325,8 @@ async fn what_ends_at_runpod_unclaimed_is_an_attempt_a_cancel_is_passed_on_and_a
     project
         .ticking("the run is cancelled", || async {
             let jobs = project.plane.submitted();
-            jobs.iter().any(|job| job["id"] == json!(remote) && job["status"] == "CANCELLED")
+            jobs.iter()
+                .any(|job| job["id"] == json!(remote) && job["status"] == "CANCELLED")
         })
         .await;
     project.ticking("no dispatch is left", || project.is_forgotten()).await;
@@ -312,7 +340,10 @@ async fn what_ends_at_runpod_unclaimed_is_an_attempt_a_cancel_is_passed_on_and_a
         })
         .await;
     let row = project.row(dear).await;
-    assert!(row["error_message"].as_str().unwrap().contains("[JOB_TOO_EXPENSIVE]"), "{row:#}");
+    assert!(
+        row["error_message"].as_str().unwrap().contains("[JOB_TOO_EXPENSIVE]"),
+        "{row:#}"
+    );
     assert_eq!(project.runs(dear), 0);
 }
 
@@ -332,7 +363,13 @@ async fn the_key_is_in_no_file_of_the_server_but_pg_nets_and_vaults_own() {
                 and relkind in ('r', 'i', 't')
                union select pg_relation_filepath(reltoastrelid) from pg_class
                 where relnamespace in ('net'::regnamespace, 'vault'::regnamespace) and reltoastrelid <> 0";
-    let own: Vec<Option<String>> = owner.query(own, &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
+    let own: Vec<Option<String>> = owner
+        .query(own, &[])
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
     let mut found = Vec::new();
     holding(&server.folder().join("data/base"), CANARY_KEY.as_bytes(), &mut found);
     let foreign: Vec<_> = found

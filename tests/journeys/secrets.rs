@@ -209,7 +209,10 @@ async fn secrets_of_an_orchestrator_and_a_runpod_worker_reach_no_row_no_log_no_r
     }];
     let orchestrator = Process::start(&world, &["orchestrate"], &url, &[], "orchestrator.log");
     let variables = plane.variables();
-    let mut of_platform: Vec<(&str, &str)> = variables.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let mut of_platform: Vec<(&str, &str)> = variables
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str()))
+        .collect();
     of_platform.extend([
         ("RUNPOD_AI_API_KEY", CANARY),
         ("RUNPOD_ENDPOINT_SECRET", CANARY),
@@ -232,7 +235,10 @@ async fn secrets_of_an_orchestrator_and_a_runpod_worker_reach_no_row_no_log_no_r
     })
     .await
     .unwrap();
-    assert!(refused["error"].is_string() && !refused.to_string().contains(CANARY), "{refused}");
+    assert!(
+        refused["error"].is_string() && !refused.to_string().contains(CANARY),
+        "{refused}"
+    );
     eventually("the webhook was tried", || async {
         let log = fs::read_to_string(world.folder.path().join("orchestrator.log")).unwrap();
         log.contains("a webhook was not accepted")
@@ -240,8 +246,15 @@ async fn secrets_of_an_orchestrator_and_a_runpod_worker_reach_no_row_no_log_no_r
     .await;
     for process in [&orchestrator, &worker] {
         let limits = process.limits();
-        let cores = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
-        assert_eq!(cores.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"], "{cores}");
+        let cores = limits
+            .lines()
+            .find(|line| line.starts_with("Max core file size"))
+            .unwrap();
+        assert_eq!(
+            cores.split_whitespace().skip(4).take(2).collect::<Vec<_>>(),
+            ["0", "0"],
+            "{cores}"
+        );
     }
     worker.dies_of(Signal::ABORT);
     orchestrator.dies_of(Signal::ABORT);
@@ -252,11 +265,23 @@ async fn secrets_of_an_orchestrator_and_a_runpod_worker_reach_no_row_no_log_no_r
     }
     // The keys were used: what is sent to RunPod carries them, in one header and nowhere else.
     let requests = plane.requests();
-    assert!(requests.iter().any(|request| request.header("authorization") == Some(CANARY)));
-    assert!(requests.iter().any(|request| request.header("authorization") == Some(&format!("Bearer {CANARY}"))));
+    assert!(
+        requests
+            .iter()
+            .any(|request| request.header("authorization") == Some(CANARY))
+    );
+    assert!(
+        requests
+            .iter()
+            .any(|request| request.header("authorization") == Some(&format!("Bearer {CANARY}")))
+    );
     for request in &requests {
         let body = String::from_utf8_lossy(&request.body);
-        assert!(!request.target.contains(CANARY) && !body.contains(CANARY), "{} {body}", request.target);
+        assert!(
+            !request.target.contains(CANARY) && !body.contains(CANARY),
+            "{} {body}",
+            request.target
+        );
     }
     let mut files = Vec::new();
     tainted_files(world.folder.path(), &mut files);

@@ -60,7 +60,8 @@ fn summary(mut milliseconds: Vec<f64>) -> Value {
 fn starts() -> Vec<f64> {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
-    let text = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n";
+    let text =
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n";
     let small = Miniature {
         hidden: 32,
         layers: 2,
@@ -123,5 +124,7 @@ fn heartbeats() -> Vec<f64> {
     });
     let pings = plane.of(Route::Ping);
     let pairs = pings.windows(2);
-    pairs.map(|pair| (pair[1].at - pair[0].at).as_secs_f64() * 1000.0).collect()
+    pairs
+        .map(|pair| (pair[1].at - pair[0].at).as_secs_f64() * 1000.0)
+        .collect()
 }

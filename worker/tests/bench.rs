@@ -55,11 +55,16 @@ fn steps_of_every_length_are_measured_on_a_model_without_a_checkpoint() {
 fn a_server_of_steps_warms_up_and_then_does_as_many_as_it_is_asked_for() {
     let device = Cpu::new(Some(2)).unwrap();
     let mut answers = Vec::new();
-    serve(&device, &request(vec![64]), &mut [2, 1].into_iter(), &mut |times, loss| {
-        assert!(loss.is_finite() && times.iter().all(|time| *time > 0.0));
-        answers.push(times.len());
-        Ok(())
-    })
+    serve(
+        &device,
+        &request(vec![64]),
+        &mut [2, 1].into_iter(),
+        &mut |times, loss| {
+            assert!(loss.is_finite() && times.iter().all(|time| *time > 0.0));
+            answers.push(times.len());
+            Ok(())
+        },
+    )
     .unwrap();
     assert_eq!(answers, [0, 2, 1]);
 }

@@ -462,7 +462,10 @@ async fn a02_compat_sdk_has_the_development_servers_pages_and_nothing_of_the_clo
         .build()
         .unwrap();
     let docs = still.get(format!("{}/docs", served.base)).send().await.unwrap();
-    assert_eq!((docs.status().as_u16(), &docs.headers()["location"]), (307, &"/".parse().unwrap()));
+    assert_eq!(
+        (docs.status().as_u16(), &docs.headers()["location"]),
+        (307, &"/".parse().unwrap())
+    );
     let (_, described) = served.get("/openapi.json").await;
     assert_eq!(described["info"]["title"], "Runpod | Development Worker API");
     for path in ["/cancel/x", "/retry/x", "/purge-queue", "/other/realtime"] {
@@ -476,10 +479,17 @@ async fn a02_compat_sdk_has_the_development_servers_pages_and_nothing_of_the_clo
         let (code, answer) = served.post(path, &json!({})).await;
         assert_eq!((code, &answer["error"]), (200, &json!("Job ID not found")), "{path}");
     }
-    let realtime = served.post("/ep1/realtime", &json!({"id": "r", "input": {"return": [1]}})).await;
+    let realtime = served
+        .post("/ep1/realtime", &json!({"id": "r", "input": {"return": [1]}}))
+        .await;
     assert_eq!(realtime, (200, json!({"output": [1]})));
-    let (code, failed) = served.post("/ep1/realtime", &json!({"id": "r", "input": {"fail": "no"}})).await;
-    assert!(code == 200 && failed["error"].is_string() && failed.get("output").is_none(), "{failed}");
+    let (code, failed) = served
+        .post("/ep1/realtime", &json!({"id": "r", "input": {"fail": "no"}}))
+        .await;
+    assert!(
+        code == 200 && failed["error"].is_string() && failed.get("output").is_none(),
+        "{failed}"
+    );
     assert_eq!(served.post("/ep1/realtime", &json!({"input": 1})).await.0, 422);
 }
 
@@ -495,14 +505,27 @@ async fn a02_compat_sdk_answers_every_outcome_and_survives_a_webhook_that_fails(
     let body = json!({"input": {"return": null}, "webhook": format!("{}/hook", plane.url())});
     let (code, answer) = served.post("/runsync", &body).await;
     assert_eq!((code, &answer["status"]), (200, &json!("COMPLETED")));
-    assert!(answer.get("output").is_none(), "a null output leaves the key out: {answer}");
+    assert!(
+        answer.get("output").is_none(),
+        "a null output leaves the key out: {answer}"
+    );
     plane.eventually("the webhook", |_| !plane.of(Route::Other).is_empty());
-    for input in [json!({"fail": "x"}), json!({"panic": "x"}), json!({"return": {"error": "m"}})] {
+    for input in [
+        json!({"fail": "x"}),
+        json!({"panic": "x"}),
+        json!({"return": {"error": "m"}}),
+    ] {
         let (code, answer) = served
-            .post("/runsync", &json!({"input": input, "webhook": format!("{}/hook", plane.url())}))
+            .post(
+                "/runsync",
+                &json!({"input": input, "webhook": format!("{}/hook", plane.url())}),
+            )
             .await;
         assert_eq!((code, &answer["status"]), (200, &json!("FAILED")), "{input}");
-        assert!(answer["error"].is_string() && answer.get("output").is_none(), "{answer}");
+        assert!(
+            answer["error"].is_string() && answer.get("output").is_none(),
+            "{answer}"
+        );
     }
     served.post("/runsync", &body).await;
     plane.eventually("a webhook after a success", |_| plane.of(Route::Other).len() >= 2);
@@ -510,7 +533,10 @@ async fn a02_compat_sdk_answers_every_outcome_and_survives_a_webhook_that_fails(
     for wrong in ["{", "[]", "7"] {
         let request = served.http.post(format!("{}/run", served.base)).body(wrong);
         let (code, answer) = served.send(request.header("content-type", "application/json")).await;
-        assert!(code == 422 && answer["detail"][0]["type"].is_string(), "{wrong}: {answer}");
+        assert!(
+            code == 422 && answer["detail"][0]["type"].is_string(),
+            "{wrong}: {answer}"
+        );
     }
 }
 

@@ -403,7 +403,10 @@ fn t19_a_take_address_of_another_form_is_warned_of_once() {
     assert!(plane.of(Route::Stop).is_empty(), "no stop channel can be derived");
     let warned = trouble(&process.lines());
     assert_eq!(warned.len(), 1, "{warned:#?}");
-    assert!(warned[0]["message"].as_str().unwrap().contains("/job-take/"), "{warned:#?}");
+    assert!(
+        warned[0]["message"].as_str().unwrap().contains("/job-take/"),
+        "{warned:#?}"
+    );
 }
 
 /// Size of the soak: 3,000 jobs, or as many as `BRIGHTRUN_SOAK_JOBS` says.

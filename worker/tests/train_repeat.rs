@@ -75,7 +75,10 @@ fn documents(lengths: &[usize], seed: usize) -> Vec<EncodedExample> {
     lengths.iter().enumerate().map(of).collect()
 }
 
-fn values<'a>(device: &Watch, tensors: impl IntoIterator<Item = (&'a Tensor<Watch>, &'a Tensor<Watch>)>) -> Vec<Vec<f32>> {
+fn values<'a>(
+    device: &Watch,
+    tensors: impl IntoIterator<Item = (&'a Tensor<Watch>, &'a Tensor<Watch>)>,
+) -> Vec<Vec<f32>> {
     let read = |tensor| device.read_f32(tensor).unwrap();
     tensors.into_iter().flat_map(|(a, b)| [read(a), read(b)]).collect()
 }
@@ -123,7 +126,10 @@ fn a_replayed_micro_batch_has_the_losses_and_gradients_of_its_ops_called_one_by_
             }
             let found = values(&device, gradients.pairs().iter().map(|(a, b)| (a, b)));
             assert!(found.iter().flatten().any(|value| *value != 0.0));
-            assert!((losses, found) == one_by_one(&model, &lora, &batch, scale), "{what}: other bits");
+            assert!(
+                (losses, found) == one_by_one(&model, &lora, &batch, scale),
+                "{what}: other bits"
+            );
         }
         assert_eq!(repeats.recorded(), 1);
     }
@@ -160,7 +166,15 @@ fn no_step_after_the_second_allocates_launches_a_layer_or_copies_more_than_its_b
     }
     let tokens = 67_u64.next_multiple_of(2);
     for (place, calls) in seen.iter().enumerate().skip(1) {
-        let Calls { allocations, writes, written_bytes, reads, launches, replays, .. } = *calls;
+        let Calls {
+            allocations,
+            writes,
+            written_bytes,
+            reads,
+            launches,
+            replays,
+            ..
+        } = *calls;
         assert_eq!((allocations, replays), (0, 1), "step {place}: {calls:?}");
         // Ids, labels, positions and the loss's factor; then what the ops know of the documents: three of attention, two of the
         // delta rule and the offsets, each of fewer numbers than the tokens.
@@ -169,7 +183,11 @@ fn no_step_after_the_second_allocates_launches_a_layer_or_copies_more_than_its_b
         // The losses, the norm of the gradient, and the note of faults after either.
         assert!(reads <= 4, "step {place}: {calls:?}");
         // Two for the norm and one for the update of each factor.
-        assert_eq!(launches, 2 * 3 * trainer.lora.pairs().len() as u64, "step {place}: {calls:?}");
+        assert_eq!(
+            launches,
+            2 * 3 * trainer.lora.pairs().len() as u64,
+            "step {place}: {calls:?}"
+        );
     }
 }
 
@@ -212,7 +230,10 @@ fn few_shapes_hold_the_same_documents_and_nothing_to_learn_beyond_them() {
         let of_first = |batch: &Batch| batch.segments.offsets()[..3].to_vec();
         assert_eq!(of_first(&filled), of_first(&batch));
         assert_eq!(filled.segments.tokens(), filled.tokens());
-        assert_eq!((filled.labels.len(), filled.positions.len()), (filled.tokens(), filled.tokens()));
+        assert_eq!(
+            (filled.labels.len(), filled.positions.len()),
+            (filled.tokens(), filled.tokens())
+        );
         assert!(filled.segments.len().is_power_of_two());
         assert!(filled.tokens() - batch.tokens() <= batch.tokens() / SHAPES_PER_OCTAVE);
         assert_eq!(filled.in_few_shapes().tokens(), filled.tokens());

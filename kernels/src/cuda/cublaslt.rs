@@ -100,11 +100,7 @@ impl Library {
     }
 
     /// Queues a product; `false` for a form that the library cannot do. The caller has compared the operands' sizes with the form.
-    pub(super) fn product(
-        &self,
-        stream: &CudaStream,
-        product: &PlainProduct<'_, Memory>,
-    ) -> Result<bool, CublasError> {
+    pub(super) fn product(&self, stream: &CudaStream, product: &PlainProduct<'_, Memory>) -> Result<bool, CublasError> {
         let Some(plan) = self.plan(product.form) else {
             return Ok(false);
         };
@@ -143,7 +139,8 @@ impl Library {
     fn plan(&self, form: PlainForm) -> Option<Arc<Plan>> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = plans.entry(form);
-        plan.or_insert_with(|| Plan::new(&self.handle, form).ok().map(Arc::new)).clone()
+        plan.or_insert_with(|| Plan::new(&self.handle, form).ok().map(Arc::new))
+            .clone()
     }
 }
 
@@ -172,7 +169,11 @@ impl Plan {
                 size_of::<i32>(),
             )
         }?;
-        let right = if form.reads_rows { (depth, columns) } else { (columns, depth) };
+        let right = if form.reads_rows {
+            (depth, columns)
+        } else {
+            (columns, depth)
+        };
         for (height, width) in [right, (depth, rows), (columns, rows)] {
             plan.layouts
                 .push(result::create_matrix_layout(half, height, width, height as i64)?);
@@ -197,15 +198,7 @@ impl Plan {
                 size_of::<usize>(),
             )
             .and_then(|()| {
-                result::get_matmul_algo_heuristic(
-                    handle.0,
-                    self.description,
-                    right,
-                    left,
-                    out,
-                    out,
-                    preference,
-                )
+                result::get_matmul_algo_heuristic(handle.0, self.description, right, left, out, out, preference)
             })
         };
         // SAFETY: the preference was made above and is destroyed once.

@@ -8,8 +8,8 @@ use cudarc::driver::sys::{CUevent_flags, CUfunction_attribute, CUresult};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr};
 use cudarc::nvrtc::Ptx;
 
-use super::cublaslt::{Library, Unusable};
 use super::cubins::Cubins;
+use super::cublaslt::{Library, Unusable};
 use super::launch;
 use super::presence::{DeviceInfo, Presence, probe};
 use super::staging::Staging;
@@ -347,7 +347,9 @@ impl Runtime for Driver {
     fn remark(&self) -> Option<String> {
         match self.library.get()? {
             Ok(_) => None,
-            Err(reason) => Some(format!("cuBLASLt is not used: {reason}; its products are done by own kernels")),
+            Err(reason) => Some(format!(
+                "cuBLASLt is not used: {reason}; its products are done by own kernels"
+            )),
         }
     }
 
@@ -374,7 +376,9 @@ impl Runtime for Driver {
             message: format!("{form:?} by cuBLASLt: {error}"),
         };
         self.context.bind_to_thread().map_err(|error| failed(&error))?;
-        let done = library.product(&self.compute, product).map_err(|error| failed(&error))?;
+        let done = library
+            .product(&self.compute, product)
+            .map_err(|error| failed(&error))?;
         if self.synchronous && !is_captured {
             self.compute.synchronize().map_err(|error| failed(&error))?;
         }

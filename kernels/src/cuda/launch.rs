@@ -87,7 +87,10 @@ pub(super) fn pinned(context: &Arc<CudaContext>, bytes: usize) -> Result<PinnedH
 
 /// Queues the setting of every byte of a part of a block, which the caller has compared with the block's size.
 pub(super) fn fill(stream: &CudaStream, part: Span<'_, Memory>, byte: u8) -> Result<(), DriverError> {
-    assert!(part.first + part.bytes <= part.memory.bytes(), "the caller compares sizes");
+    assert!(
+        part.first + part.bytes <= part.memory.bytes(),
+        "the caller compares sizes"
+    );
     stream.context().bind_to_thread()?;
     let address = part.memory.address(stream) + part.first as u64;
     // SAFETY: the block has that many bytes, checked above, and outlives the work: its freeing is queued on this stream too,

@@ -18,8 +18,8 @@
 //! `unsafe` is in `launch`, `nvrtc` and `cublaslt` only: the doors to three foreign libraries.
 
 mod catalogue;
-mod cublaslt;
 mod cubins;
+mod cublaslt;
 mod driver;
 mod launch;
 mod nvrtc;

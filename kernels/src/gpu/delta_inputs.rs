@@ -59,7 +59,11 @@ static INPUTS: Kernel = Kernel {
 /// Whether heads are whole packs, and those of keys so many lanes as sum by halves.
 fn is_regular(sizes: DeltaSizes, taps: usize) -> bool {
     let lanes = sizes.key_dim / PACK;
-    taps == TAPS && sizes.key_dim % PACK == 0 && sizes.value_dim % PACK == 0 && lanes.is_power_of_two() && lanes <= 32
+    taps == TAPS
+        && sizes.key_dim.is_multiple_of(PACK)
+        && sizes.value_dim.is_multiple_of(PACK)
+        && lanes.is_power_of_two()
+        && lanes <= 32
 }
 
 impl<R: Runtime> Gpu<R> {

@@ -236,14 +236,18 @@ impl<R: Runtime> Gpu<R> {
 
 /// The tensors of a launch, for a message: `x bf16 [70, 64], y f32 [70]`.
 fn shapes<R: Runtime>(kernel: &Kernel, arguments: &[Argument<'_, R>]) -> String {
-    let tensors = kernel.parameters.iter().zip(arguments).filter_map(|((name, _), argument)| {
-        let tensor = match argument {
-            Argument::In(tensor) | Argument::Optional(Some(tensor)) => *tensor,
-            Argument::Out(tensor) | Argument::OptionalOut(Some(tensor)) => &**tensor,
-            _ => return None,
-        };
-        Some(format!("{name} {} {}", tensor.dtype(), tensor.shape()))
-    });
+    let tensors = kernel
+        .parameters
+        .iter()
+        .zip(arguments)
+        .filter_map(|((name, _), argument)| {
+            let tensor = match argument {
+                Argument::In(tensor) | Argument::Optional(Some(tensor)) => *tensor,
+                Argument::Out(tensor) | Argument::OptionalOut(Some(tensor)) => &**tensor,
+                _ => return None,
+            };
+            Some(format!("{name} {} {}", tensor.dtype(), tensor.shape()))
+        });
     let tensors: Vec<String> = tensors.collect();
     match tensors.is_empty() {
         true => "no tensor".to_owned(),

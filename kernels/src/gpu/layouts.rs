@@ -225,7 +225,11 @@ impl<R: Runtime> Gpu<R> {
 fn entries(key: Key, of: [&Segments; 2]) -> Vec<i32> {
     let [rows, fields] = key.table.extents(key.tokens, key.documents);
     let contents = key.table.contents(of);
-    debug_assert!(contents.len() <= rows * fields, "{key:?} has {} numbers", contents.len());
+    debug_assert!(
+        contents.len() <= rows * fields,
+        "{key:?} has {} numbers",
+        contents.len()
+    );
     // No number exceeds that of the tokens, which fits.
     let mut entries: Vec<i32> = contents.into_iter().map(|number| number as i32).collect();
     entries.resize(rows * fields, 0);

@@ -69,11 +69,11 @@ use self::faults::Faults;
 #[cfg(test)]
 pub(crate) use self::kernel::Parameter;
 pub(crate) use self::kernel::{Argument, Element, Geometry, Kernel};
+use self::layouts::Layouts;
 pub(crate) use self::map::Map;
 pub use self::map::{Swizzle, TensorMap};
 pub use self::matmul::{PlainForm, PlainProduct};
 pub use self::memory::Buffer;
-use self::layouts::Layouts;
 use self::memory::Pool;
 pub use self::runtime::{Launch, Machine, Runtime, Span, Value};
 use self::shared::Shared;
@@ -283,11 +283,7 @@ impl<R: Runtime> Device for Gpu<R> {
         true
     }
 
-    fn record<E: From<Error>>(
-        &self,
-        documents: &Segments,
-        work: impl FnMut() -> Result<(), E>,
-    ) -> Result<Recorded, E> {
+    fn record<E: From<Error>>(&self, documents: &Segments, work: impl FnMut() -> Result<(), E>) -> Result<Recorded, E> {
         self.recorded(documents, work)
     }
 

@@ -87,7 +87,10 @@ mod tests {
             }
             let mut sorted = used.clone();
             sorted.sort_unstable();
-            assert!(sorted.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{sorted:?}");
+            assert!(
+                sorted.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0),
+                "{sorted:?}"
+            );
         }
         assert!(places.reach() >= peak);
         for (first, bytes) in used {

@@ -94,7 +94,12 @@ fn no_step_after_the_first_asks_for_memory() {
     assert!(first.allocations > 0 && device.arena_bytes() > 0, "{first:?}");
     for _ in 0..3 {
         step();
-        let Calls { allocations, writes, reads, .. } = device.runtime().calls();
+        let Calls {
+            allocations,
+            writes,
+            reads,
+            ..
+        } = device.runtime().calls();
         assert_eq!([allocations, writes, reads], [0; 3]);
     }
 }
@@ -140,9 +145,16 @@ fn a_replay_does_for_other_documents_what_the_work_itself_does() {
         device.runtime().calls();
         assert!(device.step(|| recording.replay(documents)).unwrap());
         let calls = device.runtime().calls();
-        assert_eq!([calls.allocations, calls.launches, calls.reads, calls.replays], [0, 0, 0, 1]);
+        assert_eq!(
+            [calls.allocations, calls.launches, calls.reads, calls.replays],
+            [0, 0, 0, 1]
+        );
         assert!(calls.writes <= 1, "only the tiles may be written: {calls:?}");
-        assert_eq!(device.read(&sum).unwrap(), eager(&device, documents, 1), "{documents:?}");
+        assert_eq!(
+            device.read(&sum).unwrap(),
+            eager(&device, documents, 1),
+            "{documents:?}"
+        );
     };
     for documents in &layouts {
         check(documents);
@@ -182,16 +194,28 @@ fn what_cannot_be_repeated_is_named_and_done_all_the_same() {
         device.alloc(DType::U8, [1 << 20]).map(|_| ())
     };
     let works: [(&dyn Fn() -> Result<()>, &str); 3] = [
-        (&reads, "read: 4480 bytes are read by the host, which a recording cannot repeat (after add_assign)"),
-        (&writes, "write: 3 bytes are written from the host, which a recording cannot repeat (after add_assign)"),
-        (&allocates, "alloc: 1048576 bytes do not fit the step's memory, which a recording cannot repeat (after add_assign)"),
+        (
+            &reads,
+            "read: 4480 bytes are read by the host, which a recording cannot repeat (after add_assign)",
+        ),
+        (
+            &writes,
+            "write: 3 bytes are written from the host, which a recording cannot repeat (after add_assign)",
+        ),
+        (
+            &allocates,
+            "alloc: 1048576 bytes do not fit the step's memory, which a recording cannot repeat (after add_assign)",
+        ),
     ];
     for (times, (work, expected)) in works.into_iter().enumerate() {
         match device.step(|| device.record(&documents, work)).unwrap() {
             Recorded::Not(reason) => assert_eq!(reason, expected),
             Recorded::Yes(_) => panic!("{expected}"),
         }
-        assert_eq!(device.read(&sum.lock().unwrap()).unwrap(), eager(&device, &documents, times + 2));
+        assert_eq!(
+            device.read(&sum.lock().unwrap()).unwrap(),
+            eager(&device, &documents, times + 2)
+        );
     }
 }
 
@@ -238,7 +262,17 @@ fn a_replay_reports_data_that_breaks_a_contract() {
     device.write(&mut ids, bytemuck::cast_slice(&[3, 4])).unwrap();
     assert!(device.step(|| recording.replay(&documents)).unwrap());
     let error = device.read(&rows).unwrap_err();
-    assert!(matches!(error, Error::Value { op: "gather_rows", argument: "ids", .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            Error::Value {
+                op: "gather_rows",
+                argument: "ids",
+                ..
+            }
+        ),
+        "{error}"
+    );
 }
 
 /// Outputs and input gradients of a linear layer and of routed experts, both in NF4.
@@ -266,7 +300,9 @@ fn both_passes(device: &Emulated, layer: &Weight<Emulated>, stack: &WeightStack<
     };
     device.linear_backward(backward).unwrap();
     let mut routing = Routing::alloc(device, TOKENS, 3, 1).unwrap();
-    let logits = device.upload_f32([TOKENS, 3], &Random::new(7).normal(TOKENS * 3)).unwrap();
+    let logits = device
+        .upload_f32([TOKENS, 3], &Random::new(7).normal(TOKENS * 3))
+        .unwrap();
     device.route(&logits, true, &mut routing).unwrap();
     let forward = GroupedLinearForward {
         x: &x,
@@ -302,7 +338,9 @@ fn a_shared_weight_is_decoded_once_for_both_passes_and_changes_no_bit() {
     let layer = matrix(1);
     let mut stack = WeightStack::alloc_like(&device, 3, &layer).unwrap();
     for expert in 0..3 {
-        device.stack_expert(&matrix(2 + expert as u64), expert, &mut stack).unwrap();
+        device
+            .stack_expert(&matrix(2 + expert as u64), expert, &mut stack)
+            .unwrap();
     }
     let run = || both_passes(&device, &layer, &stack);
     let decodes = || {
@@ -313,7 +351,10 @@ fn a_shared_weight_is_decoded_once_for_both_passes_and_changes_no_bit() {
     decodes();
     assert_eq!(device.sharing(|| Ok::<_, Error>(run())).unwrap(), fused);
     assert_eq!(decodes(), [0, 0], "too few rows by the roofline");
-    device.share_from(SharedRows { linear: 40, experts: 13 });
+    device.share_from(SharedRows {
+        linear: 40,
+        experts: 13,
+    });
     assert_eq!(run(), fused);
     assert_eq!(decodes(), [0, 0], "nothing is kept outside a scope");
     let live = device.memory().in_use_bytes;

@@ -41,10 +41,10 @@ async fn a_job_is_content_with_more_classes_in_the_order_and_after_the_waits_it_
     let db = database().await;
     let id = db.queue.enqueue(&picky(&["H100"])).await.unwrap();
     db.sweep_at("9 minutes").await;
-    assert_eq!(claimed_on(&db, "A100").await, [Uuid::nil(); 0]);
+    assert_eq!(claimed_on(&db, "A100").await, Vec::<Uuid>::new());
     assert!(db.queue.explain(id).await.unwrap()[0].contains("content with more after 00:10:00"));
     db.sweep_at("11 minutes").await;
-    assert_eq!(claimed_on(&db, "L40S").await, [Uuid::nil(); 0]);
+    assert_eq!(claimed_on(&db, "L40S").await, Vec::<Uuid>::new());
     assert_eq!(claimed_on(&db, "a100").await, [id]);
 
     let (second, third) = (

@@ -32,7 +32,9 @@ impl SmallDisk {
             .spawn()
             .ok()?;
         let mut said = String::new();
-        std::io::BufReader::new(keeper.stdout.take()?).read_line(&mut said).ok()?;
+        std::io::BufReader::new(keeper.stdout.take()?)
+            .read_line(&mut said)
+            .ok()?;
         if said.trim() == "mounted" {
             return Some(Self {
                 keeper,
@@ -63,7 +65,8 @@ impl SmallDisk {
     pub fn fill(&self) {
         let folder = self.filler();
         std::fs::create_dir_all(&folder).unwrap();
-        let made = (0..MOST_FILES * 2).take_while(|number| std::fs::write(folder.join(number.to_string()), b"").is_ok());
+        let made =
+            (0..MOST_FILES * 2).take_while(|number| std::fs::write(folder.join(number.to_string()), b"").is_ok());
         assert!(made.count() < MOST_FILES * 2, "the disk does not become full");
     }
 

@@ -218,7 +218,11 @@ async fn whatever_fails_and_whenever_the_rows_are_true_afterwards() {
         // A task of its own, so that a broken promise of one run is counted and the next one is made.
         match tokio::spawn(one_run(seed, plan.longest_outage())).await {
             Ok(told) => {
-                println!("seed {seed}: {} faults, {:?}", told.faults.values().sum::<usize>(), told.ends);
+                println!(
+                    "seed {seed}: {} faults, {:?}",
+                    told.faults.values().sum::<usize>(),
+                    told.ends
+                );
                 tally.add(&told);
             }
             Err(panic) => tally.violations.push(format!("seed {seed}: {}", words(panic))),

@@ -175,7 +175,14 @@ impl BenchRequest {
         let longest = self.tokens.iter().max().map_or(1, |tokens| tokens / self.documents);
         let options = LoadOptions::from(self.spec.base_dtype);
         let config = self.config.clone();
-        skeleton_with(device, config, options, DType::BF16, longest, Contents::Skewed(self.spec.seed))
+        skeleton_with(
+            device,
+            config,
+            options,
+            DType::BF16,
+            longest,
+            Contents::Skewed(self.spec.seed),
+        )
     }
 
     fn lora<B: Backend>(&self, model: &Model<B>) -> Result<LoraSet<B>> {
@@ -218,7 +225,13 @@ impl BenchRequest {
     }
 
     /// One step, its number counted from 0.
-    fn step<B: Backend>(&self, trainer: &mut Trainer<'_, B>, meter: &dyn Meter, tokens: usize, step: usize) -> Result<Timed> {
+    fn step<B: Backend>(
+        &self,
+        trainer: &mut Trainer<'_, B>,
+        meter: &dyn Meter,
+        tokens: usize,
+        step: usize,
+    ) -> Result<Timed> {
         let examples = self.examples(tokens, step as u64);
         let examples: Vec<&EncodedExample> = examples.iter().collect();
         let begun = Instant::now();

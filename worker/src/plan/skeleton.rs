@@ -391,7 +391,9 @@ impl<B: Backend> Builder<'_, B> {
     /// A short cycle of numbers: what they are does not matter, that they are not zero does. Its length is a prime, so that the
     /// rows of no matrix are alike.
     fn values(&self, count: usize, scale: f64) -> Vec<f32> {
-        let Some(noise) = &self.noise else { return vec![0.0; count] };
+        let Some(noise) = &self.noise else {
+            return vec![0.0; count];
+        };
         let cycle: Vec<f32> = (0..8191).map(|place| (scale * noise.normal(place)) as f32).collect();
         cycle.iter().copied().cycle().take(count).collect()
     }

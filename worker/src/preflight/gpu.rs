@@ -50,7 +50,12 @@ impl Gpus {
             },
             modules: module_names(Path::new(KERNEL_MODULE)),
             promised: variable("RUNPOD_GPU_COUNT").parse().ok(),
-            pools: pools.split(',').map(str::trim).filter(|pool| !pool.is_empty()).map(str::to_owned).collect(),
+            pools: pools
+                .split(',')
+                .map(str::trim)
+                .filter(|pool| !pool.is_empty())
+                .map(str::to_owned)
+                .collect(),
             is_required: config.worker.device == DeviceChoice::Cuda,
             is_unwanted,
         }
@@ -72,14 +77,22 @@ impl Gpus {
         };
         let promised = self.promised.unwrap_or(0);
         if devices.len() < promised {
-            let message = format!("RunPod gave this worker {promised} GPUs, and the driver shows {}", devices.len());
+            let message = format!(
+                "RunPod gave this worker {promised} GPUs, and the driver shows {}",
+                devices.len()
+            );
             return Err(Failure::system("GPU_MISSING", message).hint("Have the worker replaced"));
         }
         for device in devices {
             self.check_class(device)?;
         }
         let described: Vec<String> = devices.iter().map(describe).collect();
-        Ok(format!("{} (driver of CUDA {}.{})", described.join(", "), driver.0, driver.1))
+        Ok(format!(
+            "{} (driver of CUDA {}.{})",
+            described.join(", "),
+            driver.0,
+            driver.1
+        ))
     }
 
     fn absent(&self, reason: &str) -> Result<String> {
@@ -147,14 +160,26 @@ impl Gpus {
         };
         let folder = precompiled();
         let found = folder.as_deref().map(compiled_in).unwrap_or_default();
-        let mine: Vec<&Compiled> = found.iter().filter(|code| runs_on(code.target, device.target())).collect();
+        let mine: Vec<&Compiled> = found
+            .iter()
+            .filter(|code| runs_on(code.target, device.target()))
+            .collect();
         if let Some(loadable) = mine.iter().find(|code| code.compiler.0 <= driver.0) {
-            return Ok(format!("{} for {} by NVRTC {}.{}", mine.len(), loadable.target, loadable.compiler.0, loadable.compiler.1));
+            return Ok(format!(
+                "{} for {} by NVRTC {}.{}",
+                mine.len(),
+                loadable.target,
+                loadable.compiler.0,
+                loadable.compiler.1
+            ));
         }
         match Nvrtc::find() {
             Ok(compiler) if compiler.version().0 <= driver.0 => {
                 let (major, minor) = compiler.version();
-                Ok(format!("compiled for {} when first used, by NVRTC {major}.{minor}", device.target()))
+                Ok(format!(
+                    "compiled for {} when first used, by NVRTC {major}.{minor}",
+                    device.target()
+                ))
             }
             _ => Err(unusable(device, driver, &mine, folder.as_deref())),
         }
@@ -163,7 +188,12 @@ impl Gpus {
 
 fn describe(device: &DeviceInfo) -> String {
     let class = Gpu::named(&device.name).map_or("class unknown", |gpu| gpu.name);
-    format!("{} ({}, {}, {class})", device.name, device.target(), bytes(device.total_bytes))
+    format!(
+        "{} ({}, {}, {class})",
+        device.name,
+        device.target(),
+        bytes(device.total_bytes)
+    )
 }
 
 /// The gibibytes in a pool's name.
@@ -178,8 +208,12 @@ fn suffices(needed: u64, device: &DeviceInfo) -> Result<String> {
     if total <= device.total_bytes {
         return Ok(shown);
     }
-    let larger = GPUS.iter().find(|gpu| needed + reserve_bytes(gpu.memory_bytes()) <= gpu.memory_bytes());
-    let choose = larger.map_or_else(String::new, |gpu| format!(", or a card like {} ({})", gpu.name, bytes(gpu.memory_bytes())));
+    let larger = GPUS
+        .iter()
+        .find(|gpu| needed + reserve_bytes(gpu.memory_bytes()) <= gpu.memory_bytes());
+    let choose = larger.map_or_else(String::new, |gpu| {
+        format!(", or a card like {} ({})", gpu.name, bytes(gpu.memory_bytes()))
+    });
     Err(Failure::user(
         "GPU_TOO_SMALL",
         format!("The model does not fit {} with these settings: {shown}", device.name),
@@ -226,8 +260,7 @@ fn compiled_in(folder: &Path) -> Vec<Compiled> {
 /// Code runs on its own architecture, and on later ones of the same generation unless it uses what only its own has.
 fn runs_on(code: Target, device: Target) -> bool {
     let is_specific = code.to_string().ends_with('a');
-    code == device
-        || (!is_specific && code.number() / 10 == device.number() / 10 && code.number() <= device.number())
+    code == device || (!is_specific && code.number() / 10 == device.number() / 10 && code.number() <= device.number())
 }
 
 fn unusable(device: &DeviceInfo, driver: (u32, u32), mine: &[&Compiled], folder: Option<&Path>) -> Failure {
@@ -235,7 +268,11 @@ fn unusable(device: &DeviceInfo, driver: (u32, u32), mine: &[&Compiled], folder:
     let Some(newest) = mine.iter().map(|code| code.compiler).max() else {
         return Failure::system(
             "KERNELS_MISSING",
-            format!("There is no compiled code for {} ({}), and no compiler that could make it", device.name, device.target()),
+            format!(
+                "There is no compiled code for {} ({}), and no compiler that could make it",
+                device.name,
+                device.target()
+            ),
         )
         .at(place)
         .hint(format!(
@@ -305,7 +342,9 @@ mod tests {
     }
 
     fn without() -> Gpus {
-        machine(Presence::Absent("the driver's library (libcuda) is not installed".to_owned()))
+        machine(Presence::Absent(
+            "the driver's library (libcuda) is not installed".to_owned(),
+        ))
     }
 
     #[test]
@@ -322,21 +361,30 @@ mod tests {
         };
         for gpus in [promised, required] {
             let failure = gpus.check().unwrap_err();
-            assert!(failure.code == "GPU_MISSING" && failure.message.contains("libcuda"), "{failure}");
+            assert!(
+                failure.code == "GPU_MISSING" && failure.message.contains("libcuda"),
+                "{failure}"
+            );
         }
         let shut_out = Gpus {
             modules: vec!["NVIDIA H100".to_owned()],
             ..without()
         };
         let failure = shut_out.check().unwrap_err();
-        assert!(failure.message.contains("NVIDIA H100") && failure.hint.contains("container runtime"), "{failure}");
+        assert!(
+            failure.message.contains("NVIDIA H100") && failure.hint.contains("container runtime"),
+            "{failure}"
+        );
     }
 
     #[test]
     fn a_gpu_below_the_size_of_its_pool_or_fewer_than_promised_are_refused() {
         let a100 = || device("NVIDIA A100 80GB PCIe", (8, 0), 79 * GIB);
         let said = with(a100(), (12, 4)).check().unwrap();
-        assert!(said.contains("sm_80") && said.contains("CUDA 12.4") && said.contains("A100 PCIe"), "{said}");
+        assert!(
+            said.contains("sm_80") && said.contains("CUDA 12.4") && said.contains("A100 PCIe"),
+            "{said}"
+        );
         let pools = |names: &[&str], device| Gpus {
             pools: names.iter().map(ToString::to_string).collect(),
             ..with(device, (12, 4))
@@ -344,7 +392,10 @@ mod tests {
         assert!(pools(&["AMPERE_80", "ADA_80_PRO"], a100()).check().is_ok());
         let small = device("NVIDIA L4", (8, 9), 22 * GIB);
         assert!(pools(&["ADA_24"], small.clone()).check().is_ok());
-        assert_eq!(pools(&["ADA_48_PRO"], small).check().unwrap_err().code, "GPU_CLASS_WRONG");
+        assert_eq!(
+            pools(&["ADA_48_PRO"], small).check().unwrap_err().code,
+            "GPU_CLASS_WRONG"
+        );
         let two = Gpus {
             promised: Some(2),
             ..with(a100(), (12, 4))
@@ -358,7 +409,11 @@ mod tests {
         assert!(suffices(10 * GIB, &l4).is_ok());
         let failure = suffices(40 * GIB, &l4).unwrap_err();
         assert_eq!(failure.code, "GPU_TOO_SMALL");
-        assert!(failure.hint.contains("L40S"), "the smallest that holds it: {}", failure.hint);
+        assert!(
+            failure.hint.contains("L40S"),
+            "the smallest that holds it: {}",
+            failure.hint
+        );
         assert!(suffices(1 << 50, &l4).unwrap_err().hint.contains("brightrun plan"));
     }
 
@@ -367,7 +422,12 @@ mod tests {
         let name = "norm.sm_90a.0123abcd.nvrtc-13.0.cubin";
         let code = Compiled::named(name).unwrap();
         assert_eq!((code.target.to_string().as_str(), code.compiler), ("sm_90a", (13, 0)));
-        for other in ["norm.sm_90a.cubin", "x", "norm.sm_75.0.nvrtc-13.0.cubin", "norm.sm_80.0.nvrtc-13.cubin"] {
+        for other in [
+            "norm.sm_90a.cubin",
+            "x",
+            "norm.sm_75.0.nvrtc-13.0.cubin",
+            "norm.sm_80.0.nvrtc-13.cubin",
+        ] {
             assert_eq!(Compiled::named(other), None, "{other}");
         }
         let target = |text: &str| text.parse::<Target>().unwrap();
@@ -382,7 +442,10 @@ mod tests {
         }
         let h100 = device("NVIDIA H100", (9, 0), 80 * GIB);
         let old = unusable(&h100, (12, 4), &[&code], None);
-        assert!(old.code == "DRIVER_TOO_OLD" && old.message.contains("12.4") && old.hint.contains("13.0"), "{old}");
+        assert!(
+            old.code == "DRIVER_TOO_OLD" && old.message.contains("12.4") && old.hint.contains("13.0"),
+            "{old}"
+        );
         let none = unusable(&h100, (12, 4), &[], None);
         assert!(none.code == "KERNELS_MISSING" && none.hint.contains("sm_90a"), "{none}");
     }

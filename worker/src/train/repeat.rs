@@ -126,7 +126,12 @@ impl<B: Backend> Repeats<B> {
             return;
         };
         let InputShape { tokens, documents, .. } = shape;
-        tracing::info!(tokens, documents, reason, "A micro-batch runs op by op, not as a recording");
+        tracing::info!(
+            tokens,
+            documents,
+            reason,
+            "A micro-batch runs op by op, not as a recording"
+        );
     }
 }
 

@@ -30,7 +30,8 @@ fn rows() -> Vec<(String, BTreeSet<String>)> {
     let rows = page.lines().filter_map(|line| {
         let cells: Vec<&str> = line.split('|').map(str::trim).collect();
         let is_case = cells.get(1).is_some_and(|cell| {
-            cell.starts_with(|letter: char| letter.is_ascii_uppercase()) && cell[1..].starts_with(|digit: char| digit.is_ascii_digit())
+            cell.starts_with(|letter: char| letter.is_ascii_uppercase())
+                && cell[1..].starts_with(|digit: char| digit.is_ascii_digit())
         });
         is_case.then(|| {
             let quoted = cells[3].split('`').skip(1).step_by(2);
@@ -48,7 +49,9 @@ fn cases_of(cell: &str) -> Vec<String> {
         return vec![cell.to_owned()];
     };
     let number = |case: &str| case[1..].parse::<usize>().unwrap();
-    (number(first)..=number(last)).map(|number| format!("{}{number:02}", &first[..1])).collect()
+    (number(first)..=number(last))
+        .map(|number| format!("{}{number:02}", &first[..1]))
+        .collect()
 }
 
 fn sources(folder: &Path, found: &mut String) {
@@ -95,12 +98,17 @@ fn no_test_of_a_case_is_left_out_of_the_table() {
     let named: BTreeSet<String> = rows().into_iter().flat_map(|(_, tests)| tests).collect();
     let mut text = String::new();
     sources(&root().join("worker/tests/runpod_worker"), &mut text);
-    let tests = text.lines().filter_map(|line| line.strip_prefix("fn ")?.split_once('('));
+    let tests = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("fn ")?.split_once('('));
     let of_cases = tests.filter(|(name, _)| {
         let mut letters = name.chars();
         let letter = letters.next().unwrap().to_ascii_uppercase().to_string();
         letters.next().is_some_and(|digit| digit.is_ascii_digit()) && CASES.iter().any(|(known, _)| *known == letter)
     });
-    let left_out: Vec<&str> = of_cases.map(|(name, _)| name).filter(|name| !named.contains(*name)).collect();
+    let left_out: Vec<&str> = of_cases
+        .map(|(name, _)| name)
+        .filter(|name| !named.contains(*name))
+        .collect();
     assert!(left_out.is_empty(), "{left_out:#?}");
 }

@@ -23,7 +23,11 @@ fn h01_heartbeats_begin_before_the_first_take_and_are_never_closer_than_their_in
     let pings = plane.of(Route::Ping);
     assert_eq!(pings[0].target, "/v2/ep1/ping/pod1?gpu=SIM+1&runpod_version=1.12.0");
     // From before the first to the fourth, three intervals have passed, whatever the load.
-    assert!(pings[3].at - begun >= Duration::from_secs(3), "{:?}", pings[3].at - begun);
+    assert!(
+        pings[3].at - begun >= Duration::from_secs(3),
+        "{:?}",
+        pings[3].at - begun
+    );
 }
 
 #[test]
@@ -113,9 +117,9 @@ fn h05_a_job_is_in_every_heartbeat_from_its_take_to_its_acknowledged_result() {
     let (acknowledged, requests) = (plane.of(Route::Done)[0].answered.unwrap(), plane.requests());
     let first_with = requests.iter().find(|request| !request.pinged().is_empty()).unwrap().at;
     // A heartbeat that was read before the acknowledgement was written was sent before it was received.
-    let during = requests.iter().filter(|request| {
-        request.route == Route::Ping && request.at >= first_with && request.at < acknowledged
-    });
+    let during = requests
+        .iter()
+        .filter(|request| request.route == Route::Ping && request.at >= first_with && request.at < acknowledged);
     assert!(during.clone().count() >= 2, "{}", plane.trace());
     assert!(
         during.into_iter().all(|ping| ping.pinged() == ["job-1"]),

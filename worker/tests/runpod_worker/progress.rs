@@ -84,7 +84,10 @@ fn p03_of_ten_thousand_updates_few_are_sent_and_the_last_one_wins() {
     // On an idle machine they are said within one interval, and three are sent: more only as more time has passed.
     let intervals = begun.elapsed().as_millis() / settings().pace.progress_every.as_millis();
     let sent = progress(&plane).len() as u128;
-    assert!(sent <= 3.max(intervals + 1), "{sent} were sent in {intervals} intervals");
+    assert!(
+        sent <= 3.max(intervals + 1),
+        "{sent} were sent in {intervals} intervals"
+    );
     worker.mock.release(1);
     plane.result("job-1");
 }

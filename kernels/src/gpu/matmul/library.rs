@@ -54,7 +54,10 @@ impl PlainForm {
             rows, columns, depth, ..
         } = self;
         let bytes = 2 * (rows * columns + rows * depth + columns * depth);
-        let is_large = [rows, columns, depth].iter().zip(LEAST).all(|(size, least)| *size >= least);
+        let is_large = [rows, columns, depth]
+            .iter()
+            .zip(LEAST)
+            .all(|(size, least)| *size >= least);
         is_large && rows * columns * depth >= FLOPS_PER_BYTE * bytes
     }
 }
@@ -79,7 +82,9 @@ fn plain<'a, R: Runtime>(product: &'a Product<'_, R>) -> Option<PlainProduct<'a,
         return None;
     };
     let (out, write) = product.out.as_ref()?;
-    let is_half = [right, product.left, out].iter().all(|tensor| tensor.dtype() == DType::BF16);
+    let is_half = [right, product.left, out]
+        .iter()
+        .all(|tensor| tensor.dtype() == DType::BF16);
     if !is_half || product.second.is_some() || product.bias.is_some() || product.copy.is_some() {
         return None;
     }
@@ -116,7 +121,12 @@ mod tests {
             assert!(form(sizes).is_worth_it(), "{sizes:?}");
         }
         // Few rows; a router's few columns; an adapter's rank.
-        for sizes in [[64, 12_288, 2048], [512, 2048, 2048], [16_384, 64, 2048], [16_384, 2048, 16]] {
+        for sizes in [
+            [64, 12_288, 2048],
+            [512, 2048, 2048],
+            [16_384, 64, 2048],
+            [16_384, 2048, 16],
+        ] {
             assert!(!form(sizes).is_worth_it(), "{sizes:?}");
         }
     }

@@ -8,8 +8,8 @@
 
 pub(super) mod choice;
 mod exact;
-mod library;
 pub(super) mod hopper;
+mod library;
 pub(super) mod tensor;
 
 pub use self::library::{PlainForm, PlainProduct};
