@@ -81,7 +81,7 @@ impl Stage {
             gpu_types: Vec::new(),
             max_jobs: 3,
         }];
-        let store = if seed % 2 == 0 {
+        let store = if seed.is_multiple_of(2) {
             world.config.storage.location = "supabase".to_owned();
             Store::Http(SupabaseStandIn::start(&[STORAGE_KEY]).await)
         } else {
