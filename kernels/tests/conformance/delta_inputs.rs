@@ -1,7 +1,7 @@
 //! What lies between DeltaNet's input projections and its delta rule, in one op: it must have the bits of the ops that it stands
 //! for, each of which is judged by itself.
 
-use brightrun_kernels::ops::{Columns, ConvolutionForward, DeltaGatesForward, DeltaInputsForward, Device};
+use brightrun_kernels::ops::{Columns, ConvolutionForward, DeltaGatesForward, DeltaInputsForward};
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Segments, Tensor};
 
