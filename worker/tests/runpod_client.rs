@@ -38,9 +38,9 @@ async fn submit(plane: &FakeRunPod) -> Result<String> {
 #[tokio::test]
 async fn a_submission_carries_policy_webhook_and_bearer_key() {
     let plane = FakeRunPod::start();
-    plane.script(Route::Other, [Step::json(json!({"id": "r1-u1", "status": "IN_QUEUE"}))]);
+    plane.script(Route::Run, [Step::json(json!({"id": "r1-u1", "status": "IN_QUEUE"}))]);
     assert_eq!(submit(&plane).await.unwrap(), "r1-u1");
-    let request = &plane.of(Route::Other)[0];
+    let request = &plane.of(Route::Run)[0];
     assert_eq!(
         (request.method.as_str(), request.target.as_str()),
         ("POST", "/v2/endpoint-1/run")
@@ -63,7 +63,7 @@ async fn a_submission_carries_policy_webhook_and_bearer_key() {
 #[tokio::test]
 async fn a_policy_beyond_the_platforms_bounds_is_brought_inside() {
     let plane = FakeRunPod::start();
-    plane.script(Route::Other, [Step::json(json!({"id": "r1"}))]);
+    plane.script(Route::Run, [Step::json(json!({"id": "r1"}))]);
     let extreme = Policy {
         execution_timeout: Duration::from_secs(1),
         ttl: Duration::MAX,
@@ -71,7 +71,7 @@ async fn a_policy_beyond_the_platforms_bounds_is_brought_inside() {
     };
     client(&plane).run(&json!({"a": 1}), extreme, None).await.unwrap();
     assert_eq!(
-        plane.of(Route::Other)[0].json()["policy"],
+        plane.of(Route::Run)[0].json()["policy"],
         json!({"executionTimeout": 5000, "ttl": 604_800_000, "lowPriority": true})
     );
 }
@@ -81,7 +81,7 @@ async fn a_submission_that_was_refused_is_repeated_and_one_whose_fate_is_unknown
     let plane = FakeRunPod::start();
     let accepted = Step::json(json!({"id": "r1"}));
     plane.script(
-        Route::Other,
+        Route::Run,
         [
             Step::status(429).with("Retry-After", "0"),
             Step::status(500),
@@ -90,7 +90,7 @@ async fn a_submission_that_was_refused_is_repeated_and_one_whose_fate_is_unknown
         ],
     );
     assert_eq!(submit(&plane).await.unwrap(), "r1");
-    assert_eq!(plane.of(Route::Other).len(), 4);
+    assert_eq!(plane.of(Route::Run).len(), 4);
     for fate in [
         Step::Drop,
         Step::status(502),
@@ -98,13 +98,13 @@ async fn a_submission_that_was_refused_is_repeated_and_one_whose_fate_is_unknown
         Step::json(json!({})),
     ] {
         let plane = FakeRunPod::start();
-        plane.script(Route::Other, [fate]);
+        plane.script(Route::Run, [fate]);
         let failure = submit(&plane).await.unwrap_err();
         assert_eq!(
             (failure.code.as_str(), failure.blame),
             ("RUNPOD_SUBMIT_UNKNOWN", Blame::Platform)
         );
-        assert_eq!(plane.of(Route::Other).len(), 1, "{failure}");
+        assert_eq!(plane.of(Route::Run).len(), 1, "{failure}");
     }
 }
 
@@ -113,7 +113,7 @@ async fn a_status_is_asked_until_it_is_known_and_absence_is_an_answer() {
     let plane = FakeRunPod::start();
     let job = json!({"id": "a/b", "status": "FAILED", "error": "job timed out after 1 retries", "retries": 1, "delayTime": 101050, "executionTime": 42078});
     plane.script(
-        Route::Other,
+        Route::Status,
         [Step::Drop, Step::status(502), Step::json(job), Step::status(404)],
     );
     let client = client(&plane);
@@ -123,7 +123,7 @@ async fn a_status_is_asked_until_it_is_known_and_absence_is_an_answer() {
         (JobStatus::Failed, Some(1), Some(42078.0))
     );
     assert_eq!(
-        plane.of(Route::Other)[0].target,
+        plane.of(Route::Status)[0].target,
         "/v2/endpoint-1/status/a%2Fb",
         "one path segment"
     );
@@ -134,7 +134,7 @@ async fn a_status_is_asked_until_it_is_known_and_absence_is_an_answer() {
 async fn a_state_nobody_knows_is_not_final() {
     let plane = FakeRunPod::start();
     plane.script(
-        Route::Other,
+        Route::Status,
         [
             Step::json(json!({"id": "a", "status": "HIBERNATING"})),
             Step::json(json!({"id": "a", "status": "RUNNING"})),
@@ -149,14 +149,12 @@ async fn a_state_nobody_knows_is_not_final() {
 #[tokio::test]
 async fn cancel_and_health_are_typed_and_missing_counters_are_zero() {
     let plane = FakeRunPod::start();
+    plane.script(Route::Cancel, [Step::json(json!({"id": "a", "status": "CANCELLED"}))]);
     plane.script(
         Route::Other,
-        [
-            Step::json(json!({"id": "a", "status": "CANCELLED"})),
-            Step::json(
-                json!({"jobs": {"inQueue": 3, "inProgress": 1}, "workers": {"idle": 0, "running": 1, "throttled": 2}}),
-            ),
-        ],
+        [Step::json(
+            json!({"jobs": {"inQueue": 3, "inProgress": 1}, "workers": {"idle": 0, "running": 1, "throttled": 2}}),
+        )],
     );
     let client = client(&plane);
     assert_eq!(client.cancel("a").await.unwrap().unwrap().status, JobStatus::Cancelled);
@@ -165,7 +163,7 @@ async fn cancel_and_health_are_typed_and_missing_counters_are_zero() {
         (health.jobs.in_queue, health.jobs.failed, health.workers.throttled),
         (3, 0, 2)
     );
-    let request = &plane.of(Route::Other)[0];
+    let request = &plane.of(Route::Cancel)[0];
     assert_eq!(
         (request.method.as_str(), request.target.as_str()),
         ("POST", "/v2/endpoint-1/cancel/a")
@@ -189,7 +187,7 @@ async fn errors_name_the_call_and_never_the_key() {
     let plane = FakeRunPod::start();
     let echo = format!("bad request with {CANARY_KEY}");
     plane.script(
-        Route::Other,
+        Route::Run,
         [Step::status(401), Step::raw(400, "text/plain", echo), Step::status(404)],
     );
     for code in [

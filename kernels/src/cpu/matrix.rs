@@ -166,6 +166,22 @@ impl<'a> Matrix<'a> {
         room
     }
 
+    /// Reads pairs of rows from `row` on straight into the steps of a full panel of bf16 pairs, where there is a way that is faster than
+    /// reading row by row; whether there was.
+    pub(super) fn read_pairs<E: Factor>(&self, simd: Simd, row: usize, column: usize, panel: &mut [E]) -> bool {
+        match (&self.content, E::brain_room(panel)) {
+            (Content::Nf4 { codes, scales }, Some(panel)) => {
+                let matrix = simd::Nf4Rows {
+                    codes,
+                    scales,
+                    columns: self.columns,
+                };
+                simd::decode_nf4_pairs(simd, &super::nf4::CODE, matrix, row, column, panel)
+            }
+            _ => false,
+        }
+    }
+
     /// Reads elements `range` of a row.
     pub(super) fn read<E: Factor>(&self, simd: Simd, row: usize, range: std::ops::Range<usize>, out: &mut [E]) {
         let first = row * self.columns + range.start;

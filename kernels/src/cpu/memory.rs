@@ -3,12 +3,16 @@
 //! A training step allocates the same sizes in the same order every time, so after the first step nothing comes from the
 //! system. Batches differ in length, though, and a free block of last batch's size is of no use to this one: before the pool
 //! asks the system for a new block it gives back free ones until what it holds would not exceed the peak of live tensors.
-//! So `reserved_bytes ≤ peak_bytes`, always, up to rounding to whole cache lines.
+//! So `reserved_bytes ≤ peak_bytes`, always, up to rounding to whole cache lines, or pages in large blocks.
+//!
+//! Large blocks are mapped: they begin at a page, so a file can be read into them past the page cache, and no thread has to touch
+//! them all before the first write. A vector of lines is cleared by the one thread that asks for it.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytemuck::{Pod, Zeroable};
+use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 use crate::ops::MemoryStats;
@@ -20,26 +24,70 @@ pub(super) struct Line([u8; 64]);
 
 const LINE_BYTES: usize = size_of::<Line>();
 
-/// Storage of one tensor on the host, aligned to 64 bytes.
+/// Blocks from this size on are mapped.
+const MAPPED_FROM: usize = 1 << 20;
+
+/// The unit of mapped blocks.
+const PAGE_BYTES: usize = 4096;
+
+/// Memory from the system.
+enum Block {
+    Lines(Vec<Line>),
+    Pages(MmapMut),
+}
+
+impl Block {
+    /// Bytes of the block that serves a request for `bytes`: blocks of equal size serve each other's requests.
+    fn size(bytes: usize) -> usize {
+        bytes.next_multiple_of(if bytes < MAPPED_FROM { LINE_BYTES } else { PAGE_BYTES })
+    }
+
+    /// A block of `size` bytes, as [`Block::size`] gives it; `None` when the system has no such memory.
+    fn new(size: usize) -> Option<Self> {
+        match size < MAPPED_FROM {
+            true => bytemuck::allocation::try_zeroed_vec(size / LINE_BYTES)
+                .ok()
+                .map(Self::Lines),
+            false => MmapMut::map_anon(size).ok().map(Self::Pages),
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Lines(lines) => bytemuck::cast_slice(lines),
+            Self::Pages(pages) => pages,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Self::Lines(lines) => bytemuck::cast_slice_mut(lines),
+            Self::Pages(pages) => pages,
+        }
+    }
+}
+
+/// Storage of one tensor on the host, aligned to 64 bytes, and to 4096 if it has [`MAPPED_FROM`] bytes or more.
 pub struct Buffer {
-    lines: Vec<Line>,
+    block: Block,
     bytes: usize,
     pool: Arc<Pool>,
 }
 
 impl Buffer {
     pub(super) fn bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.bytes]
+        &self.block.bytes()[..self.bytes]
     }
 
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.bytes]
+        &mut self.block.bytes_mut()[..self.bytes]
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        self.pool.put_back(std::mem::take(&mut self.lines));
+        self.pool
+            .put_back(std::mem::replace(&mut self.block, Block::Lines(Vec::new())));
     }
 }
 
@@ -51,8 +99,8 @@ pub(super) struct Pool {
 
 #[derive(Default)]
 struct State {
-    /// Free blocks by their number of lines. Every list is non-empty.
-    free: BTreeMap<usize, Vec<Vec<Line>>>,
+    /// Free blocks by their size. Every list is non-empty.
+    free: BTreeMap<usize, Vec<Block>>,
     in_use: usize,
     peak: usize,
     /// The peak since the pool was made, which `reset_peak` leaves alone: it bounds what is kept.
@@ -68,37 +116,37 @@ impl Pool {
 
     /// A block of at least `bytes` bytes with unspecified contents.
     pub(super) fn take(self: &Arc<Self>, bytes: usize) -> Result<Buffer> {
-        let count = bytes.div_ceil(LINE_BYTES);
-        let size = count * LINE_BYTES;
+        let size = Block::size(bytes);
         let mut state = self.state();
-        let lines = match state.take_free(count) {
-            Some(lines) => lines,
+        let block = match state.take_free(size) {
+            Some(block) => block,
             None => {
                 state.make_room(size);
-                let lines = bytemuck::allocation::try_zeroed_vec(count).map_err(|()| Error::OutOfMemory {
+                let block = Block::new(size).ok_or(Error::OutOfMemory {
                     backend: "cpu",
                     requested_bytes: bytes as u64,
                     in_use_bytes: state.in_use as u64,
                 })?;
                 state.reserved += size;
-                lines
+                block
             }
         };
         state.in_use += size;
         state.peak = state.peak.max(state.in_use);
         state.lifetime_peak = state.lifetime_peak.max(state.in_use);
         Ok(Buffer {
-            lines,
+            block,
             bytes,
             pool: Arc::clone(self),
         })
     }
 
-    fn put_back(&self, lines: Vec<Line>) {
+    fn put_back(&self, block: Block) {
+        let size = block.bytes().len();
         let mut state = self.state();
-        state.in_use -= lines.len() * LINE_BYTES;
-        if !lines.is_empty() {
-            state.free.entry(lines.len()).or_default().push(lines);
+        state.in_use -= size;
+        if size > 0 {
+            state.free.entry(size).or_default().push(block);
         }
     }
 
@@ -118,14 +166,14 @@ impl Pool {
 }
 
 impl State {
-    fn take_free(&mut self, count: usize) -> Option<Vec<Line>> {
-        if count == 0 {
-            return Some(Vec::new());
+    fn take_free(&mut self, size: usize) -> Option<Block> {
+        if size == 0 {
+            return Some(Block::Lines(Vec::new()));
         }
-        let blocks = self.free.get_mut(&count)?;
+        let blocks = self.free.get_mut(&size)?;
         let block = blocks.pop();
         if blocks.is_empty() {
-            self.free.remove(&count);
+            self.free.remove(&size);
         }
         block
     }
@@ -138,7 +186,7 @@ impl State {
                 return;
             };
             if let Some(block) = largest.get_mut().pop() {
-                self.reserved -= block.len() * LINE_BYTES;
+                self.reserved -= block.bytes().len();
             }
             if largest.get().is_empty() {
                 largest.remove();
@@ -162,6 +210,22 @@ mod tests {
         let second = pool.take(1000).unwrap();
         assert_eq!(second.bytes().as_ptr(), address);
         assert_eq!(pool.stats().reserved_bytes, 1024);
+    }
+
+    #[test]
+    fn large_blocks_begin_at_a_page_and_are_served_again() {
+        let pool = Arc::new(Pool::default());
+        let mut first = pool.take(MAPPED_FROM + 5).unwrap();
+        assert_eq!(first.bytes().as_ptr().align_offset(PAGE_BYTES), 0);
+        first.bytes_mut().fill(3);
+        assert_eq!(
+            (first.bytes().len(), first.bytes()[MAPPED_FROM + 4]),
+            (MAPPED_FROM + 5, 3)
+        );
+        let address = first.bytes().as_ptr();
+        drop(first);
+        assert_eq!(pool.take(MAPPED_FROM + 1).unwrap().bytes().as_ptr(), address);
+        assert_eq!(pool.stats().reserved_bytes, (MAPPED_FROM + PAGE_BYTES) as u64);
     }
 
     #[test]

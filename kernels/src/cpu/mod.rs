@@ -196,6 +196,10 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn host_bytes<'t>(&self, tensor: &'t mut Tensor<Self>) -> Option<&'t mut [u8]> {
+        Some(tensor.buffer_mut().bytes_mut())
+    }
+
     fn copy(&self, source: &Tensor<Self>, target: &mut Tensor<Self>) -> Result<()> {
         if source.shape() != target.shape() {
             return Err(Error::Shape {

@@ -247,9 +247,17 @@ impl Cpu {
         let simd = self.inner.simd;
         let width = columns.len().next_multiple_of(GROUP);
         let count = columns.len();
+        let pairs = depth.len() / 2;
+        let mut done = 0;
+        if E::DEPTH == 2 && count == PANEL {
+            let whole = &mut panel[..pairs * 2 * PANEL];
+            if matrix.read_pairs(simd, depth.start, columns.start, whole) {
+                done = pairs;
+            }
+        }
         let mut strips = [[E::zeroed(); PANEL]; 2];
         let steps = panel.chunks_exact_mut(E::DEPTH * width);
-        for (row, step) in depth.clone().step_by(E::DEPTH).zip(steps) {
+        for (row, step) in depth.clone().step_by(E::DEPTH).zip(steps).skip(done) {
             if E::DEPTH == 1 {
                 matrix.read(simd, row, columns.clone(), &mut step[..count]);
                 step[count..].fill(E::zeroed());

@@ -158,6 +158,13 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
         Ok(())
     }
 
+    /// The bytes of a tensor where the host can write them; `None` where it cannot. Reading a file to its place takes this, to save a
+    /// copy; everyone else uses [`Device::write_at`].
+    fn host_bytes<'t>(&self, tensor: &'t mut Tensor<Self>) -> Option<&'t mut [u8]> {
+        let _ = tensor;
+        None
+    }
+
     /// Copies `source` into `target`, which has the same shape; converts between f32 and bf16 (round to nearest even).
     ///
     /// # Errors

@@ -10,12 +10,11 @@ use super::super::simd::{Left, Simd, Start, gates, rows as simd_rows};
 use super::super::split::take;
 use super::super::view::{floats, floats_mut};
 use super::super::{Cpu, Products};
-use super::matrix::of_expert;
+use super::matrix::Experts;
 use super::routing::Groups;
 use crate::contract::{self, GroupedSizes};
 use crate::error::Result;
 use crate::ops::{GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, RowOrder, Write};
-use crate::stack::WeightStack;
 
 /// Rows of an expert that one task takes. A popular expert is worth several tasks; its matrix is then decoded once for each,
 /// which this many rows of work pay for.
@@ -125,7 +124,7 @@ fn forward_as<E: Factor>(
         order: call.x_order,
         width: inputs,
     };
-    let matrices = matrices(cpu, call.weight, &groups, rounded)?;
+    let experts = Experts::of(call.weight, rounded)?;
     let y = floats_mut(OP, "y", call.y)?;
     let (adapters, hidden) = match call.lora {
         Some(lora) => {
@@ -143,9 +142,7 @@ fn forward_as<E: Factor>(
             rounded,
             |i| x.row(&groups, rows.start + i),
             |x| {
-                let Some(matrix) = &matrices[expert] else {
-                    return;
-                };
+                let matrix = &experts.matrix(expert);
                 let Some((a, b, scale)) = adapters else {
                     return cpu.product_here(&[by_columns(x, matrix)], part.first, outputs, Start::Zero);
                 };
@@ -222,7 +219,7 @@ fn backward_as<E: Factor>(
         Write::Overwrite => Start::Zero,
         Write::Accumulate => Start::Output,
     };
-    let matrices = matrices(cpu, call.weight, &groups, rounded)?;
+    let experts = Experts::of(call.weight, rounded)?;
     let (dx, v) = (floats_mut(OP, "dx", dx)?, v.values());
     cpu.for_parts(parts(&groups, (dx, &mut []), (inputs, 0)), |part| {
         let Part { expert, rows, .. } = part;
@@ -233,9 +230,7 @@ fn backward_as<E: Factor>(
             rounded,
             |i| dy.row(&groups, rows.start + i),
             |dy| {
-                let Some(matrix) = &matrices[expert] else {
-                    return;
-                };
+                let matrix = &experts.matrix(expert);
                 let Some(a) = a else {
                     return cpu.product_here(&[by_depth(dy, matrix)], part.first, inputs, start);
                 };
@@ -318,19 +313,4 @@ fn adapter_gradients<E: Factor>(
         });
     });
     Ok(())
-}
-
-/// Views of the matrices of the experts that have rows.
-fn matrices<'a>(
-    cpu: &Cpu,
-    weight: &'a WeightStack<Cpu>,
-    groups: &Groups<'_>,
-    rounded: bool,
-) -> Result<Vec<Option<Matrix<'a>>>> {
-    let rows: Vec<_> = groups.experts().collect();
-    let view = |expert: usize| match rows[expert].is_empty() {
-        true => Ok(None),
-        false => of_expert(weight, expert, rounded).map(Some),
-    };
-    cpu.map(rows.len(), view).into_iter().collect()
 }

@@ -17,5 +17,5 @@ mod tile_portable;
 
 pub(super) use self::level::Simd;
 pub use self::level::SimdLevel;
-pub(super) use self::pack::{decode_nf4, interleave_pair, interleave_rows, transpose_rows};
+pub(super) use self::pack::{Nf4Rows, decode_nf4, decode_nf4_pairs, interleave_pair, interleave_rows, transpose_rows};
 pub(super) use self::tile::{Block, Blocks, Element, Left, PANEL, Start, multiply};

@@ -8,6 +8,9 @@
 //! filling the cache with what is read once costs more processor time than everything else. Where it is refused, as on many
 //! network mounts, the same reads go through the cache.
 //!
+//! Where a piece's bytes end in host memory anyway and large pieces begin at whole pages there and in the file, they are read to
+//! their place, not to a buffer first ([`stream_into`]).
+//!
 //! Host memory is bounded: a stretch is taken only while the cost of all stretches in flight stays below
 //! [`Limits::in_flight_bytes`]; one that costs more than the whole limit goes alone.
 
@@ -81,10 +84,19 @@ impl Default for Limits {
 
 /// Merges pieces, sorted by file and offset, into stretches of at most [`LARGEST_RANGE_BYTES`] (a larger piece is one stretch).
 pub fn merged(pieces: &[Wanted]) -> Vec<Stretch> {
+    merged_below(pieces, usize::MAX)
+}
+
+/// The same, but pieces of `alone_from` bytes and more are stretches of their own.
+pub fn merged_below(pieces: &[Wanted], alone_from: usize) -> Vec<Stretch> {
     let mut stretches: Vec<Stretch> = Vec::new();
+    let mut last_is_alone = false;
     for (index, piece) in pieces.iter().enumerate() {
         let end = piece.offset + piece.length as u64;
-        if let Some(last) = stretches.last_mut() {
+        let is_alone = piece.length >= alone_from;
+        let may_join = !is_alone && !last_is_alone;
+        last_is_alone = is_alone;
+        if let Some(last) = stretches.last_mut().filter(|_| may_join) {
             let last_end = last.place.offset + last.place.length as u64;
             let length = end.saturating_sub(last.place.offset);
             let is_near = piece.file == last.place.file
@@ -179,6 +191,14 @@ impl Drop for Taken<'_, '_> {
     }
 }
 
+/// Where a piece shall lie in the end. A place is taken by the one read that fills it.
+pub type Place<'a> = Mutex<Option<&'a mut [u8]>>;
+
+/// A place, for the one that fills it: there is one stretch for each piece.
+pub fn claimed<'a>(place: &Place<'a>) -> Option<&'a mut [u8]> {
+    place.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
 /// Reads every stretch and gives it to `work`, several at a time; `done` hears of each on the calling thread.
 ///
 /// # Errors
@@ -188,6 +208,29 @@ pub fn stream(
     stretches: &[Stretch],
     limits: Limits,
     work: &(dyn Fn(&Stretch, &[u8]) -> Result<()> + Sync),
+    done: &mut dyn FnMut(&Stretch),
+) -> Result<()> {
+    stream_into(
+        inputs,
+        stretches,
+        &[],
+        limits,
+        &|stretch, bytes, _| work(stretch, bytes),
+        done,
+    )
+}
+
+/// Reads every stretch. One that is a single piece with a place (`places` has one for each piece, or none at all) is read to it;
+/// `work` is told whether its bytes lie in their place already. Of stretches with several pieces it must copy them there.
+///
+/// # Errors
+/// As [`stream`].
+pub fn stream_into(
+    inputs: &[Input],
+    stretches: &[Stretch],
+    places: &[Place<'_>],
+    limits: Limits,
+    work: &(dyn Fn(&Stretch, &[u8], bool) -> Result<()> + Sync),
     done: &mut dyn FnMut(&Stretch),
 ) -> Result<()> {
     let queue = Queue {
@@ -226,7 +269,13 @@ pub fn stream(
                         result: None,
                     };
                     let stretch = &stretches[index];
-                    let result = read(files, stretch.place, &mut buffer).and_then(|bytes| work(stretch, bytes));
+                    let own = (stretch.pieces.len() == 1).then(|| places.get(stretch.pieces.start).and_then(claimed));
+                    let result = match own.flatten() {
+                        Some(own) => {
+                            read_to(files, stretch.place, own, &mut buffer).and_then(|()| work(stretch, own, true))
+                        }
+                        None => read(files, stretch.place, &mut buffer).and_then(|bytes| work(stretch, bytes, false)),
+                    };
                     let is_done = result.is_ok();
                     taken.result = Some(result);
                     if buffer.len() > LARGEST_RANGE_BYTES + 3 * ALIGNMENT {
@@ -268,13 +317,55 @@ fn direct(input: &Input) -> Option<File> {
     ((own.dev(), own.ino()) == (known.dev(), known.ino())).then_some(file)
 }
 
-fn read<'a>(files: &[Reader<'_>], place: Wanted, buffer: &'a mut Vec<u8>) -> Result<&'a [u8]> {
-    let Some(Reader { input, direct }) = files.get(place.file) else {
-        return Err(Failure::system(
+fn reader<'a, 'b>(files: &'a [Reader<'b>], place: Wanted) -> Result<&'a Reader<'b>> {
+    files.get(place.file).ok_or_else(|| {
+        Failure::system(
             "MODEL_READ_PLAN",
             format!("The plan reads file {}, which is not open", place.file),
-        ));
-    };
+        )
+    })
+}
+
+fn unreadable(input: &Input, place: Wanted, error: &io::Error) -> Failure {
+    Failure::platform(
+        "MODEL_FILE_DAMAGED",
+        format!(
+            "{} bytes at byte {} of the file cannot be read: {error}",
+            place.length, place.offset
+        ),
+    )
+    .at(input.path.display().to_string())
+    .hint("Check the volume, or download the file again")
+}
+
+/// Reads a place to where it shall lie: whole pages past the page cache, if both sides begin at one, the rest through `buffer`.
+fn read_to(files: &[Reader<'_>], place: Wanted, own: &mut [u8], buffer: &mut Vec<u8>) -> Result<()> {
+    let Reader { input, direct } = reader(files, place)?;
+    let is_aligned = place.offset.is_multiple_of(ALIGNMENT as u64) && own.as_ptr().align_offset(ALIGNMENT) == 0;
+    let pages = place.length / ALIGNMENT * ALIGNMENT;
+    if let Some(file) = direct
+        && is_aligned
+        && own.len() == place.length
+        && file.read_exact_at(&mut own[..pages], place.offset).is_ok()
+    {
+        let rest = Wanted {
+            offset: place.offset + pages as u64,
+            length: place.length - pages,
+            ..place
+        };
+        if rest.length > 0 {
+            own[pages..].copy_from_slice(read(files, rest, buffer)?);
+        }
+        return Ok(());
+    }
+    input
+        .file
+        .read_exact_at(own, place.offset)
+        .map_err(|error| unreadable(input, place, &error))
+}
+
+fn read<'a>(files: &[Reader<'_>], place: Wanted, buffer: &'a mut Vec<u8>) -> Result<&'a [u8]> {
+    let Reader { input, direct } = reader(files, place)?;
     // Room for the pages at both ends and for moving the beginning to a page's.
     let room = place.length + 3 * ALIGNMENT;
     if buffer.len() < room {
@@ -289,17 +380,7 @@ fn read<'a>(files: &[Reader<'_>], place: Wanted, buffer: &'a mut Vec<u8>) -> Res
             input.file.read_exact_at(bytes, place.offset).map(|()| 0..place.length)
         }
     };
-    let range = range.map_err(|error| {
-        Failure::platform(
-            "MODEL_FILE_DAMAGED",
-            format!(
-                "{} bytes at byte {} of the file cannot be read: {error}",
-                place.length, place.offset
-            ),
-        )
-        .at(input.path.display().to_string())
-        .hint("Check the volume, or download the file again")
-    })?;
+    let range = range.map_err(|error| unreadable(input, place, &error))?;
     Ok(&buffer[range])
 }
 
@@ -407,6 +488,66 @@ mod tests {
         assert_eq!(seen, (0..64).map(|index| index * 1000).collect::<Vec<_>>());
         assert_eq!(sum.into_inner(), bytes.iter().map(|byte| u64::from(*byte)).sum::<u64>());
         assert!(most.into_inner() <= 5000);
+    }
+
+    /// Pieces of every kind of length and alignment, with their places in one block of memory that begins `shift` bytes past a page.
+    fn read_to_places(direct_from_bytes: u64, shift: usize) {
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        let (_folder, inputs) = inputs(&bytes);
+        let pieces = [
+            piece(0, 0, 8192),
+            piece(0, 8192, 5000),
+            piece(0, 16_384, 300),
+            piece(0, 16_684, 100),
+            piece(0, 20_480, 70_001),
+        ];
+        let mut memory = vec![0u8; 130_000];
+        let base = memory.as_ptr().align_offset(ALIGNMENT) + shift;
+        let mut rest = &mut memory[base..];
+        let mut places = Vec::new();
+        for piece in &pieces {
+            let (own, more) = rest.split_at_mut(piece.length.next_multiple_of(ALIGNMENT));
+            places.push(Mutex::new(Some(&mut own[..piece.length])));
+            rest = more;
+        }
+        let limits = Limits {
+            direct_from_bytes,
+            ..Limits::default()
+        };
+        let stretches = merged_below(&pieces, 4096);
+        assert_eq!(stretches.len(), 4, "the two small ones are read together");
+        let work = |stretch: &Stretch, bytes: &[u8], in_place: bool| {
+            assert_eq!(in_place, stretch.pieces.len() == 1);
+            for index in stretch.pieces.clone().filter(|_| !in_place) {
+                let from = (pieces[index].offset - stretch.place.offset) as usize;
+                claimed(&places[index])
+                    .unwrap()
+                    .copy_from_slice(&bytes[from..from + pieces[index].length]);
+            }
+            Ok(())
+        };
+        stream_into(&inputs, &stretches, &places, limits, &work, &mut |_| {}).unwrap();
+        drop(places);
+        let mut at = base;
+        for piece in &pieces {
+            let wanted = &bytes[piece.offset as usize..][..piece.length];
+            assert!(memory[at..at + piece.length] == *wanted, "{piece:?}");
+            assert!(
+                memory[at + piece.length..at + piece.length.next_multiple_of(ALIGNMENT)]
+                    .iter()
+                    .all(|byte| *byte == 0)
+            );
+            at += piece.length.next_multiple_of(ALIGNMENT);
+        }
+    }
+
+    #[test]
+    fn pieces_are_read_to_their_places_whatever_the_alignment_and_nothing_beside_them_is_touched() {
+        for direct_from_bytes in [0, u64::MAX] {
+            for shift in [0, 64] {
+                read_to_places(direct_from_bytes, shift);
+            }
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Reading a snapshot back: every piece is compared with its hash before the model sees it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -9,8 +10,8 @@ use brightrun_kernels::{Backend, Shape, Tensor};
 
 use super::format::{self, ALIGNMENT, Head, PIECE_BYTES, Table, WeightRecord};
 use crate::error::{Failure, Result};
-use crate::model::load::store::{Section, Store, Value};
-use crate::model::load::stream::{self, Input, Limits, Stretch, Wanted};
+use crate::model::load::store::{Store, Value};
+use crate::model::load::stream::{self, Input, Limits, Place, Stretch, Wanted};
 use crate::model::load::{LoadProgress, LoadSource};
 
 /// Longest table that is read: that of a model with a hundred thousand weights is shorter.
@@ -23,6 +24,9 @@ pub struct Snapshot {
     path: PathBuf,
     table: Table,
 }
+
+/// Pieces of so many bytes and more are read to their place.
+const ALONE_FROM: usize = 1 << 20;
 
 /// A piece of a section.
 struct Piece<'a> {
@@ -134,19 +138,21 @@ impl Snapshot {
         pieces
     }
 
-    /// Reads every piece, compares it with its hash and gives it to `work`.
+    /// Reads every piece, to its place where `places` has one for each, compares it with its hash and gives it to `work`, which is
+    /// told whether the bytes lie in their place already.
     fn stream(
         &self,
+        pieces: &[Piece<'_>],
+        places: &[Place<'_>],
         limits: Limits,
         progress: &mut dyn FnMut(LoadProgress),
-        work: &(dyn Fn(&Piece<'_>, &[u8]) -> Result<()> + Sync),
+        work: &(dyn Fn(usize, &[u8], bool) -> Result<()> + Sync),
     ) -> Result<u64> {
         let file = self.file.try_clone();
         let inputs = [Input {
             file: file.map_err(|error| damaged(&self.path, &format!("it cannot be read: {error}")))?,
             path: self.path.clone(),
         }];
-        let pieces = self.pieces();
         let wanted: Vec<Wanted> = pieces.iter().map(|piece| piece.wanted).collect();
         let mut state = LoadProgress {
             tensors: 0,
@@ -155,18 +161,21 @@ impl Snapshot {
             bytes_total: wanted.iter().map(|wanted| wanted.length as u64).sum(),
             source: LoadSource::Snapshot,
         };
-        let checked = |stretch: &Stretch, bytes: &[u8]| {
-            for piece in &pieces[stretch.pieces.clone()] {
+        let checked = |stretch: &Stretch, bytes: &[u8], in_place: bool| {
+            for index in stretch.pieces.clone() {
+                let piece = &pieces[index];
                 let from = (piece.wanted.offset - stretch.place.offset) as usize;
                 let bytes = &bytes[from..from + piece.wanted.length];
                 if format::piece_hash(bytes) != piece.hash {
                     return Err(self.damaged_piece(piece));
                 }
-                work(piece, bytes)?;
+                work(index, bytes, in_place)?;
             }
             Ok(())
         };
-        stream::stream(&inputs, &stream::merged(&wanted), limits, &checked, &mut |stretch| {
+        let alone_from = if places.is_empty() { usize::MAX } else { ALONE_FROM };
+        let stretches = stream::merged_below(&wanted, alone_from);
+        stream::stream_into(&inputs, &stretches, places, limits, &checked, &mut |stretch| {
             for piece in &pieces[stretch.pieces.clone()] {
                 state.bytes += piece.wanted.length as u64;
                 state.tensors += usize::from(piece.section == 0 && piece.first == 0);
@@ -194,7 +203,7 @@ impl Snapshot {
     /// # Errors
     /// `SNAPSHOT_DAMAGED` naming the first damaged place.
     pub fn verify(&self, limits: Limits, progress: &mut dyn FnMut(LoadProgress)) -> Result<u64> {
-        self.stream(limits, progress, &|_, _| Ok(()))
+        self.stream(&self.pieces(), &[], limits, progress, &|_, _, _| Ok(()))
     }
 
     /// Loads all weights into a backend's memory; with them the number of bytes read.
@@ -207,19 +216,32 @@ impl Snapshot {
         limits: Limits,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<(Store<B>, u64)> {
-        let rooms: Vec<Room<B>> = self.table.weights.iter().map(Room::new).collect();
-        let bytes = self.stream(limits, progress, &|piece, bytes| {
-            let section = rooms
-                .get(piece.weight)
-                .and_then(|room| room.sections.get(piece.section));
-            match section {
-                Some((form, tensor)) => write(device, form, tensor, piece.first, bytes),
-                None => Err(self.damaged_piece(piece)),
+        let mut rooms = self.rooms(device)?;
+        let pieces = self.pieces();
+        let bytes = match places(device, &mut rooms, &pieces) {
+            Some(places) => self.stream(&pieces, &places, limits, progress, &|index, bytes, in_place| {
+                if !in_place && let Some(place) = stream::claimed(&places[index]) {
+                    place.copy_from_slice(bytes);
+                }
+                Ok(())
+            })?,
+            None => {
+                let rooms: Vec<Vec<Mutex<&mut Tensor<B>>>> = rooms
+                    .iter_mut()
+                    .map(|room| room.iter_mut().map(Mutex::new).collect())
+                    .collect();
+                self.stream(&pieces, &[], limits, progress, &|index, bytes, _| {
+                    let piece = &pieces[index];
+                    let room = rooms.get(piece.weight).and_then(|room| room.get(piece.section));
+                    let tensor = room.ok_or_else(|| self.damaged_piece(piece))?;
+                    let mut tensor = tensor.lock().unwrap_or_else(PoisonError::into_inner);
+                    Ok(device.write_at(*tensor, piece.first, bytes)?)
+                })?
             }
-        })?;
+        };
         let mut store = Store::new(self.table.weights.iter().map(|weight| weight.slot.clone()).collect());
         for (place, (room, record)) in rooms.into_iter().zip(&self.table.weights).enumerate() {
-            let value = room.finished(record);
+            let value = Value::from_sections(&record.slot.form, room, f32::from_bits(record.offset_bits));
             store.put(
                 place,
                 value.ok_or_else(|| damaged(&self.path, "a weight is not complete"))?,
@@ -227,47 +249,36 @@ impl Snapshot {
         }
         Ok((store, bytes))
     }
+
+    /// Memory for every section of every weight.
+    fn rooms<B: Backend>(&self, device: &B) -> Result<Vec<Vec<Tensor<B>>>> {
+        let room = |record: &WeightRecord| {
+            let sections = record.slot.form.sections();
+            sections
+                .iter()
+                .map(|section| Ok(device.alloc(section.dtype, Shape::new(&section.shape))?))
+                .collect()
+        };
+        self.table.weights.iter().map(room).collect()
+    }
 }
 
-/// A weight's sections while they come, in any order.
-struct Room<B: Backend> {
-    sections: Vec<(Section, Mutex<Option<Tensor<B>>>)>,
-}
-
-impl<B: Backend> Room<B> {
-    fn new(record: &WeightRecord) -> Self {
-        let sections = record.slot.form.sections();
-        Self {
-            sections: sections
-                .into_iter()
-                .map(|section| (section, Mutex::default()))
-                .collect(),
+/// Where each piece shall lie; `None` on a backend whose memory the host cannot write.
+fn places<'a, B: Backend>(device: &B, rooms: &'a mut [Vec<Tensor<B>>], pieces: &[Piece<'_>]) -> Option<Vec<Place<'a>>> {
+    let mut cuts: BTreeMap<(usize, usize, usize), &'a mut [u8]> = BTreeMap::new();
+    for (weight, room) in rooms.iter_mut().enumerate() {
+        for (section, tensor) in room.iter_mut().enumerate() {
+            let bytes = device.host_bytes(tensor)?;
+            for (number, cut) in bytes.chunks_mut(PIECE_BYTES).enumerate() {
+                cuts.insert((weight, section, number * PIECE_BYTES), cut);
+            }
         }
     }
-
-    fn finished(self, record: &WeightRecord) -> Option<Value<B>> {
-        let tensors: Option<Vec<Tensor<B>>> = self
-            .sections
-            .into_iter()
-            .map(|(_, tensor)| tensor.into_inner().unwrap_or_else(PoisonError::into_inner))
-            .collect();
-        Value::from_sections(&record.slot.form, tensors?, f32::from_bits(record.offset_bits))
-    }
-}
-
-fn write<B: Backend>(
-    device: &B,
-    form: &Section,
-    tensor: &Mutex<Option<Tensor<B>>>,
-    first: usize,
-    bytes: &[u8],
-) -> Result<()> {
-    let mut tensor = tensor.lock().unwrap_or_else(PoisonError::into_inner);
-    let tensor = match &mut *tensor {
-        Some(tensor) => tensor,
-        empty => empty.insert(device.alloc(form.dtype, Shape::new(&form.shape))?),
+    let mut cut_of = |piece: &Piece<'_>| {
+        cuts.remove(&(piece.weight, piece.section, piece.first))
+            .map(|cut| Mutex::new(Some(cut)))
     };
-    Ok(device.write_at(tensor, first, bytes)?)
+    pieces.iter().map(&mut cut_of).collect()
 }
 
 /// What is wrong with a snapshot.
