@@ -93,7 +93,7 @@ def transformers_step(torch, config_file, layers, experts):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)  # waits, as ours does
+        return float(loss.detach())  # waits, as ours does
     return step
 
 

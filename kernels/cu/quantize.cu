@@ -111,7 +111,9 @@ DEVICE void quantize_nf4_fp8(const f8e4m3* source, const S* scales, u8* codes, f
         uint2 both = *reinterpret_cast<const uint2*>(source + first);
         words[0] = both.x, words[1] = both.y;
     } else {
-        for (i32 i = 0; first + i < count; i++) words[i / 4] |= u32(source[first + i].bits) << 8 * (i % 4);
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++)
+            if (first + i < count) words[i / 4] |= u32(source[first + i].bits) << 8 * (i % 4);
     }
     Pack pack;
 #pragma unroll

@@ -9,8 +9,9 @@ use crate::dtype::DType;
 use crate::emu::Emulation;
 use crate::error::{Error, Result};
 use crate::ops::{
-    AttentionForward, AttentionOps, Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, LinearBackward,
-    LinearForward, MatmulOps, MoeOps, Precision, QuantizeOps, Recorded, Recording, Routing, RowOrder, Write,
+    AttentionForward, AttentionOps, Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward,
+    GroupedPairBackward, GroupedSwigluForward, LinearBackward, LinearForward, MatmulOps, MoeOps, Precision,
+    QuantizeOps, Recorded, Recording, Routing, RowOrder, Write,
 };
 use crate::stack::WeightStack;
 use crate::tensor::{Segments, Tensor};
@@ -364,6 +365,77 @@ fn a_shared_weight_is_decoded_once_for_both_passes_and_changes_no_bit() {
         assert_eq!(decodes(), [1, 1]);
         assert_eq!(device.memory().in_use_bytes, live, "the scope frees what it decoded");
     }
+}
+
+/// Both wide projections of routed experts with their activation, and the way back through them.
+fn fused_passes(device: &Emulated, gate: &WeightStack<Emulated>, up: &WeightStack<Emulated>) -> [Vec<u8>; 2] {
+    const TOKENS: usize = 40;
+    let x = numbers(device, [1, TOKENS, 64], 5).reshaped([TOKENS, 64]).unwrap();
+    let [dgate, dup] = [6, 7].map(|seed| numbers(device, [1, TOKENS, 96], seed).reshaped([TOKENS, 96]).unwrap());
+    let mut y = device.alloc(DType::BF16, [TOKENS, 96]).unwrap();
+    let mut dx = device.alloc(DType::BF16, [TOKENS, 64]).unwrap();
+    let mut routing = Routing::alloc(device, TOKENS, 3, 1).unwrap();
+    let logits = device
+        .upload_f32([TOKENS, 3], &Random::new(8).normal(TOKENS * 3))
+        .unwrap();
+    device.route(&logits, true, &mut routing).unwrap();
+    let forward = GroupedSwigluForward {
+        x: &x,
+        routing: &routing,
+        gate,
+        up,
+        lora: None,
+        precision: Precision::Bf16,
+        wide: None,
+        y: Some(&mut y),
+    };
+    device.grouped_swiglu_forward(forward).unwrap();
+    let backward = GroupedPairBackward {
+        dgate: &dgate,
+        dup: &dup,
+        routing: &routing,
+        gate,
+        up,
+        lora: None,
+        precision: Precision::Bf16,
+        dx: Some(&mut dx),
+    };
+    device.grouped_pair_backward(backward).unwrap();
+    [y, dx].map(|tensor| device.read(&tensor).unwrap())
+}
+
+#[test]
+fn fused_experts_share_both_their_weights_and_change_no_bit() {
+    let Some(device) = device() else { return };
+    let stack = |first: u64| {
+        let matrix = |seed: u64| {
+            let source = device.upload_f32([96, 64], &Random::new(seed).normal(96 * 64)).unwrap();
+            Weight::Nf4(device.quantize_nf4(&source, true).unwrap())
+        };
+        let mut stack = WeightStack::alloc_like(&device, 3, &matrix(first)).unwrap();
+        for expert in 0..3 {
+            device
+                .stack_expert(&matrix(first + expert as u64), expert, &mut stack)
+                .unwrap();
+        }
+        stack
+    };
+    let (gate, up) = (stack(1), stack(11));
+    let fused = fused_passes(&device, &gate, &up);
+    device.share_from(SharedRows {
+        linear: 40,
+        experts: 13,
+    });
+    device.runtime().entries();
+    let shared = device
+        .sharing(|| Ok::<_, Error>(fused_passes(&device, &gate, &up)))
+        .unwrap();
+    assert_eq!(shared, fused);
+    assert_eq!(
+        device.runtime().entries().get("decode_stack"),
+        Some(&2),
+        "each once for both passes"
+    );
 }
 
 #[test]

@@ -8,6 +8,8 @@ use uuid::Uuid;
 
 use crate::support::{Database, database, request};
 
+const NOBODY: [Uuid; 0] = [];
+
 async fn claimed_on(db: &Database, class: &str) -> Vec<Uuid> {
     let mut asked = request("w", &["work"], 9);
     asked.machine = Some(Machine {
@@ -41,10 +43,10 @@ async fn a_job_is_content_with_more_classes_in_the_order_and_after_the_waits_it_
     let db = database().await;
     let id = db.queue.enqueue(&picky(&["H100"])).await.unwrap();
     db.sweep_at("9 minutes").await;
-    assert_eq!(claimed_on(&db, "A100").await, Vec::<Uuid>::new());
+    assert_eq!(claimed_on(&db, "A100").await, NOBODY);
     assert!(db.queue.explain(id).await.unwrap()[0].contains("content with more after 00:10:00"));
     db.sweep_at("11 minutes").await;
-    assert_eq!(claimed_on(&db, "L40S").await, Vec::<Uuid>::new());
+    assert_eq!(claimed_on(&db, "L40S").await, NOBODY);
     assert_eq!(claimed_on(&db, "a100").await, [id]);
 
     let (second, third) = (

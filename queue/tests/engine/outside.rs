@@ -89,11 +89,11 @@ async fn with_pg_net_somebody_outside_is_told_when_jobs_wait_and_nobody_lives() 
         )
         .await
         .unwrap();
-    let told = json!({"type": "jobs_waiting", "waiting": 1});
-    assert_eq!(asked(&client).await, std::slice::from_ref(&told));
+    let told = [json!({"type": "jobs_waiting", "waiting": 1})];
+    assert_eq!(asked(&client).await, told);
     db.sweep_at("0 seconds").await;
     client.batch_execute("select brightrun.tick()").await.unwrap();
-    assert_eq!(asked(&client).await, [told], "a worker swept: it will see for itself");
+    assert_eq!(asked(&client).await, told, "a worker swept: it will see for itself");
     let refused = client
         .batch_execute("update brightrun.housekeeping set wake_url = 'file:///etc/passwd'")
         .await;

@@ -107,6 +107,24 @@ impl<R: Runtime> Gpu<R> {
         Ok(decoded.map_or(right, |decoded| Experts::Dense(Held::Shared(decoded))))
     }
 
+    /// Two stacks in one form, for a kernel that reads both.
+    pub(super) fn pair_of_rows<'a>(
+        &self,
+        [first, second]: [&'a WeightStack<Self>; 2],
+        precision: Precision,
+        rows: usize,
+    ) -> Result<[Experts<'a, R>; 2]> {
+        let pair = [
+            self.experts_of_rows(first, precision, rows)?,
+            self.experts_of_rows(second, precision, rows)?,
+        ];
+        match &pair {
+            [Experts::Dense(_), Experts::Dense(_)] | [Experts::Nf4(_), Experts::Nf4(_)] => Ok(pair),
+            // There was memory to decode one of them only.
+            _ => Ok([self.experts(first, precision)?, self.experts(second, precision)?]),
+        }
+    }
+
     fn grouped(&self, precision: Precision, grouped: Grouped<'_, R>) -> Result<()> {
         match precision {
             Precision::F32 => self.exact_grouped(grouped),
