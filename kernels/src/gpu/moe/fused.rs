@@ -129,7 +129,7 @@ pub(super) static COMBINE_RESIDUAL: Kernel = kernel(
 impl<R: Runtime> Gpu<R> {
     /// [`MoeOps::grouped_swiglu_forward`](crate::ops::MoeOps::grouped_swiglu_forward).
     pub(super) fn open_experts(&self, call: GroupedSwigluForward<'_, Self>) -> Result<()> {
-        if call.precision == Precision::F32 {
+        if call.precision == Precision::F32 || super::hopper::opens_in_parts(self.runtime().machine(), &call)? {
             return moe_parts::swiglu_forward(self, call);
         }
         let sizes = contract::grouped_swiglu_forward(&call)?;

@@ -7,9 +7,11 @@ use super::super::sources::GROUPED_HOPPER;
 use super::super::{Argument, Element, Gpu, Kernel, Machine, Runtime};
 use super::linear::{Experts, Grouped, Reads, extents, slots};
 use super::tensor::{expert_arguments, expert_type};
+use crate::contract;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::Write;
+use crate::ops::{GroupedSwigluForward, Write};
+use crate::stack::WeightStack;
 use crate::tensor::Tensor;
 
 const HALF: Element = Element::Is(DType::BF16);
@@ -73,6 +75,23 @@ pub(super) fn width<R: Runtime>(machine: Machine, grouped: &Grouped<'_, R>) -> O
     let (experts, _) = extents(grouped.routing);
     let each = rows.div_ceil(experts.max(1));
     WIDTHS.iter().find(|(most, _)| each <= *most).map(|(_, width)| *width)
+}
+
+/// Whether both projections are done one by one by Hopper's kernels, and the activation after them, rather than by the portable kernel
+/// that does all three at once: where it can, and where no adapter would then be multiplied twice. By count, not measured: what is
+/// read and written again is small beside the weights, and the portable loop has ten instructions where this one has one. Only where
+/// both results are wanted anyway: room for them is then in nobody's plan but the caller's.
+pub(super) fn opens_in_parts<R: Runtime>(machine: Machine, call: &GroupedSwigluForward<'_, Gpu<R>>) -> Result<bool> {
+    let sizes = contract::grouped_swiglu_forward(call)?;
+    let weight = |stack: &WeightStack<Gpu<R>>| match stack {
+        WeightStack::Dense(_) => DType::BF16,
+        WeightStack::Nf4(_) => DType::U8,
+    };
+    let extents = [sizes.routing.slots(), sizes.outputs];
+    let fits = |stack| fits_hopper(extents, [sizes.inputs, 0], weight(stack), sizes.inputs);
+    let is_half = call.x.dtype() == DType::BF16;
+    let plain = call.lora.is_none() && call.wide.is_some();
+    Ok(machine.is_hopper() && is_half && plain && fits(call.gate) && fits(call.up))
 }
 
 fn frozen<'a, R: Runtime>(experts: &'a Experts<'_, R>) -> &'a Tensor<Gpu<R>> {
