@@ -704,6 +704,8 @@ end $$;
 --   brightrun.brief*      lanes: jobs of milliseconds, one row each and no history; see "Lanes" below
 --   brightrun.outbox      messages to the world outside, written in the transaction that makes them true
 --   brightrun.job_kind    optional settings of a kind: its projector and its retry curve
+--   brightrun.limit_rule  how many of an owner or a key may run at once, and how many may start in a stretch of time
+--   brightrun.account     what all jobs of an owner may cost
 --   brightrun.housekeeping  one row: retention, and since when the database has been watched without a gap
 --   brightrun.version     one row per section of this file
 --   p_*                   a function's parameter;  v_* a variable;  _name() an internal function, granted to nobody
@@ -801,6 +803,9 @@ begin
 end
 $$;
 
+-- Functions on the way of every job keep one plan for all calls (force_generic_plan): to plan their statements anew, as PostgreSQL
+-- does for the first five calls of a session and at its discretion afterwards, costs as much as to execute them.
+
 -- --- Time ------------------------------------------------------------------------------------------------------------
 
 -- A moved clock is for tests. Only the owner's sessions may move it: a worker that could would expire its neighbours' leases.
@@ -832,7 +837,8 @@ create sequence if not exists brightrun.ready_seq;
 create sequence if not exists brightrun.lease_token;
 create sequence if not exists brightrun.event_seq;
 
--- Written at enqueue, at a cancel request, and at the end. No index covers a column that changes, so the final update is HOT.
+-- Written at enqueue, at a cancel request, and at the end. No index covers a column that changes, and each page keeps room for a second
+-- version of its rows, so that the final update is HOT also where a whole page of jobs ends in one statement.
 create table if not exists brightrun.job (
     id                  uuid primary key,
     kind                text not null,
@@ -874,7 +880,8 @@ create table if not exists brightrun.job (
     constraint job_cancel_wins         check (cancel_requested_at is null or outcome is null or outcome = 'cancelled'),
     constraint job_cancel_was_asked    check (outcome is distinct from 'cancelled' or cancel_requested_at is not null),
     constraint job_times_in_order      check (finished_at >= created_at and (started_at is null or finished_at >= started_at))
-) with (fillfactor = 80);
+) with (fillfactor = 50);
+alter table brightrun.job set (fillfactor = 50);
 
 create unique index if not exists job_idempotency on brightrun.job (kind, idempotency_key) where idempotency_key is not null;
 create index if not exists job_by_age on brightrun.job (created_at);
@@ -908,6 +915,12 @@ create table if not exists brightrun.requirement (
     max_price   numeric(12,4) check (max_price > 0),
     constraint requirement_is_one unique nulls not distinct (vram_mb, gpu_classes, gpu_count, max_price)
 );
+-- A job that has been ready for widens_after is content with what widens_to says: more classes, in the order its owner prefers them.
+alter table brightrun.requirement add column if not exists widens_to integer references brightrun.requirement (id);
+alter table brightrun.requirement add column if not exists widens_after interval check (widens_after > interval '0');
+alter table brightrun.requirement drop constraint if exists requirement_is_one;
+create unique index if not exists requirement_one_each on brightrun.requirement
+    (vram_mb, gpu_classes, gpu_count, max_price, widens_to, widens_after) nulls not distinct;
 insert into brightrun.requirement (id) values (0) on conflict do nothing;
 
 -- Who shares with whom. Jobs of one share have the same owner (null: not shared by owner) and the same concurrency key (null: none).
@@ -922,7 +935,7 @@ create index if not exists share_by_key on brightrun.share (key) where key is no
 -- The row that claims for an owner or for a key lock, so that counting and taking are one. Usage is never stored: it is the count of
 -- leases, so that no crash can leave it wrong. used_seconds, halved every day since used_at, orders owners.
 create table if not exists brightrun.limit_rule (
-    scope        text not null check (scope in ('owner', 'key')),
+    scope        text not null,
     name         text not null,
     at_most      integer check (at_most >= 0),
     weight       float8 not null default 1 check (weight > 0),
@@ -930,6 +943,27 @@ create table if not exists brightrun.limit_rule (
     used_at      timestamptz not null default pg_catalog.clock_timestamp(),
     primary key (scope, name)
 ) with (fillfactor = 70);
+
+-- A rate is a bucket of tokens on the same row: it holds starts_most, a start takes one, and it is full again after starts_per. So in
+-- any stretch of time w at most starts_most * (1 + w / starts_per) start. Scope `queue` bounds the claims of a queue, `api` what else
+-- is asked of somebody who counts (see take_rate).
+alter table brightrun.limit_rule add column if not exists starts_most integer check (starts_most > 0);
+alter table brightrun.limit_rule add column if not exists starts_per interval check (starts_per > interval '0');
+alter table brightrun.limit_rule add column if not exists tokens float8 not null default 0;
+alter table brightrun.limit_rule add column if not exists filled_at timestamptz not null default pg_catalog.clock_timestamp();
+alter table brightrun.limit_rule drop constraint if exists limit_rule_scope_check;
+alter table brightrun.limit_rule drop constraint if exists limit_rule_scope_known;
+alter table brightrun.limit_rule add constraint limit_rule_scope_known check (scope in ('owner', 'key', 'queue', 'api'));
+alter table brightrun.limit_rule drop constraint if exists limit_rule_rate_is_whole;
+alter table brightrun.limit_rule add constraint limit_rule_rate_is_whole check ((starts_most is null) = (starts_per is null));
+
+-- What all jobs of an owner together may cost, for good or in each day, week or month (UTC). What they have cost is never stored: it
+-- is the sum of brightrun.usage and of the leases.
+create table if not exists brightrun.account (
+    owner  uuid primary key,
+    budget numeric(14,4) not null check (budget >= 0),
+    period text check (period in ('day', 'week', 'month'))
+);
 
 create table if not exists brightrun.queue_setting (
     queue      text primary key,
@@ -942,6 +976,7 @@ alter table brightrun.job add column if not exists share_id bigint references br
 alter table brightrun.job add column if not exists requirement_id integer not null default 0;
 alter table brightrun.job add column if not exists budget numeric(14,4);
 alter table brightrun.job add column if not exists price_per_hour numeric(12,4);
+alter table brightrun.job add column if not exists checkpoint jsonb;  -- of a failed job, for its redrive
 alter table brightrun.job drop constraint if exists job_budget_positive;
 alter table brightrun.job add constraint job_budget_positive check (budget > 0) not valid;
 alter table brightrun.ready add column if not exists share_id bigint;
@@ -958,9 +993,10 @@ create index if not exists ready_claim_shared on brightrun.ready (queue, kind, s
 create index if not exists ready_scheduled on brightrun.ready (run_at) where ready_seq is null;
 
 -- One row per running job, rewritten by every heartbeat: nothing but the key is indexed, so that stays HOT. The few thousand
--- rows this table can hold are read whole by the rescue.
+-- rows this table can hold are read whole by the rescue. That its job exists is held by the baton's guards: a foreign key would write
+-- to the job's row, and to the log, at every claim.
 create table if not exists brightrun.lease (
-    job_id      uuid primary key references brightrun.job (id),
+    job_id      uuid primary key,
     token       bigint not null default pg_catalog.nextval('brightrun.lease_token'),
     queue       text not null,
     kind        text not null,
@@ -988,6 +1024,7 @@ alter table brightrun.lease add column if not exists checkpoint jsonb;
 alter table brightrun.lease add column if not exists spent numeric(14,4) not null default 0;
 alter table brightrun.lease add column if not exists price_per_hour numeric(12,4);
 alter table brightrun.lease add column if not exists sampled_at timestamptz;
+alter table brightrun.lease drop constraint if exists lease_job_id_fkey;
 alter table brightrun.lease drop constraint if exists lease_checkpoint_bounded;
 alter table brightrun.lease add constraint lease_checkpoint_bounded check (pg_catalog.pg_column_size(checkpoint) <= 65536) not valid;
 create index if not exists lease_of_share on brightrun.lease (share_id) where share_id is not null;
@@ -1153,6 +1190,9 @@ create table if not exists brightrun.housekeeping (
     constraint housekeeping_sweep_iff check ((last_sweep_at is null) = (steady_since is null))
 ) with (fillfactor = 50);
 
+-- Whom tick() tells, by pg_net, that jobs wait and nobody is there to run them. A hint; it carries no secret.
+alter table brightrun.housekeeping add column if not exists wake_url text check (wake_url ~ '^https?://' and length(wake_url) <= 2000);
+
 insert into brightrun.housekeeping default values on conflict do nothing;
 
 -- --- Views: what a job's state is ------------------------------------------------------------------------------------
@@ -1172,7 +1212,7 @@ select job.id, job.kind, job.queue, job.priority, job.payload, job.owner, job.id
        job.result, coalesce(job.error, ready.last_error) as error,
        coalesce(lease.progress, ready.progress) as progress,
        lease.worker, lease.token, lease.expires_at, lease.deadline_at,
-       coalesce(lease.checkpoint, ready.checkpoint) as checkpoint, job.share_id, job.requirement_id, job.budget
+       coalesce(lease.checkpoint, ready.checkpoint, job.checkpoint) as checkpoint, job.share_id, job.requirement_id, job.budget
 from brightrun.job
 left join brightrun.lease on lease.job_id = job.id
 left join brightrun.ready on ready.job_id = job.id;
@@ -1223,9 +1263,12 @@ begin
         limit 1;
     elsif tg_table_name = 'lease' then
         select fresh.job_id into v_job from fresh
-        where (select job.outcome is not null from brightrun.job where job.id = fresh.job_id offset 0)
+        where (select job.outcome is not null from brightrun.job where job.id = fresh.job_id offset 0) is not false
            or (select true from brightrun.ready where ready.job_id = fresh.job_id offset 0)
         limit 1;
+        if v_job is not null and not exists (select from brightrun.job where id = v_job) then
+            raise exception 'there is no job % to lease', v_job using errcode = '23503';
+        end if;
     else
         select fresh.job_id into v_job from fresh
         where (select job.outcome is not null from brightrun.job where job.id = fresh.job_id offset 0)
@@ -1239,6 +1282,23 @@ begin
 end
 $$;
 
+-- A job that runs cannot be forgotten.
+create or replace function brightrun._guard_leased() returns trigger
+language plpgsql set search_path = '' as $$
+declare
+    v_job uuid;
+begin
+    select gone.id into v_job from gone
+    where (select true from brightrun.lease where lease.job_id = gone.id offset 0) limit 1;
+    if v_job is not null then
+        raise exception 'job % runs and cannot be deleted', v_job using errcode = '23503';
+    end if;
+    return null;
+end
+$$;
+
+create or replace trigger job_that_runs_stays after delete on brightrun.job
+    referencing old table as gone for each statement execute function brightrun._guard_leased();
 create or replace trigger job_has_one_baton after update on brightrun.job
     referencing new table as fresh for each statement execute function brightrun._guard_baton();
 create or replace trigger ready_is_the_only_baton after insert on brightrun.ready
@@ -1248,25 +1308,33 @@ create or replace trigger lease_is_the_only_baton after insert on brightrun.leas
 
 -- --- Internal steps ---------------------------------------------------------------------------------------------------
 
--- The object a projector and a history row get: the worker's own words with the engine's facts over them.
+-- The object a projector gets: the worker's own words with the engine's facts over them.
+-- (What is called for every job is plpgsql throughout, whose plans are kept; a function in SQL with a search_path is planned each time.)
 create or replace function brightrun._detail(p_words jsonb, p_attempt integer, p_worker text) returns jsonb
-language sql immutable set search_path = '' as $$
-    select case when p_words is null then '{}'
+language plpgsql immutable set search_path = '' as $$
+begin
+    return case when p_words is null then '{}'
                 when pg_catalog.jsonb_typeof(p_words) = 'object' then p_words
                 else pg_catalog.jsonb_build_object('value', p_words) end
-        || pg_catalog.jsonb_build_object('attempt', p_attempt, 'worker', p_worker)
+        || pg_catalog.jsonb_build_object('attempt', p_attempt, 'worker', p_worker);
+end
 $$;
 
+-- A line of history. What has a column of its own is not said twice.
 create or replace function brightrun._append(p_job_id uuid, p_event text, p_detail jsonb, p_attempt integer,
                                              p_token bigint, p_worker text) returns void
-language sql volatile set search_path = '' as $$
+language plpgsql volatile set search_path = '' as $$
+begin
     insert into brightrun.event (at, job_id, event, attempt, token, worker, detail)
-    values (brightrun.now(), p_job_id, p_event, p_attempt, p_token, p_worker, p_detail)
+    values (brightrun.now(), p_job_id, p_event, p_attempt, p_token, p_worker, p_detail - '{attempt,worker}'::text[]);
+end
 $$;
 
 create or replace function brightrun._is_projected(p_kind text) returns boolean
-language sql stable set search_path = '' as $$
-    select exists (select from brightrun.job_kind where kind = p_kind and projector is not null)
+language plpgsql stable set search_path = '' as $$
+begin
+    return exists (select from brightrun.job_kind where kind = p_kind and projector is not null);
+end
 $$;
 
 -- Whether each job of this kind has something of its own to do when it is enqueued.
@@ -1347,8 +1415,10 @@ $$;
 
 -- Seconds used, halved for every day since.
 create or replace function brightrun._used(p_seconds float8, p_at timestamptz, p_now timestamptz) returns float8
-language sql immutable set search_path = '' as $$
-    select p_seconds * pg_catalog.power(0.5, least(greatest(extract(epoch from p_now - p_at) / 86400, 0), 1000))
+language plpgsql immutable set search_path = '' as $$
+begin
+    return p_seconds * pg_catalog.power(0.5, least(greatest(extract(epoch from p_now - p_at) / 86400, 0), 1000));
+end
 $$;
 
 -- The run's row of usage, and its owner's account. The account is only tried: it orders, it does not bill.
@@ -1372,11 +1442,134 @@ end
 $$;
 
 create or replace function brightrun._charge(p_owner uuid, p_seconds float8, p_now timestamptz) returns void
-language sql volatile set search_path = '' as $$
+language plpgsql volatile set search_path = '' as $$
+begin
     update brightrun.limit_rule
     set used_seconds = greatest(brightrun._used(used_seconds, used_at, p_now) + p_seconds, 0), used_at = p_now
     where (scope, name) in (select scope, name from brightrun.limit_rule
-                            where scope = 'owner' and name = p_owner::text for no key update skip locked)
+                            where scope = 'owner' and name = p_owner::text for no key update skip locked);
+end
+$$;
+
+-- How many starts a rule has to give at a moment.
+create or replace function brightrun._tokens(p_rule brightrun.limit_rule, p_now timestamptz) returns float8
+language plpgsql immutable set search_path = '' as $$
+begin
+    return least(p_rule.starts_most, p_rule.tokens
+        + p_rule.starts_most * greatest(extract(epoch from p_now - p_rule.filled_at) / extract(epoch from p_rule.starts_per), 0))::float8;
+end
+$$;
+
+-- Takes starts from the rules of one scope and these names that are rates. The caller holds them.
+create or replace function brightrun._take_tokens(p_scope text, p_name text, p_count integer, p_now timestamptz) returns void
+language plpgsql volatile set search_path = '' as $$
+begin
+    update brightrun.limit_rule
+    set tokens = brightrun._tokens(limit_rule, p_now) - p_count, filled_at = greatest(p_now, filled_at)
+    where scope = p_scope and name = p_name and starts_most is not null;
+end
+$$;
+
+-- A start of a share: of its owner's and of its key's, under the locks that admitted it.
+create or replace function brightrun._note_start(p_share_id bigint, p_now timestamptz) returns void
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_share brightrun.share;
+begin
+    select * into v_share from brightrun.share where id = p_share_id;
+    perform brightrun._take_tokens('key', v_share.key, 1, p_now);
+    perform brightrun._take_tokens('owner', v_share.owner::text, 1, p_now);
+end
+$$;
+
+-- How many jobs of a queue may start now; null: as many as there are. The rule stays locked, so that counting and taking are one;
+-- where another claim holds it, none, and the next look will tell.
+create or replace function brightrun._queue_starts(p_queue text, p_now timestamptz) returns integer
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_rule brightrun.limit_rule;
+begin
+    if not exists (select from brightrun.limit_rule where scope = 'queue' and name = p_queue and starts_most is not null) then
+        return null;
+    end if;
+    select * into v_rule from brightrun.limit_rule where scope = 'queue' and name = p_queue for no key update skip locked;
+    return case when found then floor(brightrun._tokens(v_rule, p_now)) else 0 end;
+end
+$$;
+
+create or replace function brightrun._period_began(p_period text, p_now timestamptz) returns timestamptz
+language sql stable set search_path = '' as $$
+    select case when p_period is null then '-infinity' else pg_catalog.date_trunc(p_period, p_now, 'UTC') end
+$$;
+
+-- What an owner's runs have cost since a moment: those that have ended, and those under way until now.
+create or replace function brightrun._owner_spent(p_owner uuid, p_since timestamptz, p_now timestamptz) returns numeric
+language sql stable set search_path = '' as $$
+    select coalesce((select sum(price_per_hour * greatest(extract(epoch from ended_at - greatest(started_at, p_since)), 0)::numeric / 3600)
+                     from brightrun.usage where owner = p_owner and ended_at >= p_since), 0)
+         + coalesce((select sum(price_per_hour * greatest(extract(epoch from p_now - greatest(claimed_at, p_since)), 0)::numeric / 3600)
+                     from brightrun.lease where price_per_hour is not null
+                      and (select job.owner from brightrun.job where job.id = lease.job_id offset 0) = p_owner), 0)
+$$;
+
+-- Which of these owners have used up their budgets.
+create or replace function brightrun._overspent(p_owners uuid[], p_now timestamptz) returns uuid[]
+language sql stable set search_path = '' as $$
+    select array(select owner from brightrun.account
+                 where owner = any (p_owners)
+                   and brightrun._owner_spent(owner, brightrun._period_began(period, p_now), p_now) >= budget)
+$$;
+
+create or replace function brightrun._budget_error(p_owner uuid) returns jsonb
+language sql stable set search_path = '' as $$
+    select pg_catalog.jsonb_build_object('code', 'QUEUE_OWNER_BUDGET_EXCEEDED', 'blame', 'user',
+        'message', pg_catalog.format('the jobs of owner %s have used up their budget of %s%s', p_owner, budget, ' per ' || period))
+    from brightrun.account where owner = p_owner
+$$;
+
+-- Puts waiting jobs aside whose owners have no money left, for a minute each time; returns the others. The caller holds their rows.
+create or replace function brightrun._affordable(p_jobs uuid[], p_now timestamptz) returns uuid[]
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_poor uuid[];
+begin
+    if not exists (select from brightrun.account) then
+        return p_jobs;
+    end if;
+    v_poor := brightrun._overspent(array(select distinct owner from brightrun.job where id = any (p_jobs)), p_now);
+    if v_poor = '{}' then
+        return p_jobs;
+    end if;
+    update brightrun.ready
+    set ready_seq = null, run_at = p_now + interval '1 minute', last_error = brightrun._budget_error(job.owner)
+    from brightrun.job where job.id = ready.job_id and ready.job_id = any (p_jobs) and job.owner = any (v_poor);
+    return array(select given.id from pg_catalog.unnest(p_jobs) with ordinality as given (id, place) join brightrun.job on job.id = given.id
+                 where (owner = any (v_poor)) is not true order by place);
+end
+$$;
+
+-- Ends the time of runs whose owners have no money left; the sweep that calls this takes them.
+create or replace function brightrun._stop_overspent(p_now timestamptz) returns void
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_poor uuid[];
+begin
+    if not exists (select from brightrun.account) then
+        return;
+    end if;
+    v_poor := brightrun._overspent(array(select distinct job.owner from brightrun.lease join brightrun.job on job.id = lease.job_id
+                                         where lease.price_per_hour is not null), p_now);
+    if v_poor = '{}' then
+        return;
+    end if;
+    update brightrun.lease set deadline_at = p_now, expires_at = p_now
+    where job_id in (select lease.job_id from brightrun.lease join brightrun.job on job.id = lease.job_id
+                     where lease.price_per_hour is not null and job.owner = any (v_poor)
+                     for update of lease skip locked);
+    if found then
+        perform pg_catalog.pg_notify('brightrun_cancel', '');
+    end if;
+end
 $$;
 
 -- What the end of jobs means for others: their live keys are free, and who waited for them runs, or never will.
@@ -1407,13 +1600,6 @@ begin
         end if;
     end loop;
 end
-$$;
-
--- Whether a job's end has to do with more than its own rows.
-create or replace function brightrun._ends_one_by_one(p_kind text, p_share_id bigint, p_price numeric) returns boolean
-language sql stable set search_path = '' as $$
-    select p_share_id is not null or p_price is not null
-        or exists (select from brightrun.job_kind where kind = p_kind and (projector is not null or metered))
 $$;
 
 -- Half to all of base · 2^(attempt-1), capped: late enough to help, spread enough not to arrive together.
@@ -1467,7 +1653,8 @@ begin
         set outcome = v_outcome, attempt = p_lease.attempt, started_at = p_lease.started_at,
             finished_at = greatest(brightrun.now(), p_lease.started_at, created_at), final_token = p_lease.token,
             result = case when v_outcome = 'completed' then p_result end,
-            error = case when v_outcome = 'failed' then p_error end
+            error = case when v_outcome = 'failed' then p_error end,
+            checkpoint = case when v_outcome = 'failed' then p_lease.checkpoint end
         where id = p_lease.job_id;
     else
         insert into brightrun.ready (job_id, queue, kind, priority, share_id, requirement_id, checkpoint, spent,
@@ -1478,7 +1665,9 @@ begin
                 coalesce(p_run_at, brightrun.now()), p_attempt, p_lease.claims, p_lease.started_at,
                 p_lease.token, p_error, p_lease.progress);
     end if;
-    perform brightrun._append(p_lease.job_id, v_event, v_detail, p_lease.attempt, p_lease.token, p_lease.worker);
+    -- The result is on the job's row.
+    perform brightrun._append(p_lease.job_id, v_event, case when v_event = 'completed' then '{}' else v_detail end,
+                              p_lease.attempt, p_lease.token, p_lease.worker);
     perform brightrun._meter(p_lease, v_event);
     if v_outcome is not null then
         perform brightrun._after_end(array[p_lease.job_id]);
@@ -1514,7 +1703,9 @@ begin
         ) asked
         join brightrun.lease on lease.job_id = asked.job_id and lease.token = asked.token
         join brightrun.job on job.id = lease.job_id
-        where not brightrun._ends_one_by_one(lease.kind, lease.share_id, lease.price_per_hour)
+        -- Those whose end has to do with more than their own rows go one by one.
+        where lease.share_id is null and lease.price_per_hour is null
+          and not exists (select from brightrun.job_kind where job_kind.kind = lease.kind and (projector is not null or metered))
         order by lease.job_id
         for update of lease for no key update of job skip locked
     ) held
@@ -1531,11 +1722,9 @@ begin
          as held (job_id, token, attempt, started_at, result)
     where job.id = held.job_id;
     insert into brightrun.event (at, job_id, event, attempt, token, worker, detail)
-    select v_now, held.job_id, 'completed', held.attempt, held.token, held.worker,
-           brightrun._detail(held.result, held.attempt, held.worker)
-    from rows from (pg_catalog.unnest(v_ids), pg_catalog.unnest(v_tokens), pg_catalog.unnest(v_attempts),
-                    pg_catalog.unnest(v_workers), pg_catalog.unnest(v_results))
-         as held (job_id, token, attempt, worker, result);
+    select v_now, held.job_id, 'completed', held.attempt, held.token, held.worker, '{}'
+    from rows from (pg_catalog.unnest(v_ids), pg_catalog.unnest(v_tokens), pg_catalog.unnest(v_attempts), pg_catalog.unnest(v_workers))
+         as held (job_id, token, attempt, worker);
     perform brightrun._after_end(v_ids);
     return v_ids;
 end
@@ -1635,8 +1824,7 @@ begin
         returning job_id, token, worker, attempt, claims
     ), told as (
         insert into brightrun.event (at, job_id, event, attempt, token, worker, detail)
-        select v_now, job_id, case when claims = 1 then 'claimed' else 'resumed' end, attempt, token, worker,
-               brightrun._detail(null, attempt, worker)
+        select v_now, job_id, case when claims = 1 then 'claimed' else 'resumed' end, attempt, token, worker, '{}'
         from leased
     )
     select pg_catalog.array_agg(job_id) into v_leased from leased;
@@ -1707,8 +1895,9 @@ begin
     if found then
         return v_id;
     end if;
-    insert into brightrun.limit_rule (scope, name, at_most)
-    select named.scope, named.name, case when fallback.name is null and named.scope = 'key' then 1 else fallback.at_most end
+    insert into brightrun.limit_rule (scope, name, at_most, starts_most, starts_per, tokens)
+    select named.scope, named.name, case when fallback.name is null and named.scope = 'key' then 1 else fallback.at_most end,
+           fallback.starts_most, fallback.starts_per, coalesce(fallback.starts_most, 0)
     from (values ('key', p_key), ('owner', p_owner::text)) as named (scope, name)
     left join brightrun.limit_rule fallback on fallback.scope = named.scope and fallback.name = '*'
     where named.name is not null
@@ -1719,23 +1908,37 @@ begin
 end
 $$;
 
+-- The class of machines a job asks for: {vram_mb, gpu_classes, gpu_count, max_price, fallback: [{after_seconds, gpu_classes}, …]}. Each
+-- fallback adds its classes once the job has been ready for that long.
 create or replace function brightrun._requirement(p_requires jsonb) returns integer
 language plpgsql volatile set search_path = '' as $$
 declare
     v_vram    integer := coalesce((p_requires ->> 'vram_mb')::integer, 0);
-    v_classes text[] := array(select lower(class) from pg_catalog.jsonb_array_elements_text(p_requires -> 'gpu_classes') as class order by 1);
+    v_classes text[] := array(select distinct lower(class) from pg_catalog.jsonb_array_elements_text(p_requires -> 'gpu_classes') as class order by 1);
     v_count   integer := coalesce((p_requires ->> 'gpu_count')::integer, 0);
     v_price   numeric(12,4) := (p_requires ->> 'max_price')::numeric;
+    v_later   jsonb := p_requires -> 'fallback' -> 0;
+    v_to      integer;
+    v_after   interval;
     v_id      integer;
 begin
     v_classes := nullif(v_classes, '{}');
+    if v_later is not null then
+        if v_classes is null then
+            raise exception 'a job that runs on any class has nothing to fall back to' using errcode = '22023';
+        end if;
+        v_after := pg_catalog.make_interval(secs => (v_later ->> 'after_seconds')::float8);
+        v_to := brightrun._requirement(p_requires || pg_catalog.jsonb_build_object(
+            'gpu_classes', (p_requires -> 'gpu_classes') || (v_later -> 'gpu_classes'), 'fallback', (p_requires -> 'fallback') - 0));
+    end if;
     for v_round in 1 .. 2 loop
         select id into v_id from brightrun.requirement
         where vram_mb = v_vram and gpu_count = v_count
-          and gpu_classes is not distinct from v_classes and max_price is not distinct from v_price;
+          and gpu_classes is not distinct from v_classes and max_price is not distinct from v_price
+          and widens_to is not distinct from v_to and widens_after is not distinct from v_after;
         exit when found;
-        insert into brightrun.requirement (vram_mb, gpu_classes, gpu_count, max_price)
-        values (v_vram, v_classes, v_count, v_price) on conflict do nothing;
+        insert into brightrun.requirement (vram_mb, gpu_classes, gpu_count, max_price, widens_to, widens_after)
+        values (v_vram, v_classes, v_count, v_price, v_to, v_after) on conflict do nothing;
     end loop;
     return v_id;
 end
@@ -1770,7 +1973,7 @@ create or replace function brightrun.enqueue(
     p_hard_deadline interval default null, p_external_id text default null, p_notify boolean default false,
     p_live_key text default null, p_concurrency_key text default null, p_requires jsonb default null, p_after uuid[] default null,
     p_budget numeric default null, p_price_per_hour numeric default null) returns uuid
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_now         timestamptz := brightrun.now();
     v_run_at      timestamptz := coalesce(p_run_at, v_now + p_delay, v_now);
@@ -1844,7 +2047,7 @@ create or replace function brightrun.enqueue_many(
     p_kind text, p_payloads jsonb[], p_keys text[] default null, p_queue text default 'default', p_priority integer default 0,
     p_owner uuid default null, p_max_attempts integer default 3, p_run_at timestamptz default null, p_delay interval default null,
     p_hard_deadline interval default null, p_notify boolean default false) returns uuid[]
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_now    timestamptz := brightrun.now();
     v_run_at timestamptz := coalesce(p_run_at, v_now + p_delay, v_now);
@@ -1865,7 +2068,7 @@ begin
                case when v_run_at <= v_now then pg_catalog.nextval('brightrun.ready_seq') end, v_run_at
         from pg_catalog.unnest(v_ids) as id;
         insert into brightrun.event (at, job_id, event, attempt, detail)
-        select v_now, id, 'enqueued', 0, brightrun._detail(null, 0, null) from pg_catalog.unnest(v_ids) as id;
+        select v_now, id, 'enqueued', 0, '{}' from pg_catalog.unnest(v_ids) as id;
     end if;
     if p_notify then
         perform pg_catalog.pg_notify('brightrun_ready', '');
@@ -1919,7 +2122,7 @@ begin
 end
 $$;
 
--- An operator's act: a failed job gets a fresh set of attempts. Returns its new state, or null if it is not a failed job.
+-- An operator's act: a failed job gets a fresh set of attempts, and resumes from its last checkpoint. Returns its new state, or null if it is not a failed job.
 create or replace function brightrun.redrive(p_job_id uuid, p_reason text default null) returns text
 language plpgsql volatile security definer set search_path = '' as $$
 declare
@@ -1932,15 +2135,15 @@ begin
     end if;
     perform brightrun._project(v_job.kind, p_job_id, 'redriven', v_detail);
     update brightrun.job
-    set outcome = null, attempt = null, finished_at = null, started_at = null, error = null, final_token = null
+    set outcome = null, attempt = null, finished_at = null, started_at = null, error = null, final_token = null, checkpoint = null
     where id = p_job_id and outcome = 'failed';
     if not found then
         raise exception 'job % was redriven by somebody else', p_job_id using errcode = '40001';
     end if;
     insert into brightrun.ready (job_id, queue, kind, priority, share_id, requirement_id, ready_seq, run_at, claims, started_at,
-                                 last_token, last_error)
+                                 last_token, last_error, checkpoint)
     values (p_job_id, v_job.queue, v_job.kind, v_job.priority, v_job.share_id, v_job.requirement_id, pg_catalog.nextval('brightrun.ready_seq'), brightrun.now(),
-            v_job.attempt, v_job.started_at, v_job.final_token, v_job.error);
+            v_job.attempt, v_job.started_at, v_job.final_token, v_job.error, v_job.checkpoint);
     perform brightrun._append(p_job_id, 'redriven', v_detail, 0, null, null);
     return 'ready';
 end
@@ -1991,6 +2194,9 @@ begin
         ) >= v_rule.at_most then
             return false;
         end if;
+        if v_rule.starts_most is not null and brightrun._tokens(v_rule, brightrun.now()) < 1 then
+            return false;
+        end if;
     end loop;
     return v_seen = v_want;
 end
@@ -2005,6 +2211,7 @@ declare
     v_now     timestamptz := brightrun.now();
     v_next    record;
     v_job     uuid;
+    v_one     uuid[];
     v_granted uuid[] := '{}';
     v_before  integer;
 begin
@@ -2043,7 +2250,11 @@ begin
             select job_id into v_job from brightrun.ready
             where job_id = v_next.job_id and ready_seq is not null and share_id = v_next.share_id for update skip locked;
             continue when not found;
-            v_granted := v_granted || brightrun._grant(v_next.kind, array[v_job], p_worker, p_lease, p_price);
+            continue when brightrun._affordable(array[v_job], v_now) = '{}';
+            v_one := brightrun._grant(v_next.kind, array[v_job], p_worker, p_lease, p_price);
+            continue when v_one = '{}';
+            v_granted := v_granted || v_one;
+            perform brightrun._note_start(v_next.share_id, v_now);
             -- A minute in advance, so that a batch goes round; what it really was is settled at the end of the run.
             perform brightrun._charge(v_next.owner, 60, v_now);
         end loop;
@@ -2061,19 +2272,27 @@ create or replace function brightrun.claim(p_worker text, p_kinds text[], p_limi
                                            p_lease interval default interval '2 minutes', p_queue text default 'default',
                                            p_can jsonb default null)
 returns setof brightrun.claimed
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms'
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms'
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
     v_next    record;
     v_jobs    uuid[];
+    v_able    uuid[];
+    v_taken   uuid[];
     v_granted uuid[] := '{}';
     v_left    integer := least(p_limit, 10000);
     v_price   numeric := (p_can ->> 'price_per_hour')::numeric;
     v_needs   integer[] := '{0}';
+    v_starts  integer;
     v_shared  boolean;
     v_first   boolean;
 begin
     if exists (select from brightrun.queue_setting where queue = p_queue and paused) then
+        return;
+    end if;
+    v_starts := brightrun._queue_starts(p_queue, brightrun.now());
+    v_left := least(v_left, v_starts);
+    if v_left <= 0 then
         return;
     end if;
     perform brightrun._promote(brightrun.now());
@@ -2105,20 +2324,30 @@ begin
         ) head
         order by head.priority, head.ready_seq
     loop
-        exit when v_left <= 0;
-        v_jobs := array(
-            select job_id from brightrun.ready
-            where queue = p_queue and kind = v_next.kind and requirement_id = v_next.need and ready_seq is not null and share_id is null
-            order by priority, ready_seq limit v_left
-            for update skip locked
-        );
-        continue when v_jobs = '{}';
-        v_jobs := brightrun._grant(v_next.kind, v_jobs, p_worker, p_lease, v_price);
-        v_granted := v_granted || v_jobs;
-        v_left := v_left - pg_catalog.cardinality(v_jobs);
+        loop
+            exit when v_left <= 0;
+            v_jobs := array(
+                select job_id from brightrun.ready
+                where queue = p_queue and kind = v_next.kind and requirement_id = v_next.need and ready_seq is not null and share_id is null
+                order by priority, ready_seq limit v_left
+                for update skip locked
+            );
+            exit when v_jobs = '{}';
+            v_able := brightrun._affordable(v_jobs, brightrun.now());
+            if v_able <> '{}' then
+                v_taken := brightrun._grant(v_next.kind, v_able, p_worker, p_lease, v_price);
+                v_granted := v_granted || v_taken;
+                v_left := v_left - pg_catalog.cardinality(v_taken);
+            end if;
+            -- Whose money is gone makes room for those behind.
+            exit when pg_catalog.cardinality(v_able) = pg_catalog.cardinality(v_jobs);
+        end loop;
     end loop;
     if v_shared and not coalesce(v_first, false) and v_left > 0 then
         v_granted := v_granted || brightrun._claim_shared(p_queue, p_kinds, v_needs, p_worker, p_lease, v_price, v_left);
+    end if;
+    if v_starts is not null and v_granted <> '{}' then
+        perform brightrun._take_tokens('queue', p_queue, pg_catalog.cardinality(v_granted), brightrun.now());
     end if;
     return query select * from brightrun.claimed where job_id = any (v_granted) order by token;
 end
@@ -2129,13 +2358,15 @@ drop function if exists brightrun.claim_job(text, uuid, interval);
 create or replace function brightrun.claim_job(p_worker text, p_job_id uuid, p_lease interval default interval '2 minutes',
                                                p_can jsonb default null)
 returns setof brightrun.claimed
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms'
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms'
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
-    v_kind  text;
-    v_share bigint;
+    v_kind   text;
+    v_queue  text;
+    v_share  bigint;
+    v_starts integer;
 begin
-    select kind, share_id into v_kind, v_share from brightrun.ready
+    select kind, queue, share_id into v_kind, v_queue, v_share from brightrun.ready
     where job_id = p_job_id and (ready_seq is not null or run_at <= brightrun.now())
       and not exists (select from brightrun.queue_setting where queue_setting.queue = ready.queue and paused)
     for update skip locked;
@@ -2143,10 +2374,16 @@ begin
     if not found or (v_share is not null and not brightrun._admit(v_share)) then
         return;
     end if;
+    v_starts := brightrun._queue_starts(v_queue, brightrun.now());
+    if v_starts <= 0 or brightrun._affordable(array[p_job_id], brightrun.now()) = '{}' then
+        return;
+    end if;
     if brightrun._grant(v_kind, array[p_job_id], p_worker, p_lease, (p_can ->> 'price_per_hour')::numeric) <> '{}' then
         if v_share is not null then
+            perform brightrun._note_start(v_share, brightrun.now());
             perform brightrun._charge((select owner from brightrun.share where id = v_share), 60, brightrun.now());
         end if;
+        perform brightrun._take_tokens('queue', v_queue, 1, brightrun.now());
         return query select * from brightrun.claimed where job_id = p_job_id;
     end if;
 end
@@ -2158,7 +2395,7 @@ $$;
 --   lost     the token is not the current one: stop, nothing you write will be accepted
 create or replace function brightrun.heartbeat(p_job_ids uuid[], p_tokens bigint[], p_progress jsonb[] default null)
 returns table (job_id uuid, token bigint, reply text, lease_seconds float8, reason text)
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms' as $$
 #variable_conflict use_column
 declare
     v_now     timestamptz := brightrun.now();
@@ -2192,7 +2429,7 @@ begin
     )
     insert into brightrun.event (at, job_id, event, attempt, token, worker, detail, level)
     select v_now, sampled.job_id, 'progress', sampled.attempt, sampled.token, sampled.worker,
-           brightrun._detail(sampled.progress, sampled.attempt, sampled.worker), 'debug'
+           brightrun._detail(sampled.progress, sampled.attempt, sampled.worker) - '{attempt,worker}'::text[], 'debug'
     from sampled;
 
     for v_beat in
@@ -2235,7 +2472,7 @@ $$;
 
 -- Anything a worker has to say about its run, kept in the history and handed to the projector.
 create or replace function brightrun.report(p_job_id uuid, p_token bigint, p_event text, p_detail jsonb default '{}') returns void
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease  brightrun.lease := brightrun._hold(p_job_id, p_token);
     v_detail jsonb := brightrun._detail(p_detail, v_lease.attempt, v_lease.worker);
@@ -2252,7 +2489,7 @@ $$;
 -- A line of the run's log: kept in the history with its level, and readable by the job's owner. Not handed to the projector.
 create or replace function brightrun.log(p_job_id uuid, p_token bigint, p_level text, p_type text, p_message text, p_data jsonb default null)
 returns void
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease := brightrun._hold(p_job_id, p_token);
 begin
@@ -2267,7 +2504,7 @@ $$;
 
 -- Where the next run is to resume: handed to it by its claim, whatever ends this one. Say it when what it names is safely stored.
 create or replace function brightrun.checkpoint(p_job_id uuid, p_token bigint, p_checkpoint jsonb) returns void
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease := brightrun._hold(p_job_id, p_token);
 begin
@@ -2280,7 +2517,7 @@ $$;
 -- The endings. Each returns the state the job got, which after a cancel request is 'cancelled' whatever was asked for, and each
 -- can be repeated: the same token is told again what it did.
 create or replace function brightrun.complete(p_job_id uuid, p_token bigint, p_result jsonb default '{}') returns text
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease;
     v_state text;
@@ -2300,7 +2537,7 @@ $$;
 -- p_error: {code, blame: user|system|platform, message, detail}. p_retry_after replaces the kind's backoff.
 create or replace function brightrun.fail(p_job_id uuid, p_token bigint, p_error jsonb, p_retry_after interval default null)
 returns text
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease;
     v_state text;
@@ -2327,7 +2564,7 @@ $$;
 -- Jobs without a projector are ended set-wise. The rest, and those that somebody is just cancelling, go the way of complete().
 create or replace function brightrun.complete_many(p_job_ids uuid[], p_tokens bigint[], p_results jsonb[] default null)
 returns table (job_id uuid, token bigint, state text, refused text)
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms'
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms'
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 #variable_conflict use_column
 declare
@@ -2357,7 +2594,7 @@ $$;
 
 -- Not now: run again after p_delay. Not an attempt.
 create or replace function brightrun.snooze(p_job_id uuid, p_token bigint, p_delay interval, p_reason text default null) returns text
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease  brightrun.lease;
     v_state  text;
@@ -2378,7 +2615,7 @@ $$;
 
 -- Interrupted (shutdown, preemption): ready again at once. Not an attempt.
 create or replace function brightrun.release(p_job_id uuid, p_token bigint, p_reason text default null) returns text
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_lease brightrun.lease;
     v_state text;
@@ -2421,7 +2658,7 @@ $$;
 -- away) no lease is judged until it has had a full length of its own to be renewed. One caller at a time; others get no row.
 create or replace function brightrun.rescue_expired(p_limit integer default 100, p_gap interval default interval '30 seconds')
 returns table (job_id uuid, state text)
-language plpgsql volatile security definer set search_path = '' set lock_timeout = '500ms' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms' as $$
 #variable_conflict use_column
 declare
     v_now    timestamptz := brightrun.now();
@@ -2440,6 +2677,8 @@ begin
     perform brightrun._brief_rescue(v_now, v_steady, p_limit);
     perform brightrun._run_schedules(v_now);
     perform brightrun._age(v_now);
+    perform brightrun._widen(v_now);
+    perform brightrun._stop_overspent(v_now);
     for v_lease in
         select * from brightrun.lease
         where expires_at <= v_now and (v_steady <= v_now - lease_for or deadline_at <= v_now)
@@ -2451,6 +2690,9 @@ begin
             then pg_catalog.jsonb_build_object('code', 'QUEUE_BUDGET_EXCEEDED', 'blame', 'user',
                 'message', pg_catalog.format('the job has used up its budget of %s',
                                              (select budget from brightrun.job where id = v_lease.job_id)))
+            when v_lease.deadline_at <= v_now and v_lease.price_per_hour is not null
+                 and brightrun._overspent(array(select owner from brightrun.job where id = v_lease.job_id), v_now) <> '{}'
+            then brightrun._budget_error((select owner from brightrun.job where id = v_lease.job_id))
             when v_lease.deadline_at <= v_now
             then pg_catalog.jsonb_build_object('code', 'QUEUE_DEADLINE_EXCEEDED', 'blame', 'system',
                 'message', pg_catalog.format('the run took longer than its hard deadline of %s', v_lease.deadline_at - v_lease.claimed_at))
@@ -2616,6 +2858,69 @@ begin
 end
 $$;
 
+-- Jobs that have waited long enough for the machines they prefer are content with more.
+create or replace function brightrun._widen(p_now timestamptz) returns void
+language plpgsql volatile set search_path = '' as $$
+begin
+    if not exists (select from brightrun.requirement where widens_to is not null) then
+        return;
+    end if;
+    with content as materialized (
+        select ready.job_id, requirement.widens_to
+        from brightrun.ready join brightrun.requirement on requirement.id = ready.requirement_id and widens_to is not null
+        where ready.ready_seq is not null and ready.run_at <= p_now - widens_after
+        limit 1000 for update of ready skip locked
+    )
+    update brightrun.ready set requirement_id = content.widens_to from content where ready.job_id = content.job_id;
+    if found then
+        perform pg_catalog.pg_notify('brightrun_ready', '');
+    end if;
+end
+$$;
+
+-- What pg_cron calls each minute where a project has it, so that recurring jobs come into being and history gets its partitions while
+-- no process of ours lives. It judges no lease: whoever lives inside the database cannot know who is only cut off from it.
+create or replace function brightrun.tick() returns jsonb
+language plpgsql volatile security definer set search_path = '' set lock_timeout = '2s' as $$
+declare
+    v_now timestamptz := brightrun.now();
+begin
+    perform brightrun._run_schedules(v_now);
+    perform brightrun._age(v_now);
+    perform brightrun._widen(v_now);
+    perform brightrun._promote(v_now);
+    perform brightrun._knock(v_now);
+    if pg_catalog.to_regclass('cron.job_run_details') is not null then
+        -- pg_cron keeps its history for ever.
+        execute 'delete from cron.job_run_details where end_time < $1 and jobid in (select jobid from cron.job where jobname = ''brightrun-tick'')'
+            using v_now - interval '1 day';
+    end if;
+    return brightrun.maintain();
+end
+$$;
+
+-- Tells a process that sleeps outside (an endpoint scaled to zero, say) that jobs wait and nobody has swept for a minute. By pg_net, so
+-- after the commit, at most once and without a promise: whoever is told looks for himself.
+create or replace function brightrun._knock(p_now timestamptz) returns void
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_url     text;
+    v_waiting bigint;
+begin
+    select wake_url into v_url from brightrun.housekeeping
+    where wake_url is not null and coalesce(last_sweep_at, '-infinity') < p_now - interval '1 minute';
+    if not found or not exists (select from pg_catalog.pg_proc where proname = 'http_post'
+                                and pronamespace = pg_catalog.to_regnamespace('net')) then
+        return;
+    end if;
+    select count(*) into v_waiting from (select from brightrun.ready where ready_seq is not null limit 1000) waiting;
+    if v_waiting > 0 then
+        execute 'select net.http_post(url := $1, body := $2)'
+            using v_url, pg_catalog.jsonb_build_object('type', 'jobs_waiting', 'waiting', v_waiting);
+    end if;
+end
+$$;
+
 -- Makes the partition of one UTC day, moving into it what the default partition already caught of that day.
 create or replace function brightrun._event_day(p_day date) returns void
 language plpgsql volatile set search_path = '' as $$
@@ -2715,7 +3020,7 @@ $$;
 -- Adds jobs, in one statement however many; returns their ids in order.
 create or replace function brightrun.brief_push(p_lane text, p_payloads jsonb[], p_delay interval default null,
                                                 p_notify boolean default false) returns bigint[]
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_due timestamptz := case when p_delay > interval '0' then brightrun.now() + p_delay end;
     v_ids bigint[];
@@ -2742,7 +3047,7 @@ $$;
 create or replace function brightrun.brief_claim(p_worker text, p_lane text, p_limit integer default 100,
                                                  p_lease interval default interval '1 minute', p_after bigint default 0)
 returns table (token bigint, lease_seconds float8, last_seq bigint, ids bigint[], attempts smallint[], payloads jsonb[])
-language plpgsql volatile security definer set search_path = '' set enable_seqscan = off as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set enable_seqscan = off as $$
 #variable_conflict use_column
 declare
     v_now timestamptz := brightrun.now();
@@ -2808,7 +3113,7 @@ $$;
 -- worker whose batch was taken away can end nothing, and asking twice ends nothing twice (the second answer is false).
 create or replace function brightrun.brief_finish(p_tokens bigint[], p_places integer[], p_errors jsonb[] default null,
                                                   p_retry_after interval default null) returns boolean[]
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_batch    brightrun.brief_batch;
     v_accepted boolean[] := pg_catalog.array_fill(false, array[coalesce(pg_catalog.cardinality(p_tokens), 0)]);
@@ -2849,7 +3154,7 @@ $$;
 
 -- Extends the leases of batches; returns, in order, whether each is still held.
 create or replace function brightrun.brief_beat(p_tokens bigint[]) returns boolean[]
-language plpgsql volatile security definer set search_path = '' as $$
+language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan as $$
 declare
     v_now timestamptz := brightrun.now();
 begin
@@ -3091,12 +3396,95 @@ begin
 end
 $$;
 
+-- Cancels jobs of a kind that wait or run, of one owner if given. Returns how many; call again for more.
+create or replace function brightrun.cancel_many(p_kind text, p_owner uuid default null, p_reason text default null,
+                                                 p_limit integer default 100) returns integer
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+    v_job   uuid;
+    v_count integer := 0;
+begin
+    for v_job in
+        select live.job_id from (select job_id from brightrun.ready where kind = p_kind
+                                 union all select job_id from brightrun.lease where kind = p_kind) live
+        join brightrun.job on job.id = live.job_id
+        where job.cancel_requested_at is null and (p_owner is null or job.owner = p_owner)
+        order by live.job_id limit p_limit
+    loop
+        v_count := v_count + (brightrun.cancel(v_job, p_reason) in ('cancelled', 'cancel_requested'))::integer;
+    end loop;
+    return v_count;
+end
+$$;
+
 -- How many jobs of an owner or of a concurrency key may run at once (null: any number), and an owner's weight when turns are taken.
 -- The name '*' is what owners and keys that are not known yet will start with.
 create or replace function brightrun.set_limit(p_scope text, p_name text, p_at_most integer, p_weight float8 default 1) returns void
 language sql volatile security definer set search_path = '' as $$
     insert into brightrun.limit_rule (scope, name, at_most, weight) values (p_scope, p_name, p_at_most, p_weight)
     on conflict (scope, name) do update set at_most = excluded.at_most, weight = excluded.weight
+$$;
+
+-- How many jobs of an owner, of a concurrency key or of a queue may start in a stretch of time, or how often take_rate() may be granted
+-- (scope `api`). Null: any number. The name '*' is what owners and keys that are not known yet will start with.
+create or replace function brightrun.set_rate(p_scope text, p_name text, p_starts integer, p_per interval default interval '1 minute')
+returns void
+language sql volatile security definer set search_path = '' as $$
+    insert into brightrun.limit_rule (scope, name, at_most, starts_most, starts_per, tokens)
+    select p_scope, p_name,
+           case when p_scope = 'key' then coalesce((select at_most from brightrun.limit_rule where scope = 'key' and name = '*'), 1)
+                when p_scope = 'owner' then (select at_most from brightrun.limit_rule where scope = 'owner' and name = '*') end,
+           p_starts, case when p_starts is not null then p_per end, coalesce(p_starts, 0)
+    on conflict (scope, name) do update
+    set starts_most = excluded.starts_most, starts_per = excluded.starts_per, tokens = excluded.tokens, filled_at = brightrun.now()
+$$;
+
+-- Asks to do something that somebody counts (a provider's API, say) p_count times: 0 means go on, it is counted; otherwise ask again
+-- after so many seconds. A name without a rate is never counted.
+create or replace function brightrun.take_rate(p_name text, p_count integer default 1) returns float8
+language plpgsql volatile security definer set search_path = '' as $$
+declare
+    v_now    timestamptz := brightrun.now();
+    v_rule   brightrun.limit_rule;
+    v_tokens float8;
+begin
+    select * into v_rule from brightrun.limit_rule where scope = 'api' and name = p_name and starts_most is not null for no key update;
+    if not found then
+        return 0;
+    elsif p_count > v_rule.starts_most then
+        raise exception 'the rate of % never allows % at once', p_name, p_count using errcode = '22023';
+    end if;
+    v_tokens := brightrun._tokens(v_rule, v_now);
+    if v_tokens >= p_count then
+        perform brightrun._take_tokens('api', p_name, p_count, v_now);
+        return 0;
+    end if;
+    return (p_count - v_tokens) * extract(epoch from v_rule.starts_per) / v_rule.starts_most;
+end
+$$;
+
+-- What all jobs of an owner may cost: for good, or in each 'day', 'week' or 'month' (UTC). Null: as much as they like. Where it is used
+-- up nothing of his is claimed, and a sweep stops what runs: QUEUE_OWNER_BUDGET_EXCEEDED.
+create or replace function brightrun.set_budget(p_owner uuid, p_budget numeric, p_period text default null) returns void
+language plpgsql volatile security definer set search_path = '' as $$
+begin
+    if p_budget is null then
+        delete from brightrun.account where owner = p_owner;
+    else
+        insert into brightrun.account (owner, budget, period) values (p_owner, p_budget, p_period)
+        on conflict (owner) do update set budget = excluded.budget, period = excluded.period;
+    end if;
+end
+$$;
+
+-- What an owner has spent of it; no row: he has no budget.
+create or replace function brightrun.budget(p_owner uuid)
+returns table (budget numeric, period text, since timestamptz, spent numeric)
+language sql stable security definer set search_path = '' as $$
+    select account.budget, account.period, nullif(began.at, '-infinity'), brightrun._owner_spent(owner, began.at, clock.now)
+    from brightrun.account cross join (select brightrun.now() as now offset 0) clock,
+         lateral (select brightrun._period_began(account.period, clock.now) as at) began
+    where owner = p_owner
 $$;
 
 -- The runs that have gone on longest, with how long ago they were heard of.
@@ -3120,6 +3508,7 @@ declare
     v_share  brightrun.share;
     v_rule   brightrun.limit_rule;
     v_count  bigint;
+    v_recent bigint;
     v_waits  record;
 begin
     select * into v_job from brightrun.job_status where id = p_job_id;
@@ -3150,6 +3539,9 @@ begin
         return next pg_catalog.format('It waits for job %s, which is %s.', v_waits.after_id, v_waits.state);
     end loop;
     select * into v_ready from brightrun.ready where job_id = p_job_id;
+    if brightrun._overspent(array[v_job.owner], brightrun.now()) <> '{}' then
+        return next 'Its owner''s money is gone: ' || (brightrun._budget_error(v_job.owner) ->> 'message') || '.';
+    end if;
     if v_job.state = 'scheduled' and v_ready.run_at < brightrun.now() + interval '50 years' then
         return next pg_catalog.format('Its time is %s%s.', v_ready.run_at,
             coalesce(', after attempt ' || v_ready.attempt || ' failed: ' || (v_ready.last_error ->> 'message'), ''));
@@ -3165,11 +3557,20 @@ begin
             end if;
         end loop;
     end if;
+    for v_rule in select * from brightrun.limit_rule where starts_most is not null
+            and ((scope = 'key' and name = v_share.key) or (scope = 'owner' and name = v_share.owner::text)
+                 or (scope = 'queue' and name = v_job.queue)) loop
+        if brightrun._tokens(v_rule, brightrun.now()) < 1 then
+            return next pg_catalog.format('The %s `%s` may start %s jobs in %s and has done so.', v_rule.scope, v_rule.name,
+                                          v_rule.starts_most, v_rule.starts_per);
+        end if;
+    end loop;
     select * into v_need from brightrun.requirement where id = v_ready.requirement_id and id <> 0;
     if found then
         return next pg_catalog.format('It needs a machine with %s', pg_catalog.concat_ws(', ',
             nullif(v_need.vram_mb, 0) || ' MB of GPU memory', nullif(v_need.gpu_count, 0) || ' GPUs',
-            'class ' || pg_catalog.array_to_string(v_need.gpu_classes, ' or '), 'a price of at most ' || v_need.max_price)) || '.';
+            'class ' || pg_catalog.array_to_string(v_need.gpu_classes, ' or '), 'a price of at most ' || v_need.max_price))
+            || coalesce(', and is content with more after ' || v_need.widens_after, '') || '.';
     end if;
     if v_ready.ready_seq is not null then
         select count(*) into v_count from (select from brightrun.ready
@@ -3178,6 +3579,13 @@ begin
         return next pg_catalog.format('%s jobs of its kind are before it, and %s run; it became ready %s ago.', v_count,
             (select count(*) from brightrun.lease where queue = v_ready.queue and kind = v_ready.kind),
             pg_catalog.date_trunc('second', brightrun.now() - v_ready.run_at));
+        -- An estimate for people; nothing is decided by it.
+        select nullif(count(*), 0) into v_recent from brightrun.event join brightrun.job on job.id = event.job_id
+        where event.at > brightrun.now() - interval '1 hour' and event.event in ('claimed', 'resumed') and job.kind = v_job.kind;
+        if v_recent is not null then
+            return next pg_catalog.format('In the last hour %s of its kind were started; at that rate its turn comes in about %s.', v_recent,
+                pg_catalog.date_trunc('second', (v_count + 1) * interval '1 hour' / v_recent));
+        end if;
     end if;
 end
 $$;
@@ -3210,6 +3618,10 @@ language sql stable security definer set search_path = '' as $$
                pg_catalog.format('queue=%s,kind=%s', pg_catalog.to_json(queue), pg_catalog.to_json(kind)), expired::float8
         from brightrun.stats()
         union all
+        select 3, 'brightrun_queue_lease_expiry_lag_seconds', 'How long the lease that expired first has waited for a sweep', 'gauge', null,
+               coalesce(max(extract(epoch from clock.now - expires_at)) filter (where expires_at <= clock.now), 0)::float8
+        from clock left join brightrun.lease on true
+        union all
         select 4, 'brightrun_queue_claim_wait_seconds', 'Wait from ready to first claim, last hour', 'gauge',
                pg_catalog.format('kind=%s,quantile="%s"', pg_catalog.to_json(waits.kind), quantile),
                percentile_cont(quantile) within group (order by waits.seconds)
@@ -3222,6 +3634,12 @@ language sql stable security definer set search_path = '' as $$
         select 5, 'brightrun_queue_failures_last_hour', 'Jobs that failed for good, by code, last hour', 'gauge',
                pg_catalog.format('kind=%s,code=%s', pg_catalog.to_json(kind), pg_catalog.to_json(code)), failures::float8
         from brightrun._recent(interval '1 hour') where code is not null
+        union all
+        select 5, 'brightrun_queue_ends_last_hour', 'Jobs that completed or failed for good, last hour', 'gauge',
+               pg_catalog.format('kind=%s,outcome="%s"', pg_catalog.to_json(kind), outcome.name), sum(outcome.count)::float8
+        from brightrun._recent(interval '1 hour')
+             cross join lateral (values ('completed', ends - failures), ('failed', failures)) outcome (name, count)
+        group by kind, outcome.name
         union all
         select 6, 'brightrun_queue_lane_jobs', 'Claimed jobs of lanes', 'gauge', pg_catalog.format('lane=%s', pg_catalog.to_json(lane)),
                sum(pg_catalog.length(ended) - pg_catalog.bit_count(ended))::float8
@@ -3329,6 +3747,7 @@ alter table brightrun.requirement  enable row level security;
 alter table brightrun.share        enable row level security;
 alter table brightrun.limit_rule   enable row level security;
 alter table brightrun.queue_setting enable row level security;
+alter table brightrun.account      enable row level security;
 alter table brightrun.usage        enable row level security;
 alter table brightrun.dependency   enable row level security;
 alter table brightrun.live_key     enable row level security;
@@ -3363,7 +3782,7 @@ begin
             'cancel(uuid,text)', 'redrive(uuid,text)', 'set_external_id(uuid,text)',
             'claim(text,text[],integer,interval,text,jsonb)', 'claim_job(text,uuid,interval,jsonb)',
             'log(uuid,bigint,text,text,text,jsonb)', 'checkpoint(uuid,bigint,jsonb)', 'explain(uuid)', 'top(integer)', 'metrics()', 'alarms()',
-            'doctor()',
+            'doctor()', 'take_rate(text,integer)', 'budget(uuid)',
             'heartbeat(uuid[],bigint[],jsonb[])', 'report(uuid,bigint,text,jsonb)',
             'complete(uuid,bigint,jsonb)', 'fail(uuid,bigint,jsonb,interval)',
             'snooze(uuid,bigint,interval,text)', 'release(uuid,bigint,text)', 'release_unknown(text,bigint[])',
@@ -3385,12 +3804,28 @@ begin
         grant execute on function brightrun.set_limit(text, text, integer, float8) to service_role;
         grant execute on function brightrun.set_schedule(text, text, jsonb, text, interval, text, text, integer, uuid, integer) to service_role;
         grant execute on function brightrun.drop_schedule(text) to service_role;
+        grant execute on function brightrun.cancel_many(text, uuid, text, integer) to service_role;
+        grant execute on function brightrun.set_rate(text, text, integer, interval) to service_role;
+        grant execute on function brightrun.set_budget(uuid, numeric, text) to service_role;
+        grant execute on function brightrun.tick() to service_role;
         grant select on all tables in schema brightrun to service_role;
     end if;
 end
 $$;
 
 select brightrun.maintain();
+
+-- pg_cron, where this database has it and lets us.
+do $$
+begin
+    if exists (select from pg_catalog.pg_proc where proname = 'schedule' and pronargs = 3
+               and pronamespace = pg_catalog.to_regnamespace('cron')) then
+        execute pg_catalog.format('select cron.schedule(%L, %L, %L)', 'brightrun-tick', '* * * * *', 'select brightrun.tick()');
+    end if;
+exception when others then
+    raise notice 'pg_cron could not be told to call brightrun.tick(): %. It is not needed; every worker does the same.', sqlerrm;
+end
+$$;
 
 insert into brightrun.version (section, version) values ('engine', 2)
 on conflict (section) do update set version = excluded.version, applied_at = excluded.applied_at;

@@ -449,3 +449,54 @@ async fn object_rows_cannot_be_deleted_by_sql() {
         .unwrap_err();
     assert_eq!(sqlstate(&refused), "42501");
 }
+
+/// What the platform's webhooks are: a trigger on a table, whose function posts this. The real one posts by pg_net.
+const WEBHOOKS: &str = "
+    create schema supabase_functions;
+    create table supabase_functions.posted (seq serial, url text, method text, headers jsonb, body jsonb);
+    grant usage on schema supabase_functions to public; grant all on all tables in schema supabase_functions to public;
+    grant all on all sequences in schema supabase_functions to public;
+    create function supabase_functions.http_request() returns trigger language plpgsql security definer set search_path = '' as $$
+    begin
+      insert into supabase_functions.posted (url, method, headers, body) values (tg_argv[0], tg_argv[1], tg_argv[2]::jsonb,
+        jsonb_build_object('type', tg_op, 'table', tg_table_name, 'schema', tg_table_schema,
+                           'record', to_jsonb(new), 'old_record', to_jsonb(old)));
+      return new;
+    end $$;
+    create trigger told_outside after insert or update on public.training_jobs for each row execute function
+      supabase_functions.http_request('https://example.org/hook', 'POST', '{\"content-type\": \"application/json\"}', '{}', '5000');";
+
+/// A webhook made in the dashboard outlives the migration, and is told of every change of the app's rows, whoever made it.
+#[tokio::test]
+async fn a_projects_own_webhooks_stay_and_hear_of_what_the_engine_does() {
+    let (database, project) = project(false).await;
+    project.batch_execute(SCHEMA).await.unwrap();
+    database.owner.batch_execute(WEBHOOKS).await.unwrap();
+    project.batch_execute(SCHEMA).await.unwrap();
+    let user = database.user().await;
+    let dataset = database.ready_dataset(user).await;
+    let job = database.signed_in(user).await.insert_job(dataset).await.unwrap();
+    let run = database::Run::claim(&database, "train").await;
+    run.fail(json!({ "code": "DATA_EMPTY", "blame": "user", "message": "No lines." }))
+        .await;
+    let posted = values(
+        &database.owner,
+        "select concat_ws(' ', body ->> 'type', body ->> 'schema', body ->> 'table', body -> 'old_record' ->> 'status', '→',
+                          body -> 'record' ->> 'status') from supabase_functions.posted order by seq",
+    )
+    .await;
+    assert_eq!(posted.first().unwrap(), "INSERT public training_jobs → queued");
+    for step in ["queued → initializing", "initializing → failed"] {
+        let step = format!("UPDATE public training_jobs {step}");
+        assert!(posted.contains(&step), "{step} is not in {posted:?}");
+    }
+    let last = database
+        .json(
+            "select body from supabase_functions.posted order by seq desc limit 1",
+            &[],
+        )
+        .await;
+    assert_eq!(last["record"]["id"], json!(job));
+    let keys: Vec<&String> = last.as_object().unwrap().keys().collect();
+    assert_eq!(keys.len(), 5, "type, table, schema, record, old_record: {keys:?}");
+}

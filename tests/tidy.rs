@@ -56,8 +56,9 @@ fn code_lines_with(folder: &str, word: &str) -> Vec<String> {
 }
 
 /// SIMD, and the doors to libraries that are loaded at run time.
-const UNSAFE_PLACES: [&str; 4] = [
+const UNSAFE_PLACES: [&str; 5] = [
     "kernels/src/cpu/simd",
+    "kernels/src/cuda/cublaslt.rs",
     "kernels/src/cuda/launch.rs",
     "kernels/src/cuda/nvrtc.rs",
     "kernels/src/emu/ffi.rs",
@@ -220,6 +221,12 @@ fn the_page_of_error_codes_is_what_the_sources_say() {
     text.push_str("\n## The queue\n\n| code | what happened |\n|---|---|\n");
     for (code, message) in queue {
         writeln!(text, "| `{code}` | {} |", error_codes::cell(&message)).unwrap();
+    }
+    let engine = error_codes::read_engine(&read(&root().join("schema.sql")));
+    assert!(engine.len() >= 5, "the engine's codes were not found: {engine:?}");
+    text.push_str("\nWhat the engine itself writes into a job:\n\n| code | blame | what happened |\n|---|---|---|\n");
+    for (code, (blame, words)) in engine {
+        writeln!(text, "| `{code}` | {blame} | {} |", error_codes::cell(&words)).unwrap();
     }
     text.push_str(
         "\n## Problems of a dataset\n\n\

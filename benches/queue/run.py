@@ -1,9 +1,14 @@
 #!/usr/bin/env python3
 """Our queue beside its peers, in one run on one private Postgres. See queue/README.md, "Measured".
 
-    benches/queue/run.py                 everything, about 25 minutes; writes benches/results/queue-peers-DATE.json
+    benches/queue/run.py --prepare       builds our driver and installs the peers, which takes a while and disturbs what is measured
+    benches/queue/run.py                 everything, at most 25 minutes; writes benches/results/queue-peers-DATE.json
+    benches/queue/run.py --resume        measures what that file lacks
     benches/queue/run.py --quick         fewer jobs and rounds, for trying it out
     benches/queue/run.py --engines lane,graphile-rs --phases drain,latency
+
+Phases run in the order given. Every figure is written when it is known, so a run that is cut short leaves what it has; what there was no
+time for is named in the file and at the end.
 
 Peers are installed into --home (default: a folder under the system's temporary one), never into this tree. Needs PostgreSQL's server
 programs, cargo, python3 with venv; node comes from a wheel. Run as root it uses the user `postgres` for the server.
@@ -36,7 +41,11 @@ HERE = pathlib.Path(__file__).resolve().parent
 ENGINES = ["lane", "runner", "graphile-rs", "graphile-node", "pg-boss", "pgqueuer", "procrastinate"]
 # Jobs per drain for engines that would take minutes over as many as the others.
 SLOW = {"pgqueuer": 8000, "procrastinate": 1500}
-PHASES = ["enqueue", "drain", "latency", "million", "held", "beat"]
+PHASES = ["drain", "latency", "beat", "million", "held", "workers"]
+# Those that get a million waiting rows; the others 200,000, for the time it takes.
+MILLIONS = ["lane", "runner", "graphile-rs"]
+# Those that are measured with a snapshot held, and for how long before: first without one.
+HELD = ["lane", "runner", "graphile-rs"]
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -201,20 +210,25 @@ class Bench:
         self.fresh(engine)
         return {**self.drive(engine, "latency", 60 if self.quick else 200), "load_average": os.getloadavg()[0]}
 
+    def commits(self):
+        """What one commit takes on this machine: a dispatch waits for two."""
+        self.server.sql("postgres", "drop database if exists raw with (force)", "create database raw")
+        return self.drive("raw", "latency", 60 if self.quick else 200)
+
     def million(self, engine):
         """The rate at the head of a long queue: the first jobs of a million, and beside it of a short one."""
         database = self.fresh(engine)
-        rows = 100_000 if self.quick or engine in SLOW else 1_000_000
+        rows = 100_000 if self.quick else 1_000_000 if engine in MILLIONS else 200_000
         part = SLOW.get(engine, 50_000) // 2
-        self.drive(engine, "enqueue", rows, limit=1800)
+        self.drive(engine, "enqueue", rows, limit=600)
         self.settle(database)
-        took = self.drive(engine, "drain", part, 16, part=True, limit=1800)
+        took = self.drive(engine, "drain", part, 16, part=True, limit=300)
         return {"waiting": rows, "drained": took["jobs"], "drain_per_s": took["jobs"] / took["seconds"]}
 
     def held(self, engine, seconds):
         """A producer keeps 20,000 waiting; once free, once while a transaction holds a snapshot from before the first job."""
         told = {"seconds": seconds}
-        for name in ("free", "held"):
+        for name, seconds in (("free", min(seconds, 40)), ("held", seconds)):
             database = self.fresh(engine)
             holder = None
             if name == "held":
@@ -229,7 +243,7 @@ class Bench:
                     holder.kill()
                     holder.wait()
         told["held_over_free"] = statistics.median(told["held"]) / statistics.median(told["free"])
-        told["last_held_over_free"] = told["held"][-1] / statistics.median(told["free"])
+        told["last_minute_over_free"] = statistics.median(told["held"][-6:]) / statistics.median(told["free"])
         return told
 
     def beat(self, count=500):
@@ -256,20 +270,125 @@ class Bench:
         }
 
 
-def median_of(rounds):
-    return {key: round(statistics.median(one[key] for one in rounds), 2) for key in rounds[0]}
+class Record:
+    """What has been measured, in a file that is whole after every figure."""
+
+    def __init__(self, out, options, resume):
+        self.out = out
+        self.told = {"date": datetime.date.today().isoformat()}
+        if resume and out.exists():
+            self.told = json.loads(out.read_text())
+        self.told.setdefault("machine", f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}")
+        self.told.setdefault("load_average_at_start", os.getloadavg())
+        self.told.setdefault("options", vars(options) | {"home": None, "out": None})
+        self.told.setdefault("measurements", {})
+        self.told["failed"], self.told["no_time_for"] = {}, []
+        self.ends = time.monotonic() + options.minutes * 60
+
+    def attempt(self, key, measure, needs=20):
+        """Measures, unless that is there already or there is no time. One peer that fails must not cost the others' figures."""
+        if key in self.told["measurements"]:
+            return
+        if time.monotonic() + needs > self.ends:
+            self.told["no_time_for"].append(key)
+            return
+        say(key)
+        started = time.monotonic()
+        try:
+            self.told["measurements"][key] = measure()
+        except Exception as error:
+            say(f"{key} failed: {error}")
+            self.told["failed"][key] = str(error)[-500:]
+        say(f"  took {time.monotonic() - started:.0f} s")
+        self.save()
+
+    def rounds(self, prefix):
+        """The rounds of one measurement, by engine."""
+        found = {}
+        for key, figures in self.told["measurements"].items():
+            if key.startswith(prefix + "/"):
+                found.setdefault(key.split("/")[len(prefix.split("/"))], []).append(figures)
+        return found
+
+    def median(self, prefix, engine):
+        rounds = self.rounds(prefix).get(engine)
+        return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]} if rounds else None
+
+    def save(self):
+        self.told["load_average_at_end"] = os.getloadavg()
+        self.told["table"] = table(self)
+        self.out.write_text(json.dumps(self.told, indent=1) + "\n")
+
+
+def table(record):
+    """For docs/reference/performance.md."""
+    engines = [engine for engine in ENGINES if any(f"/{engine}" in key for key in record.told["measurements"])]
+    lines = [
+        "| engine | enqueue/s | drain/s, 1 / 4 / 16 workers | drain/s, many waiting | snapshot held / free | idle dispatch p50 / p99 ms | WAL B/job | CPU µs/job, server + client |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def number(figures, key, form="{:,.0f}"):
+        return form.format(figures[key]) if figures and figures.get(key) is not None else "–"
+
+    for engine in engines:
+        drain, wait = record.median("drain/16", engine), record.median("latency", engine)
+        rates = " / ".join(number(record.median(f"drain/{workers}", engine), "drain_per_s") for workers in (1, 4, 16))
+        many, held = (record.told["measurements"].get(f"{phase}/{engine}") for phase in ("million", "held"))
+        lines.append(
+            f"| {engine} | {number(drain, 'enqueue_per_s')} | {rates} | {number(many, 'drain_per_s')} of {number(many, 'waiting')} "
+            f"| {number(held, 'held_over_free', '{:.2f}')} in {number(held, 'seconds')} s "
+            f"| {number(wait, 'p50_ms', '{:.1f}')} / {number(wait, 'p99_ms', '{:.1f}')} | {number(drain, 'wal_bytes_per_job')} "
+            f"| {number(drain, 'server_cpu_us_per_job')} + {number(drain, 'client_cpu_us_per_job')} |"
+        )
+    return lines
+
+
+def measure(record, bench, engines, phases, options):
+    def drains(workers, rounds):
+        for number in range(1, rounds + 1):
+            for engine in engines:
+                # Once is enough for those that are far behind.
+                if number == 1 or engine not in SLOW:
+                    jobs = min(options.jobs, SLOW.get(engine, options.jobs))
+                    record.attempt(f"drain/{workers}/{engine}/{number}", lambda: bench.drain(engine, jobs, workers))
+
+    for phase in phases:
+        if phase == "drain":
+            drains(16, options.rounds)
+        elif phase == "workers":
+            drains(1, 1)
+            drains(4, 1)
+        elif phase == "latency":
+            for number in range(1, options.rounds + 1):
+                record.attempt(f"commit/{number}", bench.commits)
+                for engine in engines:
+                    if number == 1 or engine not in SLOW:
+                        record.attempt(f"latency/{engine}/{number}", lambda: bench.latency(engine))
+        elif phase == "million":
+            for engine in engines:
+                needs = 120 if engine in MILLIONS else 60
+                record.attempt(f"million/{engine}", lambda: bench.million(engine), needs)
+        elif phase == "held":
+            for engine in [engine for engine in HELD if engine in engines]:
+                seconds = options.held_seconds if engine == "lane" else max(options.held_seconds // 10, 20)
+                record.attempt(f"held/{engine}", lambda: bench.held(engine, seconds), seconds + min(seconds, 40) + 10)
+        elif phase == "beat" and "runner" in engines:
+            record.attempt("beat/runner", bench.beat, 60)
 
 
 def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prepare", action="store_true", help="only build and install")
+    parser.add_argument("--resume", action="store_true", help="only what the result file lacks")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--phases", default=",".join(PHASES))
-    parser.add_argument("--workers", default="1,4,16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=50_000)
-    parser.add_argument("--held-seconds", type=int, default=600, help="for ours; the other Rust engine gets a tenth")
+    parser.add_argument("--held-seconds", type=int, default=600, help="for the lane; the others get a tenth")
+    parser.add_argument("--minutes", type=float, default=25, help="nothing is begun that would end later")
     parser.add_argument("--home", default=str(pathlib.Path(tempfile.gettempdir()) / "brightrun-queue-bench"))
     parser.add_argument("--out")
     options = parser.parse_args()
@@ -280,86 +399,18 @@ def main():
     home.mkdir(parents=True, exist_ok=True)
     peers = Peers(home)
     peers.install(engines)
-    today = datetime.date.today().isoformat()
-    out = pathlib.Path(options.out or HERE.parent / f"results/queue-peers-{today}.json")
-    told = {
-        "date": today,
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
-        "load_average_at_start": os.getloadavg(),
-        "options": vars(options) | {"home": None, "out": None},
-        "engines": {engine: {} for engine in engines},
-    }
+    if options.prepare:
+        return
+    out = pathlib.Path(options.out or HERE.parent / f"results/queue-peers-{datetime.date.today().isoformat()}.json")
+    record = Record(out, options, options.resume)
     with Server(home) as server:
-        told["postgres"] = server.sql("postgres", "show server_version")
-        bench = Bench(server, peers, options.quick)
-
-        def save():
-            """After each phase, so that a run that is cut short leaves what it has."""
-            told["load_average_at_end"] = os.getloadavg()
-            out.write_text(json.dumps(told, indent=1) + "\n")
-
-        def attempt(engine, what, measure):
-            try:
-                say(f"{engine}: {what}")
-                return measure()
-            except Exception as error:  # one peer that fails must not cost the others' figures
-                say(f"{engine}: {what} failed: {error}")
-                told["engines"][engine].setdefault("failed", {})[what] = str(error)[-500:]
-                return None
-
-        if "drain" in phases or "enqueue" in phases:
-            for workers in map(int, options.workers.split(",")):
-                rounds = {engine: [] for engine in engines}
-                for number in range(options.rounds):
-                    for engine in engines:
-                        jobs = min(options.jobs, SLOW.get(engine, options.jobs))
-                        one = attempt(engine, f"drain, {workers} workers, round {number + 1}", lambda: bench.drain(engine, jobs, workers))
-                        if one:
-                            rounds[engine].append(one)
-                for engine, all_rounds in rounds.items():
-                    if all_rounds:
-                        place = told["engines"][engine].setdefault("drain", {})
-                        place[str(workers)] = {"median": median_of(all_rounds), "rounds": all_rounds}
-                save()
-        if "latency" in phases:
-            for _ in range(options.rounds):
-                for engine in engines:
-                    one = attempt(engine, "latency", lambda: bench.latency(engine))
-                    if one:
-                        told["engines"][engine].setdefault("latency_rounds", []).append(one)
-            for engine in engines:
-                if rounds := told["engines"][engine].get("latency_rounds"):
-                    told["engines"][engine]["latency"] = median_of(rounds)
-            save()
-        if "million" in phases:
-            for engine in engines:
-                told["engines"][engine]["million"] = attempt(engine, "a million waiting", lambda: bench.million(engine))
-                save()
-        if "held" in phases:
-            for engine in [engine for engine in engines if engine in ("lane", "runner", "graphile-rs")]:
-                seconds = options.held_seconds if engine == "lane" else max(options.held_seconds // 10, 20)
-                told["engines"][engine]["held"] = attempt(engine, f"a held snapshot, {seconds} s", lambda: bench.held(engine, seconds))
-                save()
-        if "beat" in phases and "runner" in engines:
-            told["engines"]["runner"]["beat"] = attempt("runner", "500 running jobs beat", bench.beat)
-    told["load_average_at_end"] = os.getloadavg()
-    out.write_text(json.dumps(told, indent=1) + "\n")
+        record.told["postgres"] = server.sql("postgres", "show server_version")
+        measure(record, Bench(server, peers, options.quick), engines, phases, options)
+    record.save()
     say(f"written: {out}")
-    table(told)
-
-
-def table(told):
-    print("| engine | enqueue/s | drain/s, 1 / 4 / 16 workers | p50 / p99 ms | WAL B/job | CPU µs/job, server + client |")
-    print("|---|---|---|---|---|---|")
-    for engine, figures in told["engines"].items():
-        drains = figures.get("drain", {})
-        last = list(drains.values())[-1]["median"] if drains else {}
-        rates = " / ".join(f"{one['median']['drain_per_s']:,.0f}" for one in drains.values())
-        wait = figures.get("latency") or {}
-        print(
-            f"| {engine} | {last.get('enqueue_per_s', 0):,.0f} | {rates} | {wait.get('p50_ms', 0):.1f} / {wait.get('p99_ms', 0):.1f} "
-            f"| {last.get('wal_bytes_per_job', 0):,.0f} | {last.get('server_cpu_us_per_job', 0):.0f} + {last.get('client_cpu_us_per_job', 0):.0f} |"
-        )
+    print("\n".join(record.told["table"]))
+    for key in record.told["no_time_for"]:
+        print(f"no time for {key}: run again with --resume", file=sys.stderr)
 
 
 if __name__ == "__main__":

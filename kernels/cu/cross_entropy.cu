@@ -92,7 +92,7 @@ DEVICE void logits(const bf16* hidden, const W* head, Nf4Scales scales, const i3
 // A block a row: a maximum and a sum that follows it, over this thread's columns and then over the threads; then dz.
 template <class G>
 DEVICE void softmax(const f32* logits, const i32* labels, const i32* rows, const i32* count, f32* losses, G* gradient, i64 first,
-                    i32 chunk, i32 vocabulary, i64 pitch, f32 factor) {
+                    i32 chunk, i32 vocabulary, i64 pitch, const f32* scale) {
     i64 row = blockIdx.x;
     if (row >= rows_of_chunk(count, first, chunk)) return;
     const f32* z = logits + row * pitch;
@@ -114,7 +114,7 @@ DEVICE void softmax(const f32* logits, const i32* labels, const i32* rows, const
     sum = block_sum<THREADS>(sum == 0.0f ? 0.0f : sum * expf(largest - highest));
     if (threadIdx.x == 0) losses[t] = highest + logf(sum) - z[label];
     if (gradient == nullptr) return;
-    f32 share = factor / sum;
+    f32 factor = *scale, share = factor / sum;
     for (i64 column = i64(threadIdx.x) * PACK; column < pitch; column += THREADS * PACK) {
         Pack pack = load_pack(z, column, vocabulary, aligned);
 #pragma unroll
@@ -179,8 +179,9 @@ PRODUCTS(u8)
     ENTRY(THREADS)                                                                                                          \
     cross_entropy_softmax_##A(const f32* __restrict__ logits, const i32* __restrict__ labels,                               \
                               const i32* __restrict__ rows, const i32* __restrict__ count, f32* __restrict__ losses,        \
-                              A* __restrict__ gradient, i64 first, i32 chunk, i32 vocabulary, i64 pitch, f32 factor) {      \
-        softmax<A>(logits, labels, rows, count, losses, gradient, first, chunk, vocabulary, pitch, factor);                 \
+                              A* __restrict__ gradient, i64 first, i32 chunk, i32 vocabulary, i64 pitch,                    \
+                              const f32* __restrict__ scale) {                                                              \
+        softmax<A>(logits, labels, rows, count, losses, gradient, first, chunk, vocabulary, pitch, scale);                  \
     }                                                                                                                       \
     ENTRY(EACH)                                                                                                             \
     cross_entropy_scatter_##A(const f32* __restrict__ parts, const i32* __restrict__ rows, const i32* __restrict__ count,   \

@@ -216,6 +216,7 @@ DEVICE void delta_products(const A* q, const A* k, const f32* decay, const f32* 
     f32* stage = reinterpret_cast<f32*>(memory);
     Gates gates(stage + PRODUCT_STAGE<CHUNK>);
     i32 head = i32(blockIdx.y), first = chunks[2 * blockIdx.x], rows = chunks[2 * blockIdx.x + 1];
+    if (rows == 0) return;  // a place for documents of another batch
     gates.load(decay, beta, first, rows, heads.value_heads, head);
     HeadRows<const A> query(q, first, rows, heads.key_heads, heads.key_head(head), heads.key_dim);
     HeadRows<const A> key(k, first, rows, heads.key_heads, heads.key_head(head), heads.key_dim);
@@ -274,6 +275,7 @@ DEVICE void delta_solve(const A* k, const f32* decay, const f32* beta, const i32
     f32* inverse = lower + SQUARE;
     Gates gates(inverse + SQUARE);
     i32 head = i32(blockIdx.y), first = chunks[2 * blockIdx.x], rows = chunks[2 * blockIdx.x + 1];
+    if (rows == 0) return;  // a place for documents of another batch
     gates.load(decay, beta, first, rows, heads.value_heads, head);
     HeadRows<const A> key(k, first, rows, heads.key_heads, heads.key_head(head), heads.key_dim);
     Product<A, CHUNK> scores;
@@ -528,6 +530,7 @@ DEVICE void delta_gradients(const A* q, const A* k, const A* v, const f32* decay
     f32* dc = pulls + CHUNK + Gates::FLOATS;  // [group][64]
     f32* db = dc + group * CHUNK;             // [group][64]
     i32 first = chunks[2 * blockIdx.x], rows = chunks[2 * blockIdx.x + 1];
+    if (rows == 0) return;  // a place for documents of another batch
     i64 state_size = i64(heads.key_dim) * heads.value_dim;
     for (i32 i = i32(threadIdx.x); i < 2 * group * CHUNK; i += THREADS) dc[i] = 0.0f;
     HeadRows<const A> query(q, first, rows, heads.key_heads, key_head, heads.key_dim);

@@ -76,6 +76,23 @@ pub struct Requirements {
     /// An hour must not cost more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_price: Option<f64>,
+    /// With what it is content after waiting in vain, one after the other.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub fallback: Vec<Fallback>,
+}
+
+/// Classes that will do as well once a job has been ready for some time.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Fallback {
+    /// For so long, counted from when the job became ready.
+    #[serde(rename = "after_seconds", serialize_with = "seconds")]
+    pub after: Duration,
+    /// These classes, beside those before.
+    pub gpu_classes: Vec<String>,
+}
+
+fn seconds<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_f64(time.as_secs_f64())
 }
 
 /// What a machine promises. The default promises nothing.

@@ -40,11 +40,11 @@ pub use config::QueueConfig;
 pub use dispatch::{DispatchEnd, DispatchRequest, DispatchTicket, Dispatched, Spend, WaitingJob};
 pub use error::{Error, Place, Result};
 pub use job::{
-    Blame, CancelReply, Claimed, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease, Machine,
-    NewJob, Requirements,
+    Blame, CancelReply, Claimed, Fallback, HeartbeatReply, JobEvent, JobFailure, JobState, JobStatus, KindStats, Lease,
+    Machine, NewJob, Requirements,
 };
 pub use lane::{Batch, BatchJob, BatchPlace, Lane, LaneConfig, LaneHandler, LaneReport, LaneRunner, LaneStats};
-pub use operate::{Alarm, Finding, Schedule, Scope, TopJob};
+pub use operate::{Alarm, Finding, OwnerBudget, Period, Rate, RateScope, Schedule, Scope, TopJob};
 pub use outbox::OutboxMessage;
 pub use queue::{ClaimRequest, ENGINE_VERSION, Queue};
 pub use runner::{

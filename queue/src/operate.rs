@@ -8,8 +8,8 @@ use serde_json::Value;
 use tokio_postgres::types::Type;
 use uuid::Uuid;
 
-use crate::error::Result;
-use crate::job::{Lease, Reader};
+use crate::error::{Error, Result};
+use crate::job::{Lease, Reader, duration};
 use crate::queue::Queue;
 use crate::sql;
 
@@ -24,6 +24,77 @@ pub enum Scope<'a> {
     NewOwners,
     /// What keys that are not known yet will start with.
     NewKeys,
+}
+
+/// What a rate is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RateScope<'a> {
+    /// Starts of the jobs of one owner, of kinds that are `fair`.
+    Owner(Uuid),
+    /// Starts of the jobs with one concurrency key.
+    Key(&'a str),
+    /// Starts of the jobs of one queue.
+    Queue(&'a str),
+    /// Whatever is asked for by [`Queue::take_rate`], such as calls of a provider's interface.
+    Api(&'a str),
+}
+
+/// So many in so much time: a bucket of tokens that starts full, so that in any stretch of time `w` at most `starts × (1 + w / per)`
+/// are granted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// How many, at once at most.
+    pub starts: i32,
+    /// In how much time.
+    pub per: Duration,
+}
+
+/// For how long a budget is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Period {
+    /// For good.
+    Ever,
+    /// For each day of UTC.
+    Day,
+    /// For each week of UTC, from Monday.
+    Week,
+    /// For each month of UTC.
+    Month,
+}
+
+impl Period {
+    fn name(self) -> Option<&'static str> {
+        match self {
+            Self::Ever => None,
+            Self::Day => Some("day"),
+            Self::Week => Some("week"),
+            Self::Month => Some("month"),
+        }
+    }
+
+    fn parse(name: Option<&str>) -> Result<Self> {
+        [Self::Ever, Self::Day, Self::Week, Self::Month]
+            .into_iter()
+            .find(|period| period.name() == name)
+            .ok_or_else(|| Error::Answer {
+                job: None,
+                message: format!("unknown period {name:?}"),
+            })
+    }
+}
+
+/// What all jobs of an owner may cost, and what they have cost.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct OwnerBudget {
+    /// What they may cost in a period.
+    pub budget: f64,
+    /// The period.
+    pub period: Period,
+    /// When this period began; `None` for a budget for good.
+    pub since: Option<DateTime<Utc>>,
+    /// Spent since then, runs under way included.
+    pub spent: f64,
 }
 
 /// A job that is enqueued again and again.
@@ -219,6 +290,96 @@ impl Queue {
             (&weight as _, Type::FLOAT8),
         ];
         self.query(sql::SET_LIMIT, &parameters).await.map(drop)
+    }
+
+    /// How many may start in a stretch of time (`None`: any number). Exact, also under races; a changed rate begins with a full bucket.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub async fn set_rate(&self, scope: RateScope<'_>, rate: Option<Rate>) -> Result<()> {
+        let (scope, name) = match scope {
+            RateScope::Owner(owner) => ("owner", owner.to_string()),
+            RateScope::Key(key) => ("key", key.to_owned()),
+            RateScope::Queue(queue) => ("queue", queue.to_owned()),
+            RateScope::Api(name) => ("api", name.to_owned()),
+        };
+        let starts = rate.map(|rate| rate.starts);
+        let seconds = rate.map(|rate| rate.per.as_secs_f64());
+        let parameters = [
+            (&scope as _, Type::TEXT),
+            (&name as _, Type::TEXT),
+            (&starts as _, Type::INT4),
+            (&seconds as _, Type::FLOAT8),
+        ];
+        self.query(sql::SET_RATE, &parameters).await.map(drop)
+    }
+
+    /// Asks to do something `count` times that has a rate ([`RateScope::Api`]): nothing means go on, it is counted; otherwise ask again
+    /// after that long. A name without a rate is never held up.
+    ///
+    /// # Errors
+    /// [`Error::Rejected`] for more at once than the rate ever allows; those of the connection.
+    pub async fn take_rate(&self, name: &str, count: u32) -> Result<Duration> {
+        let count = i32::try_from(count).unwrap_or(i32::MAX);
+        let wait = self
+            .value(sql::TAKE_RATE, &[(&name, Type::TEXT), (&count, Type::INT4)])
+            .await?;
+        Ok(duration(wait))
+    }
+
+    /// What all jobs of an owner together may cost (`None`: as much as they like). Where it is used up nothing of theirs is claimed, and
+    /// the next sweep stops what runs: it fails as `QUEUE_OWNER_BUDGET_EXCEEDED`, and a redrive resumes it from its checkpoint.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub async fn set_budget(&self, owner: Uuid, budget: Option<f64>, period: Period) -> Result<()> {
+        let period = period.name();
+        let parameters = [
+            (&owner as _, Type::UUID),
+            (&budget as _, Type::FLOAT8),
+            (&period as _, Type::TEXT),
+        ];
+        self.query(sql::SET_BUDGET, &parameters).await.map(drop)
+    }
+
+    /// What an owner may spend and has spent; `None` without a budget.
+    ///
+    /// # Errors
+    /// Those of the connection.
+    pub async fn budget(&self, owner: Uuid) -> Result<Option<OwnerBudget>> {
+        let rows = self.query(sql::BUDGET, &[(&owner, Type::UUID)]).await?;
+        let Some(row) = rows.first() else { return Ok(None) };
+        let read = Reader(row);
+        Ok(Some(OwnerBudget {
+            budget: read.get("budget")?,
+            period: Period::parse(read.get::<Option<String>>("period")?.as_deref())?,
+            since: read.get("since")?,
+            spent: read.get("spent")?,
+        }))
+    }
+
+    /// Cancels up to `limit` jobs of a kind that wait or run, of one owner if given. Returns how many.
+    ///
+    /// # Errors
+    /// As [`Self::pause`].
+    pub async fn cancel_many(
+        &self,
+        kind: &str,
+        owner: Option<Uuid>,
+        reason: Option<&str>,
+        limit: usize,
+    ) -> Result<i32> {
+        let limit = i32::try_from(limit).unwrap_or(i32::MAX);
+        self.value(
+            sql::CANCEL_MANY,
+            &[
+                (&kind, Type::TEXT),
+                (&owner, Type::UUID),
+                (&reason, Type::TEXT),
+                (&limit, Type::INT4),
+            ],
+        )
+        .await
     }
 
     /// Makes or changes a recurring job; returns when it is next. Every sweep enqueues what is due, each time exactly once; times that

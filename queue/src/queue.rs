@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{Manager, ManagerConfig, Pool, QueueMode, RecyclingMethod, Runtime};
 use serde_json::Value;
 use tokio_postgres::types::{FromSqlOwned, Type};
 use tokio_postgres::{GenericClient, Row, Transaction};
@@ -78,6 +78,8 @@ impl Queue {
             .runtime(Runtime::Tokio1)
             .wait_timeout(Some(Duration::from_secs(30)))
             .create_timeout(Some(Duration::from_secs(15)))
+            // The connection used last has its plans at hand.
+            .queue_mode(QueueMode::Lifo)
             .build()
             .map_err(|error| Error::Config {
                 message: error.to_string(),

@@ -20,6 +20,11 @@ statements! {
     RESUME = "resume";
     REDRIVE_MANY = "redrive_many";
     SET_LIMIT = "set_limit";
+    SET_RATE = "set_rate";
+    TAKE_RATE = "take_rate";
+    SET_BUDGET = "set_budget";
+    BUDGET = "budget";
+    CANCEL_MANY = "cancel_many";
     SET_SCHEDULE = "set_schedule";
     DROP_SCHEDULE = "drop_schedule";
     TOP = "top";

@@ -123,6 +123,26 @@ pub fn read_queue(source: &str) -> Vec<(String, String)> {
     codes.collect()
 }
 
+/// Codes, blames and words of the failures that the engine itself writes into jobs: `'code', 'CODE', 'blame', '…', 'message', …('words'`.
+pub fn read_engine(schema: &str) -> BTreeMap<String, (String, String)> {
+    let quoted = |text: &str| text.split('\'').nth(1).unwrap_or_default().to_owned();
+    let mut codes = BTreeMap::new();
+    for part in schema.split("'code', ").skip(1) {
+        let (code, rest) = (quoted(part), part.split_once("'blame',"));
+        let (Some((_, rest)), true) = (rest, is_code(&code) && part.starts_with('\'')) else {
+            continue;
+        };
+        let blame = quoted(rest);
+        let words = rest
+            .split_once("format(")
+            .filter(|(between, _)| between.len() < 120)
+            .map(|(_, words)| quoted(words).replace("%s", "…"))
+            .unwrap_or_default();
+        codes.entry(code).or_insert((blame, words));
+    }
+    codes
+}
+
 fn is_code(text: &str) -> bool {
     text.contains('_')
         && text

@@ -3,7 +3,7 @@
 //! Engines: `lane` and `runner` are ours, for jobs of milliseconds and for long ones; `graphile-rs` is the graphile_worker crate,
 //! once as its documentation sets it up for rate (local queue, batched completion). Phases: `setup`, `enqueue N`, `drain N W`
 //! (until the database holds no open job), `latency N`, `steady SECONDS W` (a producer keeps about 20,000 waiting), and for ours
-//! `beat N` (N running jobs, beating).
+//! `beat N` (N running jobs, beating). The engine `raw` is none: its `latency N` is that of one small commit, the floor of all others.
 
 mod graphile;
 mod ours;
@@ -58,6 +58,7 @@ async fn main() -> Outcome {
         "lane" => phase_of::<ours::Quick>(phase, url, number(0), number(1)).await?,
         "runner" if phase == "beat" => ours::beat(url, number(0)).await?,
         "runner" => phase_of::<ours::Long>(phase, url, number(0), number(1)).await?,
+        "raw" => commits(url, number(0)).await?,
         "graphile-rs" => phase_of::<graphile::Graphile>(phase, url, number(0), number(1)).await?,
         other => return Err(format!("no engine {other}").into()),
     };
@@ -136,9 +137,26 @@ async fn latency<E: Engine>(engine: &E, count: usize) -> Outcome<Value> {
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
     worker.abort();
+    Ok(quantiles(taken))
+}
+
+fn quantiles(mut taken: Vec<f64>) -> Value {
     taken.sort_by(f64::total_cmp);
     let at = |share: f64| taken[((taken.len() - 1) as f64 * share).round() as usize];
-    Ok(json!({ "p50_ms": at(0.5), "p90_ms": at(0.9), "p99_ms": at(0.99), "max_ms": at(1.0) }))
+    json!({ "p50_ms": at(0.5), "p90_ms": at(0.9), "p99_ms": at(0.99), "max_ms": at(1.0) })
+}
+
+async fn commits(url: &str, count: usize) -> Outcome<Value> {
+    let client = plain(url).await?;
+    client.batch_execute("create table one (id bigint)").await?;
+    let mut taken = Vec::with_capacity(count);
+    for _ in 0..count {
+        let asked = Instant::now();
+        client.execute("insert into one values (1)", &[]).await?;
+        taken.push(asked.elapsed().as_secs_f64() * 1e3);
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    Ok(quantiles(taken))
 }
 
 async fn steady<E: Engine>(engine: &E, seconds: u64, workers: usize) -> Outcome<Value> {

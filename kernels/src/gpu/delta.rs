@@ -1,9 +1,11 @@
 //! The gated delta rule: `gated_delta.cu`; its gates are in `gate.cu`.
 
+use std::sync::Arc;
+
 use super::elementwise::ACTIVATION;
 use super::family::Family;
 use super::kernel::Parameter::{self, F32, I32, In, Out};
-use super::operands::too_many_tokens;
+use super::layouts::Table;
 use super::sources::GATED_DELTA;
 use super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
 use crate::contract::{self, DeltaSizes};
@@ -177,30 +179,19 @@ static GRADIENTS: Kernel = kernel(
     ],
 );
 
-/// The documents cut into chunks, on the device.
+/// The documents cut into chunks, on the device (`layouts`). The last chunks may be empty.
 struct Chunks<R: Runtime> {
     /// i32 `[chunks, 2]`: first row and rows of each chunk.
-    chunks: Tensor<Gpu<R>>,
+    chunks: Arc<Tensor<Gpu<R>>>,
     /// i32 `[documents, 3]`: first row, end and first chunk of each document.
-    documents: Tensor<Gpu<R>>,
+    documents: Arc<Tensor<Gpu<R>>>,
 }
 
 impl<R: Runtime> Chunks<R> {
     fn new(gpu: &Gpu<R>, segments: &Segments) -> Result<Self> {
-        if i32::try_from(segments.tokens()).is_err() {
-            return Err(too_many_tokens(segments));
-        }
-        // Every number below is at most that of the tokens, or the number of documents.
-        let (mut chunks, mut documents) = (Vec::new(), Vec::new());
-        for rows in segments.ranges() {
-            documents.extend([rows.start as i32, rows.end as i32, (chunks.len() / 2) as i32]);
-            for first in rows.clone().step_by(DELTA_CHUNK) {
-                chunks.extend([first as i32, DELTA_CHUNK.min(rows.end - first) as i32]);
-            }
-        }
         Ok(Self {
-            chunks: gpu.upload_i32([chunks.len() / 2, 2], &chunks)?,
-            documents: gpu.upload_i32([segments.len(), 3], &documents)?,
+            chunks: gpu.layout(Table::Chunks, [segments; 2])?,
+            documents: gpu.layout(Table::ChunkedDocuments, [segments; 2])?,
         })
     }
 

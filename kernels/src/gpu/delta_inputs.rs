@@ -3,6 +3,7 @@
 use super::elementwise::{ACTIVATION, PACK};
 use super::family::Family;
 use super::kernel::Parameter::{F32, I32, In, Out};
+use super::layouts::Table;
 use super::sources::DELTA_INPUTS;
 use super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
 use crate::contract::{self, DeltaSizes};
@@ -58,7 +59,11 @@ static INPUTS: Kernel = Kernel {
 /// Whether heads are whole packs, and those of keys so many lanes as sum by halves.
 fn is_regular(sizes: DeltaSizes, taps: usize) -> bool {
     let lanes = sizes.key_dim / PACK;
-    taps == TAPS && sizes.key_dim % PACK == 0 && sizes.value_dim % PACK == 0 && lanes.is_power_of_two() && lanes <= 32
+    taps == TAPS
+        && sizes.key_dim.is_multiple_of(PACK)
+        && sizes.value_dim.is_multiple_of(PACK)
+        && lanes.is_power_of_two()
+        && lanes <= 32
 }
 
 impl<R: Runtime> Gpu<R> {
@@ -70,7 +75,7 @@ impl<R: Runtime> Gpu<R> {
         if !is_regular(sizes, call.taps[0].shape().row()) || dtypes != [dtypes[0]; 3] {
             return delta_parts::inputs_forward(self, call);
         }
-        let offsets = self.upload_offsets(call.segments)?;
+        let offsets = self.layout(Table::Offsets, [call.segments; 2])?;
         let a_log = self.held(call.a_log, DType::F32)?;
         let bias = self.held(call.dt_bias, DType::F32)?;
         let channels = 2 * (sizes.key_heads * sizes.key_dim + sizes.value_heads * sizes.value_dim);

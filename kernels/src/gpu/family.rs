@@ -31,15 +31,19 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &delta_inputs::FAMILY,
     &moe::FAMILY,
     &moe::TENSOR_FAMILY,
+    &moe::HOPPER_FAMILY,
     &moe::EXACT_FAMILY,
     &quantize::DECODE_FAMILY,
     &attention_kernels::FAMILY,
     &attention_kernels::TENSOR_FAMILY,
     &matmul::TENSOR_FAMILY,
+    &matmul::HOPPER_FAMILY,
     &matmul::EXACT_FAMILY,
     &loss::FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,
+    #[cfg(test)]
+    &crate::emu::hopper_defects::FAMILY,
 ];
 
 pub(super) fn supports(op: Op) -> Support {

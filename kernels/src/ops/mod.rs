@@ -30,6 +30,7 @@ pub(crate) mod moe_parts;
 mod norm;
 mod optimizer;
 mod quantize;
+mod recording;
 mod rope;
 
 pub use self::activation::ActivationOps;
@@ -50,6 +51,7 @@ pub use self::moe::{
 pub use self::norm::{AddNormForward, NormBackward, NormForward, NormOps, NormWeight};
 pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, OptimizerOps};
 pub use self::quantize::QuantizeOps;
+pub use self::recording::{Recorded, Recording};
 pub use self::rope::{RopeDirection, RopeOps, RopeTable};
 
 /// All op families together: what model code asks for.

@@ -144,7 +144,16 @@ struct Shape {
 }
 
 /// I, O, R.
-const LAYERS: &[(usize, usize, usize)] = &[(64, 32, 0), (33, 7, 3), (1, 1, 1), (130, 65, 8)];
+const LAYERS: &[(usize, usize, usize)] = &[
+    (64, 32, 0),
+    (33, 7, 3),
+    (1, 1, 1),
+    (130, 65, 8),
+    // Within the limits of Hopper's kernels, with tails of everything else.
+    (192, 136, 8),
+    (128, 200, 24),
+    (64, 264, 0),
+];
 
 /// Every crowd, layer and encoding that the backend can afford, with precisions, orders and dtypes of activations by turns.
 fn shapes<B: Traits>(run: &mut Run<'_, B>) -> Vec<Shape> {

@@ -47,6 +47,26 @@ const fn rows(head: usize, count: usize) -> usize {
     count * ((head / 8) | 1) * 16
 }
 
+const fn group(kernel: &'static str, only: &'static str, shared_bytes: usize) -> Matrix {
+    Matrix {
+        kernel,
+        tensor: Tensor::Group,
+        only,
+        shared_bytes,
+    }
+}
+
+/// Of the tiles in `gpu/matmul/hopper.rs`: tokens a tile, and bytes of a stage's weights and scales.
+const fn ring(tokens: usize, weight: usize) -> usize {
+    let stage = tokens * 64 * 2 + weight;
+    let rest = 2 * 32 * 68 * 4 + 1024;
+    let room = (227 * 1024 - rest) / stage;
+    let stages = if room < 8 { room } else { 8 };
+    stages * stage + rest
+}
+const ELEMENTS: usize = 128 * 64 * 2;
+const CODES: usize = 128 * 64 / 2 + 128 * 4;
+
 /// Every matrix kernel. One that has tensor-core instructions without being named here fails too, so that none can lose them
 /// unnoticed.
 pub const MATRIX: &[Matrix] = &[
@@ -92,6 +112,26 @@ pub const MATRIX: &[Matrix] = &[
     warp("grouped_swiglu_wide", WIDE),
     warp("grouped_pair_wide", WIDE),
     warp("grouped_pair_narrow", SMALL),
+    group("hopper_rows_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_rows_narrow", "_u8", ring(64, CODES)),
+    group("hopper_rows_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_rows_middle", "_u8", ring(128, CODES)),
+    group("hopper_rows_wide", "_bf16", ring(256, ELEMENTS)),
+    group("hopper_rows_wide", "_u8", ring(256, CODES)),
+    group("hopper_columns_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_columns_narrow", "_u8", ring(64, CODES)),
+    group("hopper_columns_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_columns_middle", "_u8", ring(128, CODES)),
+    group("hopper_columns_wide", "_bf16", ring(256, ELEMENTS)),
+    group("hopper_columns_wide", "_u8", ring(256, CODES)),
+    group("hopper_grouped_rows_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_grouped_rows_narrow", "_u8", ring(64, CODES)),
+    group("hopper_grouped_rows_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_grouped_rows_middle", "_u8", ring(128, CODES)),
+    group("hopper_grouped_columns_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_grouped_columns_narrow", "_u8", ring(64, CODES)),
+    group("hopper_grouped_columns_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_grouped_columns_middle", "_u8", ring(128, CODES)),
 ];
 
 /// Kernels that may keep something in local memory, at most so many bytes of a thread, and why that is right: none.
@@ -102,24 +142,32 @@ const LOCAL_MEMORY: &[(&str, usize, &str)] = &[];
 pub enum Tensor {
     /// `mma.sync`, on every target.
     Warp,
+    /// `wgmma`, with copies by TMA, on sm_90a.
+    Group,
 }
 
-/// The line of the table for a kernel.
-pub fn matrix(kernel: &str) -> Option<&'static Matrix> {
-    MATRIX.iter().find(|matrix| matrix.kernel == kernel)
+/// The line of the table for an entry of a kernel.
+fn matrix(entry: &str, kernel: &str) -> Option<&'static Matrix> {
+    let mut lines = MATRIX.iter().filter(|matrix| matrix.kernel == kernel);
+    lines.find(|matrix| entry.ends_with(matrix.only))
+}
+
+/// Dynamic shared memory that launches of an entry have; those of an exact instance have what its kernel's tensor-core one has.
+pub fn launched_bytes(entry: &str, kernel: &str) -> usize {
+    let line = matrix(entry, kernel).or_else(|| MATRIX.iter().find(|matrix| matrix.kernel == kernel));
+    line.map_or(0, |matrix| matrix.shared_bytes)
 }
 
 /// What is wrong with an entry of this kernel.
 pub fn judge(entry: &str, kernel: &str, read: &Read) -> Option<String> {
     let whole = &read.code.whole;
-    match matrix(kernel)
-        .filter(|matrix| entry.ends_with(matrix.only))
-        .map(|matrix| matrix.tensor)
-    {
+    match matrix(entry, kernel).map(|matrix| matrix.tensor) {
         None if whole.hmma + whole.hgmma > 0 => {
             return Some("uses tensor cores, but is no matrix kernel of `expected.rs`".to_owned());
         }
         Some(Tensor::Warp) if whole.hmma == 0 => return Some("has lost its HMMA".to_owned()),
+        Some(Tensor::Group) if whole.hgmma == 0 => return Some("has lost its HGMMA".to_owned()),
+        Some(Tensor::Group) if whole.copies == 0 => return Some("has lost its copies by TMA".to_owned()),
         _ => {}
     }
     let frame = read.resources.stack_bytes + read.resources.local_bytes;

@@ -31,6 +31,10 @@ pub(super) struct Binaries {
 
 /// The named folder; else `PATH`; else the newest of the usual places; else `pg_config --bindir`.
 pub(super) fn find() -> ServerResult<Binaries> {
+    if let Some(named) = std::env::var_os(ENVIRONMENT) {
+        // Who names a folder means that one: a silent fallback would test the wrong server.
+        return find_in(Path::new(&named));
+    }
     let mut looked_in = Vec::new();
     for folder in candidates() {
         if let Some(binaries) = probe(&folder) {
@@ -44,15 +48,18 @@ pub(super) fn find() -> ServerResult<Binaries> {
     })
 }
 
+/// The programs of a folder that the caller named, or of its `bin`.
+pub(super) fn find_in(folder: &Path) -> ServerResult<Binaries> {
+    [folder.join("bin"), folder.to_owned()]
+        .iter()
+        .find_map(|folder| probe(folder))
+        .ok_or_else(|| ServerError::NoBinaries {
+            looked_in: folder.display().to_string(),
+        })
+}
+
 fn candidates() -> Vec<PathBuf> {
     let mut folders = Vec::new();
-    if let Some(named) = std::env::var_os(ENVIRONMENT) {
-        let named = PathBuf::from(named);
-        folders.push(named.join("bin"));
-        folders.push(named);
-        // Who names a folder means that one: a silent fallback would test the wrong server.
-        return folders;
-    }
     if let Some(path) = std::env::var_os("PATH") {
         folders.extend(std::env::split_paths(&path).filter(|folder| folder.is_absolute()));
     }
@@ -120,6 +127,8 @@ mod tests {
         std::fs::write(empty.path().join("initdb"), "").unwrap();
         std::fs::write(empty.path().join("postgres"), "").unwrap();
         assert!(probe(empty.path()).is_none());
+        let error = find_in(empty.path()).unwrap_err().to_string();
+        assert!(error.contains(&empty.path().display().to_string()), "{error}");
     }
 
     #[test]

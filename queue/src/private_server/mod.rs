@@ -26,6 +26,8 @@ pub struct Options {
     /// Folder for everything; made if absent, kept and reused if there. `None`: a fresh folder
     /// under the system's temporary one, removed at the end.
     pub folder: Option<PathBuf>,
+    /// Folder of the server's programs. `None`: those named by the environment, or else the newest found.
+    pub programs: Option<PathBuf>,
     /// Whether commits survive a power failure. Tests need not pay for that.
     pub durable: bool,
     /// Also listen on a random port of 127.0.0.1, with a random password.
@@ -119,7 +121,10 @@ impl PrivateServer {
     /// # Errors
     /// [`ServerError`], whose text says what to install or change.
     pub fn start(options: &Options) -> ServerResult<Self> {
-        let binaries = binaries::find()?;
+        let binaries = match &options.programs {
+            Some(folder) => binaries::find_in(folder)?,
+            None => binaries::find()?,
+        };
         let owner = process::unprivileged_user()?;
         let (folder, temporary) = match &options.folder {
             Some(folder) => (process::own_folder(folder)?, false),

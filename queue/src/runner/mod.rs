@@ -113,7 +113,8 @@ pub struct RunnerConfig {
 impl Default for RunnerConfig {
     fn default() -> Self {
         Self {
-            worker: format!("{}-{}", std::process::id(), uuid::Uuid::new_v4().simple()),
+            // Written with every lease and line of history, hence no longer than it must be to be never the same again.
+            worker: format!("{}-{:016x}", std::process::id(), rand::rng().random::<u64>()),
             queue: "default".into(),
             slots: 1,
             machine: None,

@@ -104,6 +104,11 @@ impl History {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner).push(entry);
     }
 
+    /// How many calls there were.
+    pub fn count(&self) -> usize {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     pub fn entries(&self) -> Vec<Entry> {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner).clone();
         entries.sort_by_key(|entry| entry.asked);

@@ -57,6 +57,10 @@ async fn the_worker_role_executes_the_engine_and_touches_no_table() {
         "select brightrun._leave(null, null, null, null, null, null, null, null)",
         "select brightrun._grant('work', null, 'w', null)",
         "select brightrun.prune('0 seconds')",
+        "select brightrun.set_budget(gen_random_uuid(), 1)",
+        "select brightrun.set_rate('queue', 'default', 1)",
+        "select brightrun.cancel_many('work')",
+        "select brightrun.tick()",
         "create table brightrun.mine ()",
     ] {
         let error = worker.batch_execute(forbidden).await.unwrap_err();

@@ -202,6 +202,7 @@ async fn only_a_machine_that_will_do_gets_the_job() {
         gpu_classes: vec!["H100".into(), "H200".into()],
         gpu_count: 2,
         max_price: Some(4.0),
+        fallback: Vec::new(),
     };
     let id = db
         .queue
@@ -290,6 +291,7 @@ async fn matching_agrees_with_brute_force() {
                             gpu_classes,
                             gpu_count: *gpu_count,
                             max_price: None,
+                            fallback: Vec::new(),
                         };
                         let id = database
                             .queue

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod access;
+mod budgets;
 mod bulk;
 mod cancel;
 mod claim;
@@ -14,9 +15,13 @@ mod invariants;
 mod lane;
 mod lease_expiry;
 mod lock_order;
+mod machines;
+mod newest;
 mod operate;
 mod outbox;
+mod outside;
 mod projector;
+mod rates;
 mod retry;
 mod runner;
 mod state_machine;

@@ -50,6 +50,39 @@ async fn failed_jobs_are_redriven_by_kind_and_code_in_bites() {
 }
 
 #[tokio::test]
+async fn jobs_of_a_kind_are_cancelled_in_bites_of_one_owner_or_of_all() {
+    let db = database().await;
+    let (one, other) = (uuid::Uuid::new_v4(), uuid::Uuid::new_v4());
+    let mut jobs = Vec::new();
+    for owner in [one, one, one, other] {
+        let job = NewJob {
+            owner: Some(owner),
+            ..NewJob::new("work", json!({}))
+        };
+        jobs.push(db.queue.enqueue(&job).await.unwrap());
+    }
+    let running = db.queue.claim_job("w", jobs[0], LONG).await.unwrap().unwrap().lease;
+    let cancel = async |owner, limit| {
+        let cancelled = db.queue.cancel_many("work", owner, Some("a wrong preset"), limit).await;
+        cancelled.unwrap()
+    };
+    assert_eq!(cancel(Some(one), 2).await, 2);
+    assert_eq!(cancel(Some(one), 2).await, 1);
+    assert_eq!(cancel(Some(one), 2).await, 0);
+    assert_eq!(db.state(jobs[0]).await, "running", "its worker is told");
+    assert_eq!(
+        db.queue.complete(&running, &json!({})).await.unwrap(),
+        brightrun_queue::JobState::Cancelled
+    );
+    assert_eq!(
+        (db.state(jobs[2]).await, db.state(jobs[3]).await),
+        ("cancelled", "ready")
+    );
+    assert_eq!(cancel(None, 9).await, 1);
+    db.assert_whole().await;
+}
+
+#[tokio::test]
 async fn every_reason_not_to_run_is_told() {
     let db = database().await;
     let first = db.enqueue("work").await;
@@ -113,6 +146,9 @@ async fn metrics_are_well_formed_and_count() {
         "brightrun_queue_jobs{queue=\"default\",kind=\"one\",state=\"running\"} 1",
         "brightrun_queue_jobs{queue=\"default\",kind=\"on\\\"e\",state=\"ready\"} 1",
         "brightrun_queue_failures_last_hour{kind=\"work\",code=\"DATA_BAD\"} 1",
+        "brightrun_queue_ends_last_hour{kind=\"work\",outcome=\"failed\"} 1",
+        "brightrun_queue_ends_last_hour{kind=\"work\",outcome=\"completed\"} 0",
+        "brightrun_queue_lease_expiry_lag_seconds 0",
     ] {
         assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
     }

@@ -8,8 +8,8 @@ use serde::Serialize;
 use serde_json::json;
 use uuid::Uuid;
 
-use super::OutputArguments;
 use super::output::{print_json, print_line};
+use super::queue_limits::{self, Limits};
 use super::service::connect;
 use crate::error::{Failure, Result};
 
@@ -22,9 +22,9 @@ pub struct QueueArguments {
     /// What to do.
     #[command(subcommand)]
     pub action: Action,
-    /// Output form.
-    #[command(flatten)]
-    pub output: OutputArguments,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
 }
 
 /// What can be done.
@@ -74,6 +74,24 @@ pub enum Action {
     Doctor,
     /// Everything measurable in the words of Prometheus
     Metrics,
+    /// Cancel jobs of a kind that wait or run
+    Cancel {
+        /// Which kind
+        #[arg(long)]
+        kind: String,
+        /// Only those of this owner
+        #[arg(long)]
+        owner: Option<Uuid>,
+        /// Why, for those who ask
+        #[arg(long)]
+        reason: Option<String>,
+        /// At most so many
+        #[arg(long, default_value_t = 100)]
+        limit: usize,
+    },
+    /// How many may run, how many may start, what they may cost
+    #[command(flatten)]
+    Limits(Limits),
 }
 
 /// A queue by name.
@@ -93,7 +111,7 @@ pub struct Place {
 /// Those of the database; `QUEUE_UNHEALTHY` when the doctor finds something.
 pub async fn run(arguments: &QueueArguments) -> Result<()> {
     let queue = connect().await?;
-    let told = Told(arguments.output.json);
+    let told = Told(arguments.json);
     match &arguments.action {
         Action::Stats => {
             let lines = queue.stats().await?;
@@ -149,6 +167,19 @@ pub async fn run(arguments: &QueueArguments) -> Result<()> {
         }
         Action::Doctor => doctor(&queue, told).await,
         Action::Metrics => print_line(queue.metrics().await?.trim_end()),
+        Action::Cancel {
+            kind,
+            owner,
+            reason,
+            limit,
+        } => {
+            let count = queue.cancel_many(kind, *owner, reason.as_deref(), *limit).await?;
+            told.one(
+                &json!({ "cancelled": count }),
+                &format!("{count} jobs are cancelled, or will be when their workers hear of it."),
+            )
+        }
+        Action::Limits(limits) => queue_limits::run(&queue, limits, told).await,
     }
 }
 
@@ -218,10 +249,10 @@ async fn doctor(queue: &Queue, told: Told) -> Result<()> {
 
 /// Says it as JSON or as text.
 #[derive(Clone, Copy)]
-struct Told(bool);
+pub(super) struct Told(bool);
 
 impl Told {
-    fn one(self, json: &serde_json::Value, text: &str) -> Result<()> {
+    pub(super) fn one(self, json: &serde_json::Value, text: &str) -> Result<()> {
         if self.0 { print_json(json) } else { print_line(text) }
     }
 

@@ -131,10 +131,24 @@ impl<B: Backend> Layer<B> {
             down_hidden,
             inner,
         } = trace;
-        let inner = match inner {
-            Some(inner) => inner,
-            None => self.recompute(pass, &input)?,
-        };
+        match inner {
+            Some(inner) => self.backward_from(pass, gradients, (&input, down_hidden, inner), dy, below),
+            // Both passes use the same weights.
+            None => pass.device.sharing(|| {
+                let inner = self.recompute(pass, &input)?;
+                self.backward_from(pass, gradients, (&input, down_hidden, inner), dy, below)
+            }),
+        }
+    }
+
+    fn backward_from(
+        &self,
+        pass: &Pass<'_, B>,
+        gradients: &mut LoraGradients<B>,
+        (input, down_hidden, inner): (&Tensor<B>, Option<Tensor<B>>, InnerTrace<B>),
+        dy: &mut Tensor<B>,
+        below: bool,
+    ) -> Result<()> {
         let mixer_matters = below || pass.adapts_any(&self.mixer.modules());
         self.feed_backward(
             pass,
@@ -148,14 +162,14 @@ impl<B: Backend> Layer<B> {
         if !mixer_matters {
             return Ok(());
         }
-        let normed = self.input_norm.forward(pass, &input)?;
+        let normed = self.input_norm.forward(pass, input)?;
         if !below {
             return self.mixer.backward(pass, gradients, inner.mixer, &normed.y, dy, None);
         }
         let mut dnormed = pass.activation(input.shape())?;
         self.mixer
             .backward(pass, gradients, inner.mixer, &normed.y, dy, Some(&mut dnormed))?;
-        let saved = (&input, &normed.rstd);
+        let saved = (input, &normed.rstd);
         self.input_norm.backward(pass, saved, &dnormed, (dy, Write::Accumulate))
     }
 

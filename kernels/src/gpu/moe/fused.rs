@@ -158,10 +158,7 @@ impl<R: Runtime> Gpu<R> {
             })?;
             second = Some((scaled, self.held(lora.b, dtype)?));
         }
-        let (gate, up) = (
-            self.experts(call.gate, call.precision)?,
-            self.experts(call.up, call.precision)?,
-        );
+        let [gate, up] = self.pair_of_rows([call.gate, call.up], call.precision, rows)?;
         let tiles = self.grouped_tiles(call.routing, rows, WIDE.rows)?;
         let types = [expert_type(&gate), call.x.dtype()];
         let [gate, gate_absmax, gate_codes, gate_map, gate_offsets] = expert_arguments(&gate);
@@ -262,10 +259,7 @@ impl<R: Runtime> Gpu<R> {
         let Some(dx) = call.dx else {
             return Ok(());
         };
-        let (gate, up) = (
-            self.experts(call.gate, call.precision)?,
-            self.experts(call.up, call.precision)?,
-        );
+        let [gate, up] = self.pair_of_rows([call.gate, call.up], call.precision, rows)?;
         let tiles = self.grouped_tiles(call.routing, rows, WIDE.rows)?;
         let types = [expert_type(&gate), dx.dtype()];
         let [gate, gate_absmax, gate_codes, gate_map, gate_offsets] = expert_arguments(&gate);

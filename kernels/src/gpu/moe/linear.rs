@@ -89,6 +89,42 @@ impl<R: Runtime> Gpu<R> {
         })
     }
 
+    /// As [`Gpu::experts`], for a layer's product of so many rows.
+    fn experts_of_rows<'a>(
+        &self,
+        stack: &'a WeightStack<Self>,
+        precision: Precision,
+        rows: usize,
+    ) -> Result<Experts<'a, R>> {
+        let right = self.experts(stack, precision)?;
+        let Experts::Nf4(nf4) = &right else {
+            return Ok(right);
+        };
+        if precision == Precision::F32 || rows / nf4.experts.max(1) < self.inner.shared.rows().experts {
+            return Ok(right);
+        }
+        let decoded = self.shared(&nf4.codes, || self.decode_stack(nf4))?;
+        Ok(decoded.map_or(right, |decoded| Experts::Dense(Held::Shared(decoded))))
+    }
+
+    /// Two stacks in one form, for a kernel that reads both.
+    pub(super) fn pair_of_rows<'a>(
+        &self,
+        [first, second]: [&'a WeightStack<Self>; 2],
+        precision: Precision,
+        rows: usize,
+    ) -> Result<[Experts<'a, R>; 2]> {
+        let pair = [
+            self.experts_of_rows(first, precision, rows)?,
+            self.experts_of_rows(second, precision, rows)?,
+        ];
+        match &pair {
+            [Experts::Dense(_), Experts::Dense(_)] | [Experts::Nf4(_), Experts::Nf4(_)] => Ok(pair),
+            // There was memory to decode one of them only.
+            _ => Ok([self.experts(first, precision)?, self.experts(second, precision)?]),
+        }
+    }
+
     fn grouped(&self, precision: Precision, grouped: Grouped<'_, R>) -> Result<()> {
         match precision {
             Precision::F32 => self.exact_grouped(grouped),
@@ -131,7 +167,7 @@ impl<R: Runtime> Gpu<R> {
             self.grouped(precision, down)?;
             second = Some((scaled, self.held(lora.b, dtype)?));
         }
-        let right = self.experts(call.weight, precision)?;
+        let right = self.experts_of_rows(call.weight, precision, rows)?;
         let whole = Grouped {
             left: &x,
             order: call.x_order,
@@ -203,7 +239,7 @@ impl<R: Runtime> Gpu<R> {
         let Some(dx) = call.dx else {
             return Ok(());
         };
-        let right = self.experts(call.weight, precision)?;
+        let right = self.experts_of_rows(call.weight, precision, rows)?;
         let whole = Grouped {
             left: &dy,
             order: call.dy_order,

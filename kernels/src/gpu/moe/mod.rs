@@ -1,4 +1,4 @@
-//! Mixture of experts: routing and grouped rows (`moe.cu`), layers of experts (`grouped.cu`, `grouped_f32.cu`).
+//! Mixture of experts: routing and grouped rows (`moe.cu`), layers of experts (`grouped.cu`, `grouped_hopper.cu`, `grouped_f32.cu`).
 //!
 //! | file | what |
 //! |---|---|
@@ -7,10 +7,12 @@
 //! | `linear` | the passes of a grouped layer, written once for both precisions |
 //! | `tensor`, `exact` | the products of the two precisions |
 //! | `fused` | both wide projections with their activation, the way back through them, the sum behind the last one |
+//! | `hopper` | the same on sm_90a, and when |
 //! | `stack` | one expert's matrix to its place |
 
 mod exact;
 mod fused;
+mod hopper;
 mod linear;
 mod routing;
 mod rows;
@@ -63,6 +65,12 @@ pub(super) static TENSOR_FAMILY: Family = Family {
         Op::GroupedSwigluForward,
         Op::GroupedPairBackward,
     ],
+};
+
+pub(super) static HOPPER_FAMILY: Family = Family {
+    source: &sources::GROUPED_HOPPER,
+    kernels: hopper::KERNELS,
+    ops: &[],
 };
 
 pub(super) static EXACT_FAMILY: Family = Family {

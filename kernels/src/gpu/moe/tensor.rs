@@ -200,6 +200,9 @@ impl<R: Runtime> Gpu<R> {
     }
 
     pub(super) fn tensor_grouped(&self, grouped: Grouped<'_, R>) -> Result<()> {
+        if let Some(width) = super::hopper::width(self.runtime().machine(), &grouped) {
+            return self.hopper_grouped(grouped, width);
+        }
         let [rows, columns, depth, depth2] = grouped.sizes;
         // What has a copy in bf16 is an adapter's first product.
         let narrow = grouped.copy.is_some();

@@ -1,0 +1,1 @@
+select brightrun.cancel_many($1, $2, $3, $4)

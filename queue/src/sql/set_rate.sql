@@ -1,0 +1,1 @@
+select brightrun.set_rate($1, $2, $3, make_interval(secs => $4))

@@ -1,0 +1,1 @@
+select brightrun.take_rate($1, $2)
