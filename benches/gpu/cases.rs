@@ -2,12 +2,12 @@
 //! they answer.
 
 use brightrun_kernels::ops::{
-    AdamW, AttentionBackward, AttentionForward, ConvolutionBackward, ConvolutionForward, DELTA_CHUNK, DeltaBackward,
-    DeltaForward, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, LinearBackward, LinearCrossEntropy,
-    LinearForward, LoraForward, NormForward, NormWeight, Precision, Routing, RowOrder, Write,
+    AdamW, AttentionBackward, AttentionForward, BlockMoment, ConvolutionBackward, ConvolutionForward, DELTA_CHUNK,
+    DeltaBackward, DeltaForward, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, LinearBackward,
+    LinearCrossEntropy, LinearForward, LoraForward, NormForward, NormWeight, Precision, Routing, RowOrder, Write,
 };
 use brightrun_kernels::testing::Random;
-use brightrun_kernels::{DType, Result};
+use brightrun_kernels::{DType, Result, Tensor, WeightStack};
 use serde_json::{Value, json};
 
 use crate::clock::Clock;
@@ -56,6 +56,13 @@ pub enum Work {
         top: usize,
         outputs: usize,
         inputs: usize,
+    },
+    Experts {
+        tokens: usize,
+        experts: usize,
+        top: usize,
+        inner: usize,
+        width: usize,
     },
     GroupedLora {
         tokens: usize,
@@ -109,6 +116,9 @@ pub enum Work {
         dim: usize,
     },
     Adamw {
+        elements: usize,
+    },
+    Adamw8bit {
         elements: usize,
     },
     Norm {
@@ -262,6 +272,16 @@ fn works(small: &dyn Fn(usize) -> usize) -> Vec<(&'static str, Work)> {
             },
         ));
         works.push((
+            "K6",
+            Work::Experts {
+                tokens,
+                experts,
+                top,
+                inner: INNER,
+                width: WIDTH,
+            },
+        ));
+        works.push((
             "K14",
             Work::GroupedLora {
                 tokens,
@@ -343,12 +363,8 @@ fn works(small: &dyn Fn(usize) -> usize) -> Vec<(&'static str, Work)> {
             },
         ));
     }
-    works.push((
-        "K15",
-        Work::Adamw {
-            elements: small(100_000_000),
-        },
-    ));
+    let elements = small(100_000_000);
+    works.extend([("K15", Work::Adamw { elements }), ("K15", Work::Adamw8bit { elements })]);
     works.push((
         "bandwidth",
         Work::Norm {
@@ -453,6 +469,17 @@ fn cost(work: Work) -> (String, f64, f64) {
             HALF * product(&[tokens, top, outputs + inputs]) + NF4 * product(&[experts, outputs, inputs]),
             2.0 * product(&[tokens, top, outputs, inputs]),
         ),
+        Work::Experts {
+            tokens,
+            experts,
+            top,
+            inner,
+            width,
+        } => (
+            format!("experts T{tokens} E{experts} top{top} F{inner} C{width} nf4 skewed"),
+            2.0 * HALF * product(&[tokens, width]) + 3.0 * NF4 * product(&[experts, inner, width]),
+            6.0 * product(&[tokens, top, inner, width]),
+        ),
         Work::GroupedLora {
             tokens,
             experts,
@@ -538,6 +565,7 @@ fn cost(work: Work) -> (String, f64, f64) {
             10.0 * pairs(tokens, documents) * product(&[heads, dim]),
         ),
         Work::Adamw { elements } => (format!("adamw_f32 {elements}"), 28.0 * elements as f64, 0.0),
+        Work::Adamw8bit { elements } => (format!("adamw_8bit {elements}"), 16.0 * elements as f64, 0.0),
         Work::Norm { tokens, width } => (
             format!("rms_norm T{tokens} C{width}"),
             2.0 * HALF * product(&[tokens, width]),
@@ -607,6 +635,13 @@ pub fn prepare<'a, B: Clock>(backend: &'a B, case: &Case) -> Result<Body<'a>> {
             outputs,
             inputs,
         } => grouped_input(backend, [tokens, experts, top, outputs, inputs]),
+        Work::Experts {
+            tokens,
+            experts,
+            top,
+            inner,
+            width,
+        } => experts_forward(backend, [tokens, experts, top, inner, width]),
         Work::GroupedLora {
             tokens,
             experts,
@@ -659,6 +694,7 @@ pub fn prepare<'a, B: Clock>(backend: &'a B, case: &Case) -> Result<Body<'a>> {
             dim,
         } => attention(backend, [tokens, documents, heads, kv_heads, dim], true),
         Work::Adamw { elements } => adamw(backend, elements),
+        Work::Adamw8bit { elements } => adamw_8bit(backend, elements),
         Work::Norm { tokens, width } => norm(backend, tokens, width),
         Work::Swiglu { tokens, width } => {
             let [gate, up] = [
@@ -683,7 +719,7 @@ fn linear<'a, B: Clock>(backend: &'a B, bytes: f64, sizes: [usize; 4], nf4: bool
     let mut sets = sets.collect::<Result<Vec<_>>>()?;
     let a = single(backend, &[rank.max(1), inputs], 0.02, 2)?;
     let b = single(backend, &[outputs, rank.max(1)], 0.02, 3)?;
-    let mut hidden = room(backend, &[tokens, rank.max(1)])?;
+    let mut hidden = backend.alloc(DType::F32, [tokens, rank.max(1)])?;
     let mut y = room(backend, &[tokens, outputs])?;
     Ok(Box::new(move || {
         sets.rotate_left(1);
@@ -729,13 +765,56 @@ fn linear_input<'a, B: Clock>(backend: &'a B, bytes: f64, sizes: [usize; 3], nf4
     }))
 }
 
-fn routing<B: Clock>(backend: &B, tokens: usize, experts: usize, top: usize) -> Result<Routing<B>> {
+/// A skewed choice of experts.
+pub fn routing<B: Clock>(backend: &B, tokens: usize, experts: usize, top: usize) -> Result<Routing<B>> {
     let mut routing = Routing::alloc(backend, tokens, experts, top)?;
-    let host = backend.upload_f32([tokens, experts], &skewed_logits(tokens, experts))?;
-    let mut logits = room(backend, &[tokens, experts])?;
-    backend.copy(&host, &mut logits)?;
+    let logits = backend.upload_f32([tokens, experts], &skewed_logits(tokens, experts))?;
     backend.route(&logits, true, &mut routing)?;
     Ok(routing)
+}
+
+/// All of the routed experts' forward pass, from tokens to their weighted sums.
+fn experts_forward<'a, B: Clock>(backend: &'a B, sizes: [usize; 5]) -> Result<Body<'a>> {
+    let [tokens, experts, top, inner, width] = sizes;
+    let routing = routing(backend, tokens, experts, top)?;
+    let x = activation(backend, &[tokens, width], 1.0, 1)?;
+    let [gate, up, down] = [
+        stack(backend, experts, inner, width)?,
+        stack(backend, experts, inner, width)?,
+        stack(backend, experts, width, inner)?,
+    ];
+    let rows = tokens * top;
+    let [mut gated, mut upped, mut activated] = [
+        room(backend, &[rows, inner])?,
+        room(backend, &[rows, inner])?,
+        room(backend, &[rows, inner])?,
+    ];
+    let (mut grouped, mut y) = (room(backend, &[rows, width])?, room(backend, &[tokens, width])?);
+    Ok(Box::new(move || {
+        through(backend, (&x, RowOrder::Token), &gate, &routing, &mut gated)?;
+        through(backend, (&x, RowOrder::Token), &up, &routing, &mut upped)?;
+        backend.routed_swiglu_forward(&gated, &upped, &routing, &mut activated)?;
+        through(backend, (&activated, RowOrder::Grouped), &down, &routing, &mut grouped)?;
+        backend.combine(&grouped, &routing, &mut y, Write::Overwrite)
+    }))
+}
+
+fn through<B: Clock>(
+    backend: &B,
+    (x, x_order): (&Tensor<B>, RowOrder),
+    weight: &WeightStack<B>,
+    routing: &Routing<B>,
+    y: &mut Tensor<B>,
+) -> Result<()> {
+    backend.grouped_linear_forward(GroupedLinearForward {
+        x,
+        x_order,
+        routing,
+        weight,
+        lora: None,
+        precision: BF16,
+        y,
+    })
 }
 
 fn grouped<'a, B: Clock>(backend: &'a B, sizes: [usize; 5]) -> Result<Body<'a>> {
@@ -792,7 +871,7 @@ fn grouped_lora<'a, B: Clock>(backend: &'a B, sizes: [usize; 6]) -> Result<Body<
         single(backend, &[experts, rank, inputs], 0.02, 3)?,
         single(backend, &[experts, outputs, rank], 0.02, 4)?,
     );
-    let hidden = activation(backend, &[tokens * top, rank], 1.0, 5)?;
+    let hidden = single(backend, &[tokens * top, rank], 1.0, 5)?;
     let (mut gradient_a, mut gradient_b) = (
         backend.zeros(DType::F32, [experts, rank, inputs])?,
         backend.zeros(DType::F32, [experts, outputs, rank])?,
@@ -838,7 +917,7 @@ fn delta<'a, B: Clock>(backend: &'a B, sizes: [usize; 5], backward: bool) -> Res
     let decay = backend.upload_f32([tokens, value_heads], &vec![-0.05; gates])?;
     let beta = backend.upload_f32([tokens, value_heads], &vec![0.5; gates])?;
     let mut out = room(backend, &values)?;
-    let mut solved = room(backend, &[tokens, value_heads, DELTA_CHUNK])?;
+    let mut solved = backend.alloc(DType::F32, [tokens, value_heads, DELTA_CHUNK])?;
     let (mut dq, mut dk, mut dv) = (room(backend, &keys)?, room(backend, &keys)?, room(backend, &values)?);
     let mut ddecay = backend.alloc(DType::F32, [tokens, value_heads])?;
     let mut dbeta = backend.alloc(DType::F32, [tokens, value_heads])?;
@@ -923,6 +1002,7 @@ fn loss<'a, B: Clock>(backend: &'a B, sizes: [usize; 3]) -> Result<Body<'a>> {
     let labels = backend.upload_i32([tokens], &labels)?;
     let mut losses = backend.alloc(DType::F32, [tokens])?;
     let mut dx = room(backend, &[tokens, width])?;
+    let one = backend.upload_f32([1], &[1.0])?;
     Ok(Box::new(move || {
         backend.linear_cross_entropy(LinearCrossEntropy {
             x: &x,
@@ -930,7 +1010,7 @@ fn loss<'a, B: Clock>(backend: &'a B, sizes: [usize; 3]) -> Result<Body<'a>> {
             labels: &labels,
             precision: BF16,
             losses: &mut losses,
-            dx: Some((&mut dx, 1.0)),
+            dx: Some((&mut dx, &one)),
         })
     }))
 }
@@ -990,17 +1070,28 @@ fn adamw<'a, B: Clock>(backend: &'a B, elements: usize) -> Result<Body<'a>> {
         backend.zeros(DType::F32, [elements])?,
         backend.zeros(DType::F32, [elements])?,
     );
-    let settings = AdamW {
-        learning_rate: 1e-4,
-        beta1: 0.9,
-        beta2: 0.999,
-        epsilon: 1e-8,
-        weight_decay: 0.0,
-        step: 3,
-        gradient_scale: 1.0,
-    };
     Ok(Box::new(move || {
-        backend.adamw_step(&mut parameter, &gradient, &mut first, &mut second, &settings)
+        backend.adamw_step(&mut parameter, &gradient, &mut first, &mut second, &SETTINGS)
+    }))
+}
+
+const SETTINGS: AdamW = AdamW {
+    learning_rate: 1e-4,
+    beta1: 0.9,
+    beta2: 0.999,
+    epsilon: 1e-8,
+    weight_decay: 0.0,
+    step: 3,
+    gradient_scale: 1.0,
+};
+
+fn adamw_8bit<'a, B: Clock>(backend: &'a B, elements: usize) -> Result<Body<'a>> {
+    let gradient = single(backend, &[elements], 0.01, 1)?;
+    let mut parameter = single(backend, &[elements], 0.02, 2)?;
+    let shape = parameter.shape();
+    let (mut first, mut second) = (BlockMoment::zeros(backend, shape)?, BlockMoment::zeros(backend, shape)?);
+    Ok(Box::new(move || {
+        backend.adamw_8bit_step(&mut parameter, &gradient, &mut first, &mut second, &SETTINGS)
     }))
 }
 

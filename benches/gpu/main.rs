@@ -8,12 +8,13 @@
 //! ```
 //!
 //! A case's times are of the device's own clock, between marks in its queue, over as many calls as take about a millisecond;
-//! a call takes other operands than the last one where all together would fit into the device's cache. Numerics are not judged
-//! here: the conformance suite does that on the same device, with the same kernels.
+//! a call takes other operands than the last one where all together would fit into the device's cache. Products are compared with
+//! float32 on the same operands (see `check.rs`); the conformance suite judges all ops, on the same device, with the same kernels.
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 mod cases;
+mod check;
 mod clock;
 mod operands;
 mod serve;

@@ -5,8 +5,10 @@
     python benches/gpu/peers.py --bench target/release/deps/gpu-… --out FOLDER [--only K5] [--seconds 500]
 
 Both sides run in turns on one GPU (A B A B …), each timed by CUDA events over the same number of calls; a process waits while the
-other measures. Warm-up and compilation are apart. A peer whose package is missing is named as absent. Writes one JSON line per
-case to FOLDER/bench.jsonl: shapes, median and 10-90% of both, what the peers are, versions, clocks.
+other measures. Warm-up and compilation are apart. A peer whose package is missing is named as absent, and so is one whose fast path did
+not run: the kernels of one call are read from a profile and written beside its times. Our products are compared with float32 on
+their own operands. Writes one JSON line per case to FOLDER/bench.jsonl: shapes, median and 10-90% of both, what the peers are,
+versions, clocks.
 
 A peer is a function of this file that makes operands like ours and returns a call; the best peer of a case counts.
 """
@@ -205,7 +207,57 @@ def peers_grouped(torch, s, case):
         return body
     yield "bitsandbytes dequantize + torch grouped_mm", dequantised
     yield "torch grouped_mm, bf16 resident", resident
-    yield "loop over experts, bf16 resident (transformers' default)", eager
+    yield "loop over experts, bf16 resident", eager
+    yield GROUPED_NF4, lambda: fused_nf4(torch, s, "gemm_4bit_grouped", s["inputs"])
+
+
+# K8: the one public fused kernel of this kind.
+GROUPED_NF4 = "grouped-nf4-gemm (K8)"
+
+
+def fused_nf4(torch, s, function, width):
+    """Its layout: codes [E, N, K / 2], float32 scales [E, N, K / 64], rows sorted by expert, experts without rows left out."""
+    product = getattr(package("nf4_grouped"), function)
+    functional = package("bitsandbytes.functional")
+    outputs, inputs = s["outputs"], s["inputs"]
+    weight = normal(torch, (s["experts"] * outputs, inputs), 1 / math.sqrt(inputs))
+    codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type="nf4")
+    del weight
+    codes = codes.view(s["experts"], outputs, inputs // 2)
+    scales = state.absmax.view(s["experts"], outputs, inputs // 64).float()
+    token, ends = routing(torch, s)
+    counts = torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
+    used = [expert for expert, count in enumerate(counts) if count]
+    sizes, used = [counts[expert] for expert in used], torch.tensor(used, dtype=torch.int32, device=DEVICE)
+    if function == "gemm_4bit_grouped":
+        x = normal(torch, (s["tokens"], width))
+        return lambda: product(x[token], codes, scales, sizes, used)
+    rows = normal(torch, (s["tokens"] * s["top"], width))
+    return lambda: product(rows, codes, scales, sizes, used)
+
+
+def peers_experts(torch, s, case):
+    """K6: transformers' own module, as a model has it by default and with grouped products, bf16 resident."""
+    def module(implementation):
+        def make():
+            family = package("transformers.models.qwen3_next.modeling_qwen3_next")
+            config = package("transformers").Qwen3NextConfig(
+                num_experts=s["experts"], num_experts_per_tok=s["top"], moe_intermediate_size=s["inner"], hidden_size=s["width"])
+            config._experts_implementation = implementation
+            with torch.device(DEVICE), torch.no_grad():
+                experts = family.Qwen3NextExperts(config).to(torch.bfloat16)
+                for parameter in experts.parameters():
+                    parameter.normal_(0, 0.02).requires_grad_(False)
+            generator = torch.Generator(device="cpu").manual_seed(11)
+            rank = torch.randperm(s["experts"], generator=generator).to(DEVICE)
+            logits = torch.randn(s["tokens"], s["experts"], device=DEVICE) - 0.8 * torch.log1p(rank.float())
+            weights, chosen = logits.softmax(-1).topk(s["top"])
+            weights = (weights / weights.sum(-1, keepdim=True)).to(torch.bfloat16)
+            x = normal(torch, (s["tokens"], s["width"]))
+            return lambda: experts(x, chosen, weights)
+        return make
+    yield "transformers Qwen3NextExperts, eager (its default)", module("eager")
+    yield "transformers Qwen3NextExperts, grouped_mm", module("grouped_mm")
 
 
 def peers_grouped_dx(torch, s, case):
@@ -225,6 +277,7 @@ def peers_grouped_dx(torch, s, case):
         return lambda: product(dy, weight, offs=ends)
     yield "bitsandbytes dequantize + torch grouped_mm", dequantised
     yield "torch grouped_mm, bf16 resident", resident
+    yield GROUPED_NF4, lambda: fused_nf4(torch, s, "dgrad_4bit_grouped", s["outputs"])
 
 
 def peers_grouped_lora(torch, s, case):
@@ -447,7 +500,14 @@ def peers_adamw(torch, s, case):
         return made
     yield "torch AdamW(fused)", step(lambda parameter: torch.optim.AdamW([parameter], lr=1e-4, fused=True))
     yield "bitsandbytes AdamW", step(lambda parameter: package("bitsandbytes").optim.AdamW([parameter], lr=1e-4))
-    yield "bitsandbytes AdamW8bit (8-bit states)", step(lambda parameter: package("bitsandbytes").optim.AdamW8bit([parameter], lr=1e-4))
+
+
+def peers_adamw_8bit(torch, s, case):
+    def step():
+        parameter = torch.nn.Parameter(normal(torch, (s["elements"],), 0.02, torch.float32))
+        parameter.grad = normal(torch, (s["elements"],), 0.01, torch.float32)
+        return package("bitsandbytes").optim.AdamW8bit([parameter], lr=1e-4).step
+    yield "bitsandbytes AdamW8bit", step
 
 
 def peers_norm(torch, s, case):
@@ -472,11 +532,51 @@ def peers_swiglu(torch, s, case):
 
 PEERS = {
     "Copy": peers_copy, "Dequantize": peers_dequantize, "Quantize": peers_quantize, "Linear": peers_linear,
-    "LinearInput": peers_linear_dx, "Grouped": peers_grouped, "GroupedInput": peers_grouped_dx, "GroupedLora": peers_grouped_lora,
+    "LinearInput": peers_linear_dx, "Experts": peers_experts, "Adamw8bit": peers_adamw_8bit, "Grouped": peers_grouped, "GroupedInput": peers_grouped_dx, "GroupedLora": peers_grouped_lora,
     "Delta": peers_delta, "DeltaBackward": peers_delta_backward, "Convolution": peers_convolution,
     "ConvolutionBackward": peers_convolution_backward, "Loss": peers_loss, "Attention": peers_attention,
     "AttentionBackward": peers_attention_backward, "Adamw": peers_adamw, "Norm": peers_norm, "Swiglu": peers_swiglu,
 }
+
+
+# What one kernel of a call must have in its name for the peer to have run as it is called; None where any will do.
+FAST_PATHS = [
+    (r"bitsandbytes matmul_4bit", r"gemm|gemv|dequant|4bit|nvjet|cutlass"),
+    (r"bitsandbytes (de)?quantize|AdamW", r"quant|optimizer|adam"),
+    (r"grouped_mm", r"group|cutlass|nvjet"),
+    (r"grouped-nf4-gemm", r"nf4"),
+    (r"flash-linear-attention convolution", r"conv"),
+    (r"^flash-linear-attention$", r"chunk"),
+    (r"causal-conv1d", r"causal_conv1d"),
+    (r"SDPA, flash", r"flash|fmha"),
+    (r"SDPA, cuDNN", r"cudnn|fprop|sdpa"),
+    (r"Liger", r"liger|triton|_kernel"),
+    (r"cut-cross-entropy", r"cce|cross_entropy|_kernel"),
+]
+
+
+def kernels_of(torch, body):
+    """Names of the kernels one call runs, those with most time first; none where torch cannot profile the device."""
+    activities = torch.profiler.ProfilerActivity
+    try:
+        with torch.profiler.profile(activities=[activities.CUDA, activities.CPU]) as profile:
+            body()
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return []
+    times = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name] = times.get(event.name, 0) + event.self_device_time_total
+    return sorted(times, key=times.get, reverse=True)
+
+
+def fast_path_missing(name, ran):
+    """What a peer's name promises and no kernel of its call shows; None if all is well, or if nothing could be seen."""
+    wanted = next((kernel for peer, kernel in FAST_PATHS if re.search(peer, name)), None)
+    if not ran or wanted is None or any(re.search(wanted, kernel, re.IGNORECASE) for kernel in ran):
+        return None
+    return f"its fast path ({wanted}) did not run, but {', '.join(ran[:4])}"
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -511,8 +611,12 @@ def prepared(torch, case):
             for _ in range(3):  # compiles, tunes, fills caches
                 body()
             torch.cuda.synchronize()
+            ran = kernels_of(torch, body)
+            missing = fast_path_missing(name, ran)
+            if missing:
+                raise Absent(missing)
             single = measure(torch, body, 1, 1)[0]
-            yield name, (body, max(1, min(200, math.ceil(1.0 / max(single, 1e-4)))))
+            yield name, (body, max(1, min(200, math.ceil(1.0 / max(single, 1e-4)))), ran[:6])
         except Absent as reason:
             yield name, str(reason)
         except Exception as error:  # a peer that fails at this shape is told, and the others go on
@@ -543,16 +647,18 @@ def one_case(ours, torch, case):
     for _ in range(ROUNDS):
         if "ready" in ready:
             own += ours.ask(f"measure {PER_ROUND}")["milliseconds"]
-        for body, calls, times in running.values():
+        for body, calls, _, times in running.values():
             times += measure(torch, body, calls, PER_ROUND)
     line["ours"] = summary(own, case) if own else ready
-    for name, (_, _, times) in running.items():
-        line["peers"][name] = summary(times, case)
+    for name, (_, _, ran, times) in running.items():
+        line["peers"][name] = dict(summary(times, case), kernels=ran)
     medians = {name: peer["median_ms"] for name, peer in line["peers"].items() if "median_ms" in peer}
     if own and medians:
         best = min(medians, key=medians.get)
         line["best_peer"], line["speedup"] = best, medians[best] / line["ours"]["median_ms"]
+        line["speedups"] = {name: median / line["ours"]["median_ms"] for name, median in medians.items()}
     ours.ask("drop")
+    line["check"] = ours.ask("check " + case["name"])["check"]
     running.clear()
     if torch is not None:
         torch.cuda.empty_cache()
@@ -569,7 +675,8 @@ def find_torch():
 
 def versions(torch):
     found = {"python": sys.version.split()[0]}
-    for name in ("torch", "triton", "bitsandbytes", "transformers", "fla", "liger_kernel", "cut_cross_entropy", "causal_conv1d"):
+    for name in ("torch", "triton", "bitsandbytes", "transformers", "fla", "liger_kernel", "cut_cross_entropy", "causal_conv1d",
+                 "nf4_grouped", "peft", "unsloth"):
         try:
             found[name] = getattr(package(name), "__version__", "present")
         except Absent:

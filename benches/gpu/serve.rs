@@ -7,6 +7,7 @@
 //! list              {"cases": [{"name": …, "goal": …, "bytes": …, "flops": …, …}]}
 //! prepare NAME      {"ready": NAME, "calls": calls between two marks} or {"absent": reason}
 //! measure COUNT     {"milliseconds": [of one call, …]}
+//! check NAME        {"check": {"largest": …, "mean": …} or null}: against float32, on the same operands
 //! drop              {"dropped": true}: the case's operands are gone
 //! ```
 
@@ -106,6 +107,10 @@ pub fn serve<B: Clock>(backend: &B, cases: &[Case]) {
                 Some(ready) => say(&json!({ "milliseconds": ready.measure(rest.parse().unwrap_or(1)) })),
                 None => say(&json!({ "absent": "nothing is prepared" })),
             },
+            "check" => {
+                let found = cases.iter().find(|case| case.name == rest);
+                say(&json!({ "check": found.map(|case| judged(backend, case)) }));
+            }
             "drop" => {
                 prepared = None;
                 say(&json!({ "dropped": true }));
@@ -115,11 +120,18 @@ pub fn serve<B: Clock>(backend: &B, cases: &[Case]) {
     }
 }
 
+/// A case's numerics, or why there are none.
+fn judged<B: Clock>(backend: &B, case: &Case) -> Value {
+    let found = crate::check::check(backend, case.work);
+    found.unwrap_or_else(|error| json!({ "absent": error.to_string() }))
+}
+
 /// Measures every case whose name has `filter`.
 pub fn once<B: Clock>(backend: &B, cases: &[Case], filter: &str) {
     say(&backend.describe());
     for case in cases.iter().filter(|case| case.name.contains(filter)) {
         let mut line = case.describe();
+        line["check"] = judged(backend, case);
         match Prepared::new(backend, case) {
             Err(reason) => line["absent"] = reason.into(),
             Ok(mut ready) => {

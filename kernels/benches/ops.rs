@@ -209,6 +209,7 @@ impl Bench {
         let labels = cpu.upload_i32([tokens], &labels).unwrap();
         let mut losses = cpu.alloc(DType::F32, [tokens]).unwrap();
         let mut dx = cpu.alloc(DType::F32, [tokens, width]).unwrap();
+        let one = cpu.upload_f32([1], &[1.0]).unwrap();
         let flops = 4.0 * (tokens * width * vocabulary) as f64;
         let precision = self.precision;
         self.run(
@@ -222,7 +223,7 @@ impl Bench {
                     labels: &labels,
                     precision,
                     losses: &mut losses,
-                    dx: Some((&mut dx, 1.0)),
+                    dx: Some((&mut dx, &one)),
                 };
                 cpu.linear_cross_entropy(call).unwrap();
             },

@@ -110,10 +110,11 @@ DEVICE void multiply_add_pair(f32 (&first)[4], f32 (&second)[4], const u32 (&a)[
     multiply_add(second, a, right);
 }
 
-// sums [16 M, N] += left [16 M, HEAD] · right [N, HEAD]ᵀ, both in shared memory.
+// sums [16 M, N] += left [16 M, HEAD] · right [N, HEAD]ᵀ, both in shared memory. At HEAD 256, where results take half of all
+// registers, the depth stays a loop: unrolled as a whole, fragments loaded far ahead push something else to local memory.
 template <i32 HEAD, i32 N, i32 M>
 DEVICE void add_scores(f32 (&sums)[M][N / 8][4], const bf16* left, const bf16* right) {
-#pragma unroll
+#pragma unroll(HEAD > 128 ? 4 : HEAD / 16)
     for (i32 depth = 0; depth < HEAD; depth += 16) {
         u32 a[M][4];
 #pragma unroll

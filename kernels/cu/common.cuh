@@ -96,6 +96,20 @@ DEVICE i32 warp_index() { return i32(threadIdx.x) / WARP_LANES; }
 // Index of this thread in a one-dimensional grid.
 DEVICE i64 global_thread() { return i64(blockIdx.x) * blockDim.x + threadIdx.x; }
 
+// The value, of which the compiler knows nothing more: what is made of it in a loop is made there, and takes no register beyond.
+DEVICE i32 opaque(i32 value) {
+#ifndef BRIGHTRUN_EMULATED
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+DEVICE i64 opaque(i64 value) {
+#ifndef BRIGHTRUN_EMULATED
+    asm volatile("" : "+l"(value));
+#endif
+    return value;
+}
+
 // ---- packs: eight elements, moved by 16-byte accesses ---------------------------------------------------------------
 
 constexpr i32 PACK = 8;
@@ -183,6 +197,9 @@ template <class T>
 DEVICE T lane_across(T value, i32 bits) { return __shfl_xor_sync(FULL_WARP, value, bits); }
 template <class T>
 DEVICE T from_lane(T value, i32 lane) { return __shfl_sync(FULL_WARP, value, lane); }
+// Of the lane so far below this one; where there is none, its own.
+template <class T>
+DEVICE T from_lane_below(T value, i32 by) { return __shfl_up_sync(FULL_WARP, value, by); }
 
 // The sum over LANES neighbouring lanes, a power of two, in each of them.
 template <i32 LANES, class T>
@@ -211,6 +228,9 @@ DEVICE i32 warp_sum_through(i32 value) {
 // A bit for every lane of the warp: whether it votes yes.
 DEVICE u32 warp_votes(bool yes) { return __ballot_sync(FULL_WARP, yes); }
 DEVICE i32 count_bits(u32 bits) { return __popc(bits); }
+
+// Byte `i` of a word, in one instruction.
+DEVICE u32 byte_of(u32 word, i32 i) { return __byte_perm(word, 0, 0x4440 + i); }
 
 DEVICE u64 warp_max(u64 value) {
 #pragma unroll
@@ -310,8 +330,34 @@ DEVICE void multiply_add(f32 (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
 #endif
 }
 
-#ifndef BRIGHTRUN_EMULATED
+// A place in shared memory, counted in bytes: 32 bits on a device, so that the next place is one addition away and constants cost
+// nothing. `^` flips bits of a place within a block that begins at a multiple of 128 bytes.
+struct SharedAddress {
+#ifdef BRIGHTRUN_EMULATED
+    u8* memory;
+    i32 offset;
+
+    DEVICE SharedAddress operator+(i32 bytes) const { return {memory, offset + bytes}; }
+    DEVICE SharedAddress operator^(i32 bits) const { return {memory, offset ^ bits}; }
+    DEVICE u8* pointer() const { return memory + offset; }
+#else
+    u32 at;
+
+    DEVICE SharedAddress operator+(i32 bytes) const { return {at + u32(bytes)}; }
+    DEVICE SharedAddress operator^(i32 bits) const { return {at ^ u32(bits)}; }
+#endif
+};
+
+#ifdef BRIGHTRUN_EMULATED
+DEVICE SharedAddress shared_place(void* memory) { return {static_cast<u8*>(memory), 0}; }
+DEVICE void store_shared(SharedAddress to, uint4 value) { *reinterpret_cast<uint4*>(to.pointer()) = value; }
+#else
 DEVICE u32 shared_address(const void* pointer) { return u32(__cvta_generic_to_shared(pointer)); }
+DEVICE SharedAddress shared_place(void* memory) { return {shared_address(memory)}; }
+DEVICE void store_shared(SharedAddress to, uint4 value) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to.at), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+}
 #endif
 
 // Four 8×8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes at a
@@ -346,6 +392,24 @@ DEVICE void load_matrices_transposed(u32 (&out)[4], const void* row) {
 #endif
 }
 
+#ifdef BRIGHTRUN_EMULATED
+DEVICE void load_matrices(u32 (&out)[4], SharedAddress row) { load_matrices(out, row.pointer()); }
+DEVICE void load_matrices_transposed(u32 (&out)[4], SharedAddress row) { load_matrices_transposed(out, row.pointer()); }
+#else
+DEVICE void load_matrices(u32 (&out)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(row.at)
+                 : "memory");
+}
+DEVICE void load_matrices_transposed(u32 (&out)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(row.at)
+                 : "memory");
+}
+#endif
+
 // ---- asynchronous copies to shared memory ----------------------------------------------------------------------------
 
 // Begins to copy 16 bytes, both sides at 16-byte boundaries; the bytes from `valid` on become zero and are not read. The bytes
@@ -356,6 +420,22 @@ DEVICE void copy_async(void* shared, const void* global, i32 valid) {
 #else
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(valid)
                  : "memory");
+#endif
+}
+
+// The same of all sixteen bytes, or of none.
+DEVICE void copy_async(SharedAddress shared, const void* global, bool exists) {
+#ifdef BRIGHTRUN_EMULATED
+    emu::copy_async(shared.pointer(), global, 16, exists ? 16 : 0);
+#else
+    asm volatile(
+        "{\n"
+        ".reg .pred absent;\n"
+        "setp.eq.s32 absent, %2, 0;\n"
+        "cp.async.cg.shared.global [%0], [%1], 16, absent;\n"
+        "}" ::"r"(shared.at),
+        "l"(global), "r"(i32(exists))
+        : "memory");
 #endif
 }
 

@@ -209,7 +209,7 @@ DEVICE void convolution_state(const A* x, const i32* offsets, f32* state, i32 do
 }
 
 #define CONVOLUTION(layout, TAPS, A, W)                                                                                      \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 4)                                                                                                        \
     convolution_forward_##layout##_##A##_##W(const A* __restrict__ x, const W* __restrict__ weight,                          \
                                              const f32* __restrict__ bias, const i32* __restrict__ offsets,                    \
                                              const f32* __restrict__ state, A* __restrict__ y, i32 tokens, i32 channels,     \

@@ -83,8 +83,7 @@ DEVICE void logits(const bf16* hidden, const W* head, Nf4Scales scales, const i3
     Rows left{hidden, here, width};
     auto right = right_factor(head, scales, vocabulary, width);
     Sums<Large> sums;
-    multiply_tile<Large, false, false>(sums, reinterpret_cast<bf16*>(memory), m, n, left, right, width, left,
-                                       DenseRight{{nullptr, 0, 0}}, 0);
+    multiply_tile<Large, false, false>(sums, reinterpret_cast<bf16*>(memory), m, n, left, right, width);
     for_each_pack<Large>(sums, memory, [&](i32 row, i32 column, const Pack& pack) {
         if (m + row < here) store_pack(out + (m + row) * pitch, n + column, vocabulary, true, pack);
     });
@@ -93,7 +92,7 @@ DEVICE void logits(const bf16* hidden, const W* head, Nf4Scales scales, const i3
 // A block a row: a maximum and a sum that follows it, over this thread's columns and then over the threads; then dz.
 template <class G>
 DEVICE void softmax(const f32* logits, const i32* labels, const i32* rows, const i32* count, f32* losses, G* gradient, i64 first,
-                    i32 chunk, i32 vocabulary, i64 pitch, f32 factor) {
+                    i32 chunk, i32 vocabulary, i64 pitch, const f32* scale) {
     i64 row = blockIdx.x;
     if (row >= rows_of_chunk(count, first, chunk)) return;
     const f32* z = logits + row * pitch;
@@ -115,7 +114,7 @@ DEVICE void softmax(const f32* logits, const i32* labels, const i32* rows, const
     sum = block_sum<THREADS>(sum == 0.0f ? 0.0f : sum * expf(largest - highest));
     if (threadIdx.x == 0) losses[t] = highest + logf(sum) - z[label];
     if (gradient == nullptr) return;
-    f32 share = factor / sum;
+    f32 factor = *scale, share = factor / sum;
     for (i64 column = i64(threadIdx.x) * PACK; column < pitch; column += THREADS * PACK) {
         Pack pack = load_pack(z, column, vocabulary, aligned);
 #pragma unroll
@@ -127,27 +126,6 @@ DEVICE void softmax(const f32* logits, const i32* labels, const i32* rows, const
     }
 }
 
-// Rows of a right factor from `begin` on.
-template <class RIGHT>
-struct RightFrom {
-    RIGHT right;
-    i32 begin;
-
-    template <class T, bool COLUMNS>
-    DEVICE void copy(bf16* tile, i64 first, i32 depth) const {
-        right.template copy<T, COLUMNS>(tile, first, begin + depth);
-    }
-    template <class T, bool COLUMNS>
-    DEVICE void fetch(i64 first, i32 depth) {
-        right.template fetch<T, COLUMNS>(first, begin + depth);
-    }
-    DEVICE void advance() { right.advance(); }
-    template <class T, bool COLUMNS>
-    DEVICE void decode(bf16* tile, i32 step) const {
-        right.template decode<T, COLUMNS>(tile, step);
-    }
-};
-
 // Part blockIdx.z of the vocabulary: `part` entries, a multiple of 64, of which the last part may have fewer.
 template <class W>
 DEVICE void gradient(const bf16* dz, const W* head, Nf4Scales scales, const i32* count, f32* parts, i64 first, i32 chunk,
@@ -156,13 +134,11 @@ DEVICE void gradient(const bf16* dz, const W* head, Nf4Scales scales, const i32*
     i64 m = i64(blockIdx.x) * Large::M, n = i64(blockIdx.y) * Large::N, here = rows_of_chunk(count, first, chunk);
     if (m >= here) return;
     i64 begin = i64(blockIdx.z) * part;
-    i32 deep = i32(pitch - begin < part ? pitch - begin : part);
-    Rows left{dz + begin, here, pitch};  // whose columns from `deep` on are not read: parts are multiples of T::K
-    auto whole = right_factor(head, scales, vocabulary, width);
-    RightFrom<decltype(whole)> right{whole, i32(begin)};
+    i32 deep = i32(vocabulary - begin < part ? vocabulary - begin : part);
+    Rows left{dz + begin, here, pitch};  // whose columns from `deep` on are not read
+    auto right = below(right_factor(head, scales, vocabulary, width), begin);
     Sums<Large> sums;
-    multiply_tile<Large, false, true>(sums, reinterpret_cast<bf16*>(memory), m, n, left, right, deep, left,
-                                      DenseRight{{nullptr, 0, 0}}, 0);
+    multiply_tile<Large, false, true>(sums, reinterpret_cast<bf16*>(memory), m, n, left, right, deep);
     f32* out = parts + i64(blockIdx.z) * chunk * width;
     for_each_pack<Large>(sums, memory, [&](i32 row, i32 column, const Pack& pack) {
         if (m + row < here) store_pack(out + (m + row) * width, n + column, width, width % PACK == 0, pack);
@@ -203,8 +179,9 @@ PRODUCTS(u8)
     ENTRY(THREADS)                                                                                                          \
     cross_entropy_softmax_##A(const f32* __restrict__ logits, const i32* __restrict__ labels,                               \
                               const i32* __restrict__ rows, const i32* __restrict__ count, f32* __restrict__ losses,        \
-                              A* __restrict__ gradient, i64 first, i32 chunk, i32 vocabulary, i64 pitch, f32 factor) {      \
-        softmax<A>(logits, labels, rows, count, losses, gradient, first, chunk, vocabulary, pitch, factor);                 \
+                              A* __restrict__ gradient, i64 first, i32 chunk, i32 vocabulary, i64 pitch,                    \
+                              const f32* __restrict__ scale) {                                                              \
+        softmax<A>(logits, labels, rows, count, losses, gradient, first, chunk, vocabulary, pitch, scale);                  \
     }                                                                                                                       \
     ENTRY(EACH)                                                                                                             \
     cross_entropy_scatter_##A(const f32* __restrict__ parts, const i32* __restrict__ rows, const i32* __restrict__ count,   \

@@ -100,7 +100,7 @@ grouped_exact_outer(const f32* __restrict__ left, const f32* __restrict__ right,
 }
 
 #define GROUPED(W, OUT)                                                                                                      \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 2)                                                                                                        \
     grouped_exact_##W##_##OUT(                                                                                               \
         const f32* __restrict__ left, const i32* __restrict__ left_slots, const W* __restrict__ weight,                      \
         const f32* __restrict__ absmax, const u8* __restrict__ nested_codes, const f32* __restrict__ nested_map,             \

@@ -68,10 +68,11 @@ DEVICE void product(const bf16* left, const W* weight, Nf4Scales scales, const b
     i64 m = i64(blockIdx.x) * T::M, n = i64(blockIdx.y) * T::N;
     i64 rows = epilogue.rows, columns = epilogue.columns;
     auto right = right_factor(weight, scales, COLUMNS ? depth : columns, COLUMNS ? columns : depth);
-    DenseRight low_rank{{right2, COLUMNS ? depth2 : columns, COLUMNS ? columns : depth2}};
+    Term<Rows, decltype(right)> terms[1] = {{Rows{left, rows, depth}, right, depth}};
+    Term<Rows, DenseRight> low_rank{
+        Rows{left2, rows, depth2}, DenseRight{{right2, COLUMNS ? depth2 : columns, COLUMNS ? columns : depth2}}, depth2};
     Sums<T> sums;
-    multiply_tile<T, false, COLUMNS>(sums, reinterpret_cast<bf16*>(memory), m, n, Rows{left, rows, depth}, right, depth,
-                                     Rows{left2, rows, depth2}, low_rank, depth2);
+    multiply_tile<T, false, COLUMNS>(sums, reinterpret_cast<bf16*>(memory), m, n, terms, low_rank);
     for_each_pack<T>(sums, memory, [&](i32 row, i32 column, const Pack& pack) { epilogue(m + row, n + column, pack); });
 }
 
@@ -84,8 +85,7 @@ DEVICE void outer(const bf16* left, const bf16* right, f32* parts, i64 depth, i3
     Rows left_rows{left + begin * rows, deep, rows};
     DenseRight right_rows{{right + begin * columns, deep, columns}};
     Sums<T> sums;
-    multiply_tile<T, true, true>(sums, reinterpret_cast<bf16*>(memory), m, n, left_rows, right_rows, deep, left_rows, right_rows,
-                                 0);
+    multiply_tile<T, true, true>(sums, reinterpret_cast<bf16*>(memory), m, n, left_rows, right_rows, deep);
     Epilogue<f32> epilogue{nullptr, nullptr, parts + i64(blockIdx.z) * rows * columns, nullptr, 0.0f, rows, columns, 0};
     for_each_pack<T>(sums, memory, [&](i32 row, i32 column, const Pack& pack) { epilogue(m + row, n + column, pack); });
 }

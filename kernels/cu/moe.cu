@@ -9,11 +9,13 @@
 //   group            a stable counting sort of the slots s = t k + j by expert: offsets, slots of rows, rows of slots
 //   routed_swiglu    y_m = w_m silu(gate_m) up_m;  dgate, dup as swiglu's of w_m dy_m;  dw = ⟨dy_m, silu(gate_m) up_m⟩
 //   combine          y_t = Σ_j grouped[row of slot t k + j], in the order of j
+//   combine_residual x_t += that sum + σ(gate_t) · shared_t: the end of a layer, in one pass over the residual stream
 //
 // Tensors: logits, dlogits f32 [T, E]; experts i32 and weights f32 [T, k]; slots, rows i32 [M], M = T k; offsets i32 [E + 1];
 // gate, up, y, dy [M, F] and grouped [M, C] activations.
 //
-// Bytes: route 4 T E + 8 M; group 16 M and 8 E for 1024 slots; the others each operand once, combine (k + 1) rows of C a token.
+// Bytes: route 4 T E + 8 M; group 16 M and 8 E for 1024 slots; the others each operand once, combine (k + 1) rows of C a token,
+// combine_residual two or three more.
 // Limited by memory.
 //
 // Decomposition: a warp a token for route; it finds the chosen one by one, each the largest below the last, so nothing is marked
@@ -282,6 +284,39 @@ DEVICE void combine(const A* grouped, const i32* rows_of, A* y, i32 tokens, i32 
     store_pack(y, first, width, aligned, sum);
 }
 
+// x_t += Σ_j grouped[row of slot t k + j] + σ(gate_t) · shared_t; without `shared` the sum alone.
+template <class A>
+DEVICE void combine_residual(const A* grouped, const i32* rows_of, const A* shared, const A* gate, A* x, i32 tokens, i32 top,
+                             i32 width, i32* faults, i32 fault) {
+    i32 packs = (width + PACK - 1) / PACK;
+    i64 thread = global_thread(), token = thread / packs;
+    i32 first = i32(thread - token * packs) * PACK;
+    if (token >= tokens) return;
+    bool aligned = width % PACK == 0;
+    Pack sum = {};
+    for (i32 j = 0; j < top; j++) {
+        i32 row = rows_of[token * top + j];
+        if (row < 0 || row >= i64(tokens) * top) {
+            report_fault(faults, fault, row);
+            continue;
+        }
+        Pack pack = load_pack(grouped + i64(row) * width, first, width, aligned);
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++) sum.at[i] += pack.at[i];
+    }
+    if (shared != nullptr) {
+        f32 open = logistic(to_f32(gate[token]));
+        Pack pack = load_pack(shared + token * width, first, width, aligned);
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++) sum.at[i] += pack.at[i] * open;
+    }
+    x += token * width;
+    Pack stream = load_pack(x, first, width, aligned);
+#pragma unroll
+    for (i32 i = 0; i < PACK; i++) stream.at[i] += sum.at[i];
+    store_pack(x, first, width, aligned, stream);
+}
+
 // ---- stacks --------------------------------------------------------------------------------------------------------
 
 // target[first + i] = source[i], 16 bytes a thread.
@@ -330,6 +365,12 @@ STACK(u8)
     combine_##A(const A* __restrict__ grouped, const i32* __restrict__ rows_of, A* __restrict__ y, i32 tokens, i32 top,      \
                 i32 width, i32 accumulate, i32* __restrict__ faults, i32 fault) {                                            \
         combine<A>(grouped, rows_of, y, tokens, top, width, accumulate, faults, fault);                                      \
+    }                                                                                                                        \
+    ENTRY(THREADS)                                                                                                           \
+    combine_residual_##A(const A* __restrict__ grouped, const i32* __restrict__ rows_of, const A* __restrict__ shared,       \
+                         const A* __restrict__ gate, A* __restrict__ x, i32 tokens, i32 top, i32 width,                      \
+                         i32* __restrict__ faults, i32 fault) {                                                              \
+        combine_residual<A>(grouped, rows_of, shared, gate, x, tokens, top, width, faults, fault);                           \
     }
 ACTIVATION(f32)
 ACTIVATION(bf16)

@@ -1,10 +1,12 @@
 // Quantising to NF4 with bitsandbytes' bits; see nf4.cuh for the format.
 //
 //   quantize_nf4      absmax[b] = max |x| of block b;  code[e] = how many boundaries lie below x[e] / absmax[b]
+//   quantize_nf4_fp8  the same of x = E4M3 code · scale of its block of a matrix, decoded on the way
 //   nested_mean       offset = mean of the scales, added in the order of torch's f32 mean
 //   nested_scales     the scales themselves, less the offset, in 8 bits: groups of 256 with a scale each
 //
-// Tensors: source f32, bf16 or f16 [n]; codes u8 [ceil(n / 2)]; absmax f32 [blocks], blocks = ceil(n / 64); nested codes u8
+// Tensors: source f32, bf16 or f16 [n]; of the FP8 form E4M3 [O, I] with scales f32 or bf16, one a block of any extents (128 ×
+// 128 in releases); codes u8 [ceil(n / 2)]; absmax f32 [blocks], blocks = ceil(n / 64); nested codes u8
 // [blocks], nested_absmax f32 [ceil(blocks / 256)], map f32 [256] ascending.
 //
 // Bytes: the source once, half a byte an element and 4 a block written; nesting reads the scales twice. Limited by memory.
@@ -37,10 +39,8 @@ DEVICE u32 nearest_code(f32 value) {
     return code;
 }
 
-template <class S>
-DEVICE void quantize_nf4(const S* source, u8* codes, f32* absmax, i64 count, i32* faults, i32 fault) {
-    i64 first = global_thread() * PACK;
-    Pack pack = load_pack(source, first, count, true);
+// Quantises the elements of this thread, those from `first` on; zeros beyond the end.
+DEVICE void quantize_pack(const Pack& pack, i64 first, u8* codes, f32* absmax, i64 count, i32* faults, i32 fault) {
     f32 largest = 0.0f;
     i32 broken = 0;
 #pragma unroll
@@ -78,6 +78,65 @@ DEVICE void quantize_nf4(const S* source, u8* codes, f32* absmax, i64 count, i32
         for (i32 i = 0; first + 2 * i < count; i++) to[i] = u8(word >> 8 * i);
     }
 }
+
+template <class S>
+DEVICE void quantize_nf4(const S* source, u8* codes, f32* absmax, i64 count, i32* faults, i32 fault) {
+    i64 first = global_thread() * PACK;
+    quantize_pack(load_pack(source, first, count, true), first, codes, absmax, count, faults, fault);
+}
+
+// An 8-bit float as bits: a sign, four bits of exponent with bias 7, three of mantissa, no infinities (OCP E4M3).
+struct f8e4m3 {
+    u8 bits;
+};
+
+// As `fp8::value` has it: a normal code has the fields of an f32, narrower and with another bias; a subnormal one is a multiple
+// of 2⁻⁹; all ones is not a number.
+DEVICE f32 value_of_fp8(u32 code) {
+    u32 magnitude = code & 0x7fu;
+    u32 bits = magnitude < 8 ? __float_as_uint(f32(magnitude) * (1.0f / 512.0f)) : (magnitude << 20) + ((127 - 7) << 23);
+    if (magnitude == 0x7fu) bits = 0x7fc00000u;
+    return __uint_as_float(bits | (code & 0x80u) << 24);
+}
+
+// Scales of blocks of `high` rows and `wide` columns of a matrix of `columns` columns; the last of a row or column of blocks may
+// be cut short. A thread's eight elements begin anywhere in a row and may go on in the next.
+template <class S>
+DEVICE void quantize_nf4_fp8(const f8e4m3* source, const S* scales, u8* codes, f32* absmax, i64 count, i32 columns, i32 high,
+                             i32 wide, i32* faults, i32 fault) {
+    i64 first = global_thread() * PACK, row = first / columns;
+    i32 column = i32(first - row * columns), across = (columns + wide - 1) / wide;
+    u32 words[2] = {};
+    if (first + PACK <= count) {
+        uint2 both = *reinterpret_cast<const uint2*>(source + first);
+        words[0] = both.x, words[1] = both.y;
+    } else {
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++)
+            if (first + i < count) words[i / 4] |= u32(source[first + i].bits) << 8 * (i % 4);
+    }
+    Pack pack;
+#pragma unroll
+    for (i32 i = 0; i < PACK; i++) {
+        pack.at[i] = 0.0f;
+        if (first + i < count) {
+            f32 scale = to_f32(scales[row / high * across + column / wide]);
+            pack.at[i] = __fmul_rn(value_of_fp8(byte_of(words[i / 4], i % 4)), scale);
+        }
+        if (++column == columns) row++, column = 0;
+    }
+    quantize_pack(pack, first, codes, absmax, count, faults, fault);
+}
+
+#define QUANTIZE_FP8(S)                                                                                                  \
+    ENTRY(THREADS)                                                                                                       \
+    quantize_nf4_fp8_##S(const f8e4m3* __restrict__ source, const S* __restrict__ scales, u8* __restrict__ codes,        \
+                         f32* __restrict__ absmax, i64 count, i32 columns, i32 high, i32 wide, i32* __restrict__ faults, \
+                         i32 fault) {                                                                                    \
+        quantize_nf4_fp8<S>(source, scales, codes, absmax, count, columns, high, wide, faults, fault);                   \
+    }
+QUANTIZE_FP8(f32)
+QUANTIZE_FP8(bf16)
 
 #define QUANTIZE(S)                                                                                                      \
     ENTRY(THREADS)                                                                                                       \

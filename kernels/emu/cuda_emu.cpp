@@ -78,6 +78,8 @@ struct Copies {
 
 }  // namespace
 
+struct Engines;
+
 // One block that runs, and the memory it runs in.
 struct Block {
     Frame frame;
@@ -95,6 +97,7 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     NamedBarrier named[NAMED_BARRIERS];
+    Engines* engines;
     unsigned char* stacks;
     void* signal_stack;
     bool failed;
@@ -438,6 +441,12 @@ static void ldmatrix(unsigned char (*slots)[SLOT_BYTES], bool transposed) {
 void ldmatrix_x4(unsigned char (*slots)[SLOT_BYTES]) { ldmatrix(slots, false); }
 void ldmatrix_x4_transposed(unsigned char (*slots)[SLOT_BYTES]) { ldmatrix(slots, true); }
 
+}  // namespace emu
+
+#include "hopper_emu.h"
+
+namespace emu {
+
 // ---- running -------------------------------------------------------------------------------------------------------
 
 static void enter(Block* block, Fiber* fiber) {
@@ -478,8 +487,10 @@ static void report_deadlock(Block* block) {
             site = fiber.site;
         }
     block->failed = true;
-    snprintf(block->message, sizeof block->message, "block (%u, %u, %u): %u of %u threads wait at %s for others that never come",
-             block->frame.block.x, block->frame.block.y, block->frame.block.z, waiting, block->threads, site);
+    char more[160];
+    describe_waiting(block, more, sizeof more);
+    snprintf(block->message, sizeof block->message, "block (%u, %u, %u): %u of %u threads wait at %s for others that never come%s",
+             block->frame.block.x, block->frame.block.y, block->frame.block.z, waiting, block->threads, site, more);
 }
 
 static void prepare(Block* block, const Launch& launch, size_t index) {
@@ -521,10 +532,16 @@ static void run_block(Block* block, const Launch& launch, size_t index) {
             bool falling = (block->phase + block->frame.block.x) % 2;
             ran |= run_warp(block, falling ? warps - 1 - turn : turn);
         }
-        if (!ran && !block->failed) report_deadlock(block);
+        if (!ran && !block->failed && !deliver(block)) report_deadlock(block);
     }
     if (!block->failed) check_margins(block);
+    if (const char* what = block->failed ? nullptr : left_behind(block)) {
+        block->failed = true;
+        snprintf(block->message, sizeof block->message, "block (%u, %u, %u): %s", block->frame.block.x, block->frame.block.y,
+                 block->frame.block.z, what);
+    }
     forget_copies(block);
+    forget_engines(block);
 }
 
 // ---- memory outside a block's reach --------------------------------------------------------------------------------
@@ -623,7 +640,9 @@ static Block* take_block() {
     block->shared = static_cast<unsigned char*>(map(shared + GUARD_BYTES));
     block->stacks = static_cast<unsigned char*>(map(MOST_THREADS * STACK_BYTES));
     block->signal_stack = map(SIGNAL_STACK_BYTES);
-    if (!block->shared || !block->stacks || !block->signal_stack) return nullptr;
+    block->engines = new Engines{};
+    block->engines->view = static_cast<unsigned char*>(map(SHARED_BYTES));
+    if (!block->shared || !block->stacks || !block->signal_stack || !block->engines->view) return nullptr;
     mprotect(block->shared + shared, GUARD_BYTES, PROT_NONE);
     for (unsigned i = 0; i < MOST_THREADS; i++) mprotect(block->stacks + i * STACK_BYTES, GUARD_BYTES, PROT_NONE);
     return block;

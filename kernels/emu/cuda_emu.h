@@ -13,7 +13,8 @@
 //     in one order is missing in the other;
 //   - an access that is not aligned to its width, an index outside an array, an overflow of a signed integer: the compiler's own
 //     checks;
-//   - a copy that was not waited for: `cp.async` puts NaN in its place until the wait.
+//   - a copy that was not waited for: `cp.async` puts NaN in its place until the wait;
+//   - the same of the copy engine and of wgmma, and how barriers count bytes: see `hopper_emu.h`.
 //
 // The scheduler, memory and warp operations live in `cuda_emu.cpp`; this header is what is inlined into kernels.
 
@@ -32,6 +33,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 
 struct uint3 {
@@ -119,6 +121,28 @@ void copy_async_wait(unsigned groups_left);
 void mma_m16n8k16_bf16(unsigned char (*slots)[SLOT_BYTES]);
 void ldmatrix_x4(unsigned char (*slots)[SLOT_BYTES]);
 void ldmatrix_x4_transposed(unsigned char (*slots)[SLOT_BYTES]);
+
+// What Hopper adds; see hopper_emu.h.
+unsigned shared_offset(const void* pointer);
+void mbarrier_init(void* barrier, unsigned count);
+void mbarriers_publish();
+void mbarrier_arrive(void* barrier, const char* site);
+void mbarrier_expect(void* barrier, unsigned bytes, const char* site);
+void mbarrier_wait(void* barrier, unsigned parity, const char* site);
+void copy_box(void* target, const void* map, int x, int y, int z, void* barrier, const char* site);
+void proxy_fence();
+// sum += A B: A in registers, or described by `a_shared`, B by `b_shared`; `count` sums a thread, for 2 · count columns.
+struct Wgmma {
+    float* sum;
+    unsigned count;
+    const unsigned* a;
+    uint64_t a_shared, b_shared;
+    bool a_transposed;
+};
+void wgmma_fence();
+void wgmma(const Wgmma& what, const char* site);
+void wgmma_commit(const char* site);
+void wgmma_wait(unsigned groups_left, const char* site);
 
 template <class Value, class Read>
 static inline auto exchange(unsigned mask, const Value& value, const char* site, Read read) {

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use brightrun_kernels::cpu::{Cpu, SimdLevel};
-use brightrun_kernels::emu::{Emulated, emulated};
+use brightrun_kernels::emu::{Emulated, emulated, emulated_as};
 use brightrun_kernels::ops::{
     ActivationOps, AdamW, AttentionBackward, AttentionForward, AttentionOps, DELTA_CHUNK, DeltaBackward, DeltaForward,
     DeltaOps, Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward,
@@ -51,6 +51,59 @@ fn same_bits_emulated(op: &str, run: impl Fn(&Emulated, Precision) -> Vec<Vec<u8
                 "{op} at {threads} threads, {precision:?}"
             );
         }
+    }
+}
+
+/// A layer as Hopper's kernels do it: the tiles of a block that stays, whatever other blocks do.
+#[test]
+fn layers_on_hopper_have_the_same_bits_in_any_order_of_blocks() {
+    let (tokens, inputs, outputs, rank) = (150, 192, 264, 8);
+    let layer = |device: &Emulated| {
+        let half = |shape: &[usize], seed| activation(device, Precision::Bf16, shape, seed);
+        let weight = random(device, &[outputs, inputs], 1);
+        let weight = Weight::Nf4(device.quantize_nf4(&weight, true).unwrap());
+        let (x, dy) = (half(&[tokens, inputs], 2), half(&[tokens, outputs], 3));
+        let (a, b) = (random(device, &[rank, inputs], 4), random(device, &[outputs, rank], 5));
+        let mut hidden = device.alloc(DType::F32, [tokens, rank]).unwrap();
+        let mut y = device.alloc(DType::BF16, [tokens, outputs]).unwrap();
+        let lora = Some(LoraForward {
+            a: &a,
+            b: &b,
+            scale: 2.0,
+            hidden: &mut hidden,
+        });
+        let call = LinearForward {
+            x: &x,
+            weight: &weight,
+            bias: None,
+            lora,
+            precision: Precision::Bf16,
+            y: &mut y,
+        };
+        device.linear_forward(call).unwrap();
+        let mut dx = device.alloc(DType::BF16, [tokens, inputs]).unwrap();
+        let call = LinearBackward {
+            dy: &dy,
+            weight: &weight,
+            lora: None,
+            precision: Precision::Bf16,
+            dx: Some((&mut dx, Write::Overwrite)),
+        };
+        device.linear_backward(call).unwrap();
+        [device.read(&y).unwrap(), device.read(&dx).unwrap()]
+    };
+    let mut first = None;
+    for threads in [1, 3, 3] {
+        let device = match emulated_as(Some(threads), (9, 0)) {
+            Ok(device) => device,
+            Err(Error::Unsupported { reason, .. }) => return println!("emulated: absent: {reason}"),
+            Err(error) => panic!("{error}"),
+        };
+        let bits = layer(&device);
+        assert!(
+            *first.get_or_insert_with(|| bits.clone()) == bits,
+            "at {threads} threads"
+        );
     }
 }
 
@@ -194,7 +247,8 @@ fn cross_entropy() {
         let labels = cpu.upload_i32([tokens], &labels).unwrap();
         let mut losses = cpu.alloc(DType::F32, [tokens]).unwrap();
         let mut dx = cpu.alloc(x.dtype(), [tokens, width]).unwrap();
-        let dx_out = Some((&mut dx, 0.5));
+        let half = cpu.upload_f32([1], &[0.5]).unwrap();
+        let dx_out = Some((&mut dx, &half));
         let call = LinearCrossEntropy {
             x: &x,
             head: &head,

@@ -8,6 +8,8 @@
 mod database;
 #[path = "../support/fake_runpod.rs"]
 mod fake_runpod;
+#[path = "../support/supabase_storage.rs"]
+mod supabase_storage;
 mod world;
 
 mod cancel;
@@ -18,6 +20,7 @@ mod faults;
 mod first_adapter;
 mod full_disk;
 mod push;
+mod push_from_database;
 mod race;
 mod runpod;
 mod secrets;

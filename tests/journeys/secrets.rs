@@ -2,11 +2,16 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Child, Command};
 
 use brightrun_queue::private_server::{Options, PrivateServer};
+use brightrun_worker::orchestrator::settings::EndpointSettings;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 use uuid::Uuid;
 
-use crate::database::{Database, SCHEMA};
+use crate::database::{Database, SCHEMA, eventually};
+use crate::fake_runpod::FakeRunPod;
 use crate::world::{World, settings, spoken};
 
 /// Part of every planted secret; obviously fake.
@@ -60,8 +65,8 @@ async fn tainted_tables(database: &Database) -> Vec<String> {
     tainted
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn secrets_reach_no_row_no_log_and_no_file() {
+/// A server whose logins need passwords, a stage on it, and an address whose password is planted.
+async fn planted() -> (PrivateServer, World, String) {
     let server = PrivateServer::start(&Options {
         loopback: true,
         ..Options::default()
@@ -71,12 +76,18 @@ async fn secrets_reach_no_row_no_log_and_no_file() {
     database.owner.batch_execute(SCHEMA).await.unwrap();
     let login = format!("create role canary_login login password '{CANARY}' in role brightrun_worker");
     database.owner.batch_execute(&login).await.unwrap();
-    let mut world = World::at(database).await;
+    let world = World::at(database).await;
     let trusted = server.loopback_url("journey").unwrap();
     let url = format!(
         "postgresql://canary_login:{CANARY}{}",
         &trusted[trusted.rfind('@').unwrap()..]
     );
+    (server, world, url)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_reach_no_row_no_log_and_no_file() {
+    let (server, mut world, url) = planted().await;
     let run = |world: &World, arguments: &[&str], log: &str| {
         let mut command = world.brightrun(arguments);
         command.env("DATABASE_URL", &url).env("RUST_LOG", log);
@@ -129,6 +140,155 @@ async fn secrets_reach_no_row_no_log_and_no_file() {
         .await
         .unwrap();
     assert_eq!(tainted_tables(&world.database).await, ["public.datasets"]);
+    drop(world);
+    server.stop().unwrap();
+}
+
+/// A process that ends with the test.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _gone = self.0.kill();
+        let _reaped = self.0.wait();
+    }
+}
+
+impl Process {
+    /// Starts the program with every secret planted and all it says in a file; cores would be allowed, if it let them.
+    fn start(world: &World, arguments: &[&str], url: &str, more: &[(&str, &str)], log: &str) -> Self {
+        let program = world.brightrun(arguments);
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "ulimit -c unlimited 2>/dev/null; exec \"$@\"", "sh"])
+            .arg(program.get_program())
+            .args(program.get_args())
+            .current_dir(world.folder.path());
+        for (name, value) in program.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        for name in VARIABLES {
+            command.env(name, CANARY);
+        }
+        let log = fs::File::create(world.folder.path().join(log)).unwrap();
+        command
+            .env("DATABASE_URL", url)
+            .env("RUST_LOG", "trace")
+            .env("BRIGHTRUN_WEBHOOK_SECRET", CANARY)
+            .envs(more.iter().copied())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log);
+        Self(command.spawn().unwrap())
+    }
+
+    fn dies_of(mut self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).unwrap();
+        self.0.wait().unwrap();
+    }
+
+    fn limits(&self) -> String {
+        fs::read_to_string(format!("/proc/{}/limits", self.0.id())).unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_of_an_orchestrator_and_a_runpod_worker_reach_no_row_no_log_no_result_no_core_and_no_file() {
+    let (server, mut world, url) = planted().await;
+    let plane = FakeRunPod::start();
+    world.config.orchestrator.api_base = plane.api();
+    world.config.orchestrator.poll_seconds = 1;
+    // Nobody listens there: the webhook is signed, sent and not accepted.
+    world.config.orchestrator.webhook_url = "http://127.0.0.1:1/hook?token=canary-not-a-secret-7f3a".to_owned();
+    world.config.orchestrator.endpoints = vec![EndpointSettings {
+        id: "ep1".to_owned(),
+        gpu_types: Vec::new(),
+        max_jobs: 4,
+    }];
+    let orchestrator = Process::start(&world, &["orchestrate"], &url, &[], "orchestrator.log");
+    let variables = plane.variables();
+    let mut of_platform: Vec<(&str, &str)> = variables
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str()))
+        .collect();
+    of_platform.extend([
+        ("RUNPOD_AI_API_KEY", CANARY),
+        ("RUNPOD_ENDPOINT_SECRET", CANARY),
+        ("RUNPOD_LOG_LEVEL", "TRACE"),
+        ("RUNPOD_ENDPOINT_ID", "ep1"),
+    ]);
+    let worker = Process::start(&world, &["worker"], &url, &of_platform, "worker.log");
+    let good = world.job(4, 1).await;
+    world.becomes(good, "completed").await;
+    let bad = world.insert(Uuid::new_v4(), settings(1)).await;
+    world.becomes(bad, "failed").await;
+    // A job with credentials of its client's, which names its key where it should not.
+    plane.queue([json!({
+        "id": "whole-e1", "input": {"job_id": format!("not a job but {CANARY}"), "token": CANARY},
+        "s3Config": {"accessId": CANARY, "accessSecret": CANARY}, "webhook": format!("https://c.example/h?key={CANARY}"),
+    })]);
+    let (plane, refused) = tokio::task::spawn_blocking(move || {
+        let refused = plane.result("whole-e1");
+        (plane, refused)
+    })
+    .await
+    .unwrap();
+    assert!(
+        refused["error"].is_string() && !refused.to_string().contains(CANARY),
+        "{refused}"
+    );
+    eventually("the webhook was tried", || async {
+        let log = fs::read_to_string(world.folder.path().join("orchestrator.log")).unwrap();
+        log.contains("a webhook was not accepted")
+    })
+    .await;
+    for process in [&orchestrator, &worker] {
+        let limits = process.limits();
+        let cores = limits
+            .lines()
+            .find(|line| line.starts_with("Max core file size"))
+            .unwrap();
+        assert_eq!(
+            cores.split_whitespace().skip(4).take(2).collect::<Vec<_>>(),
+            ["0", "0"],
+            "{cores}"
+        );
+    }
+    worker.dies_of(Signal::ABORT);
+    orchestrator.dies_of(Signal::ABORT);
+
+    for log in ["worker.log", "orchestrator.log"] {
+        let text = fs::read_to_string(world.folder.path().join(log)).unwrap();
+        assert!(text.lines().count() > 20, "nothing was logged: {text}");
+    }
+    // The keys were used: what is sent to RunPod carries them, in one header and nowhere else.
+    let requests = plane.requests();
+    assert!(
+        requests
+            .iter()
+            .any(|request| request.header("authorization") == Some(CANARY))
+    );
+    assert!(
+        requests
+            .iter()
+            .any(|request| request.header("authorization") == Some(&format!("Bearer {CANARY}")))
+    );
+    for request in &requests {
+        let body = String::from_utf8_lossy(&request.body);
+        assert!(
+            !request.target.contains(CANARY) && !body.contains(CANARY),
+            "{} {body}",
+            request.target
+        );
+    }
+    let mut files = Vec::new();
+    tainted_files(world.folder.path(), &mut files);
+    // The settings hold the webhook's address, as their owner wrote it.
+    files.retain(|file| file.file_name().is_none_or(|name| name != "brightrun.toml"));
+    assert!(files.is_empty(), "{files:?}");
+    assert_eq!(tainted_tables(&world.database).await, Vec::<String>::new());
     drop(world);
     server.stop().unwrap();
 }

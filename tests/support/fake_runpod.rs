@@ -42,7 +42,11 @@ pub struct Request {
     pub target: String,
     pub headers: Vec<(String, String)>,
     pub body: Vec<u8>,
+    /// When it was read. It was sent earlier; how much earlier is the machine's load.
     pub at: Instant,
+    /// When its answer began to be sent, or its connection was closed. It was received later: the time from here to the next
+    /// request's [`Self::at`] is at least as long as the worker waited, whatever the load.
+    pub answered: Option<Instant>,
     /// Whether the answer says that the request was accepted.
     pub accepted: bool,
 }
@@ -391,9 +395,14 @@ impl FakeRunPod {
     /// The same with another limit.
     pub fn patiently(&self, what: &str, patience: Duration, condition: impl Fn(&[Request]) -> bool) {
         let deadline = Instant::now() + patience;
-        while !condition(&self.requests()) {
+        loop {
+            let requests = self.requests();
+            if condition(&requests) {
+                return;
+            }
             assert!(Instant::now() < deadline, "not in time: {what}\n{}", self.trace());
-            std::thread::sleep(Duration::from_millis(5));
+            // Looking at many is work that the processes under test need the machine for.
+            std::thread::sleep(Duration::from_millis(5 + requests.len() as u64 / 200));
         }
     }
 
@@ -405,6 +414,18 @@ impl FakeRunPod {
                 .any(|request| request.route == Route::Done && request.job() == job && request.is_result())
         });
         self.results(job).swap_remove(0)
+    }
+
+    /// How long the worker waited at least between the answer to each request of a route and the next one.
+    pub fn waits(&self, route: Route) -> Vec<Duration> {
+        let requests = self.of(route);
+        let pairs = requests.windows(2);
+        pairs
+            .map(|pair| {
+                let answered = pair[0].answered.expect("the next one follows an answer");
+                pair[1].at.saturating_duration_since(answered)
+            })
+            .collect()
     }
 
     /// Waits for the first request of a route.
@@ -449,6 +470,7 @@ async fn serve(mut stream: TcpStream, state: &Mutex<State>, changed: &Notify) ->
     while let Some(mut request) = read_head(&mut stream, &mut buffer).await? {
         let step = next_step(state, request.route);
         if matches!(step, Step::DropEarly) {
+            request.answered = Some(Instant::now());
             state.lock().unwrap().requests.push(request);
             return Ok(());
         }
@@ -457,7 +479,12 @@ async fn serve(mut stream: TcpStream, state: &Mutex<State>, changed: &Notify) ->
             Step::Answer { status, .. } => *status < 300,
             other => matches!(other, Step::Behave),
         };
-        state.lock().unwrap().requests.push(request.clone());
+        let place = {
+            let mut state = state.lock().unwrap();
+            state.requests.push(request.clone());
+            state.requests.len() - 1
+        };
+        let answering = || state.lock().unwrap().requests[place].answered = Some(Instant::now());
         let answer = match step {
             // A poll whose worker has left must not be handed a job.
             Step::Behave => tokio::select! {
@@ -480,13 +507,17 @@ async fn serve(mut stream: TcpStream, state: &Mutex<State>, changed: &Notify) ->
                     head.push_str(&format!("{name}: {value}\r\n"));
                 }
                 head.push_str("\r\n");
+                answering();
                 stream.write_all(head.as_bytes()).await?;
                 if status != 204 {
                     stream.write_all(&body).await?;
                 }
             }
             Step::Hang => std::future::pending::<()>().await,
-            _ => return Ok(()),
+            _ => {
+                answering();
+                return Ok(());
+            }
         }
     }
     Ok(())
@@ -623,6 +654,7 @@ async fn read_head(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> std::io::Res
         target,
         body: Vec::new(),
         at: Instant::now(),
+        answered: None,
         accepted: false,
     }))
 }

@@ -4,6 +4,8 @@
 //! It keeps objects in memory, checks keys, sizes, media types and names as the original does, and
 //! answers most errors with status 400 and the meant status in the body, as the original does.
 
+// Each test uses a part of it.
+#![allow(dead_code)]
 // An error here is a whole answer, and nothing is gained by boxing one.
 #![allow(clippy::result_large_err)]
 
@@ -41,6 +43,15 @@ pub enum Effect {
     ForgetUploads,
     /// Stores only the first half of what it is given, and says nothing.
     StoreHalf,
+}
+
+/// What every request meets while it lasts.
+#[derive(Clone, Copy, Debug)]
+pub enum Trouble {
+    /// Answers this status without doing anything.
+    Refuses(u16),
+    /// Works after a wait.
+    Slow(std::time::Duration),
 }
 
 /// A fault and the requests it strikes.
@@ -81,6 +92,7 @@ struct Inner {
     uploads: HashMap<String, Resumable>,
     tokens: HashMap<String, (String, String)>,
     faults: Vec<Fault>,
+    trouble: Option<Trouble>,
     requests: Vec<String>,
 }
 
@@ -176,6 +188,18 @@ impl SupabaseStandIn {
         found.map(|object| object.content)
     }
 
+    /// Paths of all objects of a bucket.
+    pub fn paths(&self, bucket: &str) -> Vec<String> {
+        let inner = self.lock();
+        let in_bucket = inner.objects.keys().filter(|(name, _)| name == bucket);
+        in_bucket.map(|(_, path)| path.clone()).collect()
+    }
+
+    /// Puts all requests from now on into trouble, or out of it.
+    pub fn trouble(&self, trouble: Option<Trouble>) {
+        self.lock().trouble = trouble;
+    }
+
     /// `METHOD /path` of every request so far.
     pub fn requests(&self) -> Vec<String> {
         self.lock().requests.clone()
@@ -196,11 +220,16 @@ async fn answer(State(stand_in): State<SupabaseStandIn>, request: Request) -> Re
         Ok(body) => body,
         Err(_) => return refused("400", "Error", "the body was cut"),
     };
-    let effect = {
+    let (effect, trouble) = {
         let mut inner = stand_in.lock();
         inner.requests.push(format!("{} {path}", parts.method));
-        inner.strike(&parts.method, &path)
+        (inner.strike(&parts.method, &path), inner.trouble)
     };
+    match trouble {
+        Some(Trouble::Refuses(status)) => return fault_answer(status, None, "the storage is in trouble"),
+        Some(Trouble::Slow(wait)) => tokio::time::sleep(wait).await,
+        None => {}
+    }
     let call = Call {
         method: parts.method,
         path,

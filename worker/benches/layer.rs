@@ -12,6 +12,7 @@ use brightrun_kernels::cpu::{Cpu, timed};
 use brightrun_kernels::ops::Device;
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Tensor};
+use brightrun_worker::model::feed_forward::Purpose;
 use brightrun_worker::model::{Batch, LoadOptions, LoraConfig, LoraGradients, LoraSet, Model, ModelConfig};
 use brightrun_worker::plan::{Contents, preset, skeleton_with};
 use brightrun_worker::spec::BaseDtype;
@@ -71,7 +72,8 @@ fn measure(tokens: usize, name: &str, dtype: BaseDtype) {
     let device = Cpu::new(None).unwrap();
     let model = one_layer(&device, dtype);
     let batch = Batch::prompt(&vec![1; tokens]);
-    let pass = model.pass(None, &batch).unwrap();
+    let inputs = model.inputs(&batch, 0.0).unwrap();
+    let pass = model.pass(None, &inputs);
     let layer = &model.layers()[0];
     // Nobody adds to these: the pass has no adapter.
     let idle = LoraConfig {
@@ -87,14 +89,15 @@ fn measure(tokens: usize, name: &str, dtype: BaseDtype) {
     let block = layer.feed_forward();
     let times = best(|| {
         let mut kept = None;
+        let mut residual = copy(&device, &x);
         let forward = timed(&device, || {
-            let trace = block.open(&pass, &x).unwrap();
-            let closed = block.close(&pass, &trace).unwrap();
-            kept = Some((trace, closed));
+            let mut trace = block.open(&pass, &x, Purpose::Both).unwrap();
+            let hidden = block.close(&pass, &mut trace, &mut residual).unwrap();
+            kept = Some((trace, hidden));
         });
-        let (trace, closed) = kept.take().unwrap();
+        let (trace, hidden) = kept.take().unwrap();
         let mut dx = device.alloc(DType::F32, [tokens, width]).unwrap();
-        let mut saved = Some((trace, closed.hidden.as_ref()));
+        let mut saved = Some((trace, hidden.as_ref()));
         let backward = timed(&device, || {
             let saved = saved.take().unwrap();
             block

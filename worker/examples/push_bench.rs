@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use brightrun_queue::{Queue, QueueConfig};
+use brightrun_queue::{Claimed, JobState, Queue, QueueConfig};
 use brightrun_worker::artifact::artifact_id;
 use brightrun_worker::cli::service::SCHEMA;
 use fake_runpod::{CANARY_KEY, FakeRunPod, Route};
@@ -174,7 +174,7 @@ async fn work(slot: usize, queue: Queue, plane: Arc<FakeRunPod>, told: Arc<Told>
             .unwrap()
             .push(free_since.elapsed().as_secs_f64() * 1000.0);
         let job: Uuid = delivery["input"]["job_id"].as_str().unwrap().parse().unwrap();
-        let claimed = queue.claim_job(&name, job, Duration::from_secs(60)).await.unwrap();
+        let claimed = claim(&queue, &name, job).await;
         if let Some(claimed) = claimed {
             tokio::time::sleep(Duration::from_millis(work_ms)).await;
             queue.complete(&claimed.lease, &finished(user, job)).await.unwrap();
@@ -182,6 +182,20 @@ async fn work(slot: usize, queue: Queue, plane: Arc<FakeRunPod>, told: Arc<Told>
         }
         plane.end(delivery["id"].as_str().unwrap(), "COMPLETED");
         free_since = Instant::now();
+    }
+}
+
+/// As a worker does: a job that cannot be had just now, since its submission is being noted, is asked for again.
+async fn claim(queue: &Queue, name: &str, job: Uuid) -> Option<Claimed> {
+    loop {
+        if let Some(claimed) = queue.claim_job(name, job, Duration::from_secs(60)).await.unwrap() {
+            return Some(claimed);
+        }
+        let state = queue.status(job).await.unwrap().map(|status| status.state);
+        if state != Some(JobState::Ready) {
+            return None;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

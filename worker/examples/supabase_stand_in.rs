@@ -3,11 +3,7 @@
 
 use std::io::Read;
 
-#[allow(
-    dead_code,
-    clippy::unwrap_used,
-    reason = "shared with the tests, which use all of it"
-)]
+#[allow(clippy::unwrap_used, reason = "shared with the tests, which use all of it")]
 #[path = "../../tests/support/supabase_storage.rs"]
 mod supabase_storage;
 

@@ -30,6 +30,7 @@
 //! compute backend in model code.
 
 pub mod artifact;
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod dataset;

@@ -2,10 +2,33 @@
 
 use std::str::FromStr;
 
+/// The environment variable that allows core dumps again when it is `1`: for a developer with a debugger.
+pub const CORE_DUMPS_VARIABLE: &str = "BRIGHTRUN_CORE_DUMPS";
+
+/// Lets no core dump of this process be written: it would hold every credential. The limit is for cores in files, the other
+/// switch also for those that the system hands to a program.
+pub fn forbid_core_dumps() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    if std::env::var(CORE_DUMPS_VARIABLE).is_ok_and(|value| value == "1") {
+        return;
+    }
+    let none = Rlimit {
+        current: Some(0),
+        maximum: Some(0),
+    };
+    // Where the system refuses, nothing can be done about it, and nobody is there yet to be told.
+    let _refused = setrlimit(Resource::Core, none);
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+        let _refused = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    }
+}
+
 /// A credential. It has no `Display` and no `Serialize`; `Debug` shows only that it is there.
 ///
 /// The memory is not wiped: the aim is that a secret never reaches a row, a log line, an error
-/// or a file by accident, which the type system can guarantee; a memory dump it cannot.
+/// or a file by accident, which the type system can guarantee. Memory dumps are forbidden by [`forbid_core_dumps`].
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 

@@ -68,9 +68,7 @@ fn golden_cases_agree_with_the_peers() {
 fn golden_cases_agree_on_the_emulated_device() {
     match emu::emulated(None) {
         Ok(device) => all_agree(&device),
-        Err(Error::Unsupported { reason, .. }) => {
-            say(&format!("golden on `emulated`: absent ({reason}); nothing was tested"))
-        }
+        Err(Error::Unsupported { reason, .. }) => absent("emulated", &reason),
         Err(error) => panic!("{error}"),
     }
 }
@@ -80,11 +78,17 @@ fn golden_cases_agree_on_the_emulated_device() {
 fn golden_cases_agree_on_the_gpu() {
     match cuda::cuda(0) {
         Ok(device) => all_agree(&device),
-        Err(Error::Unsupported { reason, .. }) => {
-            say(&format!("golden on `cuda`: absent ({reason}); nothing was tested"))
-        }
+        Err(Error::Unsupported { reason, .. }) => absent("cuda", &reason),
         Err(error) => panic!("{error}"),
     }
+}
+
+/// Says that a backend is not there; a failure where `BRIGHTRUN_REQUIRED_BACKENDS`, a list with commas, names it.
+fn absent(backend: &str, reason: &str) {
+    say(&format!("golden on `{backend}`: absent ({reason}); nothing was tested"));
+    let required = std::env::var("BRIGHTRUN_REQUIRED_BACKENDS").unwrap_or_default();
+    let is_required = required.split(',').any(|name| name.trim() == backend);
+    assert!(!is_required, "{backend} is required and absent: {reason}");
 }
 
 fn all_agree<B: Backend>(device: &B) {

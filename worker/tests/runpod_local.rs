@@ -446,6 +446,101 @@ async fn a02_compat_sdk_streams_all_at_once_and_posts_the_bare_result() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a02_compat_sdk_has_the_development_servers_pages_and_nothing_of_the_cloud() {
+    let sdk = LocalOptions {
+        compatibility: Compatibility::Sdk,
+        endpoint: Some("ep1".to_owned()),
+        ..options()
+    };
+    let served = Served::start(Mock::default(), sdk).await;
+    let page = served.http.get(format!("{}/", served.base)).send().await.unwrap();
+    let kind = page.headers()["content-type"].to_str().unwrap().to_owned();
+    assert!(page.status() == 200 && kind.starts_with("text/html"), "{kind}");
+    let still = reqwest::Client::builder()
+        .no_proxy()
+        .redirect(reqwest::redirect::Policy::none())
+        .build()
+        .unwrap();
+    let docs = still.get(format!("{}/docs", served.base)).send().await.unwrap();
+    assert_eq!(
+        (docs.status().as_u16(), &docs.headers()["location"]),
+        (307, &"/".parse().unwrap())
+    );
+    let (_, described) = served.get("/openapi.json").await;
+    assert_eq!(described["info"]["title"], "Runpod | Development Worker API");
+    for path in ["/cancel/x", "/retry/x", "/purge-queue", "/other/realtime"] {
+        assert_eq!(served.post(path, &json!({})).await.0, 404, "{path}");
+    }
+    assert_eq!(served.get("/health").await, (404, json!({"detail": "Not Found"})));
+    for path in ["/run", "/runsync", "/status/x", "/stream/x", "/ep1/realtime"] {
+        assert_eq!(served.get(path).await.0, 405, "{path}");
+    }
+    for path in ["/status/nope", "/stream/nope"] {
+        let (code, answer) = served.post(path, &json!({})).await;
+        assert_eq!((code, &answer["error"]), (200, &json!("Job ID not found")), "{path}");
+    }
+    let realtime = served
+        .post("/ep1/realtime", &json!({"id": "r", "input": {"return": [1]}}))
+        .await;
+    assert_eq!(realtime, (200, json!({"output": [1]})));
+    let (code, failed) = served
+        .post("/ep1/realtime", &json!({"id": "r", "input": {"fail": "no"}}))
+        .await;
+    assert!(
+        code == 200 && failed["error"].is_string() && failed.get("output").is_none(),
+        "{failed}"
+    );
+    assert_eq!(served.post("/ep1/realtime", &json!({"input": 1})).await.0, 422);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a02_compat_sdk_answers_every_outcome_and_survives_a_webhook_that_fails() {
+    let plane = FakeRunPod::start();
+    plane.script(Route::Other, [Step::status(500)]);
+    let sdk = LocalOptions {
+        compatibility: Compatibility::Sdk,
+        ..options()
+    };
+    let served = Served::start(Mock::default(), sdk).await;
+    let body = json!({"input": {"return": null}, "webhook": format!("{}/hook", plane.url())});
+    let (code, answer) = served.post("/runsync", &body).await;
+    assert_eq!((code, &answer["status"]), (200, &json!("COMPLETED")));
+    assert!(
+        answer.get("output").is_none(),
+        "a null output leaves the key out: {answer}"
+    );
+    plane.eventually("the webhook", |_| !plane.of(Route::Other).is_empty());
+    for input in [
+        json!({"fail": "x"}),
+        json!({"panic": "x"}),
+        json!({"return": {"error": "m"}}),
+    ] {
+        let (code, answer) = served
+            .post(
+                "/runsync",
+                &json!({"input": input, "webhook": format!("{}/hook", plane.url())}),
+            )
+            .await;
+        assert_eq!((code, &answer["status"]), (200, &json!("FAILED")), "{input}");
+        assert!(
+            answer["error"].is_string() && answer.get("output").is_none(),
+            "{answer}"
+        );
+    }
+    served.post("/runsync", &body).await;
+    plane.eventually("a webhook after a success", |_| plane.of(Route::Other).len() >= 2);
+    assert_eq!(plane.of(Route::Other).len(), 2, "once each, and not for failures");
+    for wrong in ["{", "[]", "7"] {
+        let request = served.http.post(format!("{}/run", served.base)).body(wrong);
+        let (code, answer) = served.send(request.header("content-type", "application/json")).await;
+        assert!(
+            code == 422 && answer["detail"][0]["type"].is_string(),
+            "{wrong}: {answer}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a01_one_local_job_has_the_exit_code_of_its_outcome() {
     let folder = tempfile::tempdir().unwrap();
     let once = async |input: Option<&str>, form| {

@@ -26,7 +26,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use fake_runpod::{CANARY_KEY, FakeRunPod, PATIENCE, Route, Step};
 use support::{Mock, settings};
 
-const TESTS: [(&str, fn()); 10] = [
+const TESTS: [(&str, fn()); 12] = [
     ("h08_a_killed_worker_is_silent", h08_a_killed_worker_is_silent),
     ("x01_an_idle_worker_leaves_at_once", x01_an_idle_worker_leaves_at_once),
     (
@@ -49,6 +49,14 @@ const TESTS: [(&str, fn()); 10] = [
     (
         "l01_every_line_is_json_with_three_keys_even_after_a_panic",
         l01_every_line_is_json_with_three_keys_even_after_a_panic,
+    ),
+    (
+        "t04_what_is_expected_is_no_trouble_in_the_log",
+        t04_what_is_expected_is_no_trouble_in_the_log,
+    ),
+    (
+        "t19_a_take_address_of_another_form_is_warned_of_once",
+        t19_a_take_address_of_another_form_is_warned_of_once,
     ),
     (
         "z01_of_thousands_of_jobs_under_faults_each_has_one_accepted_result",
@@ -360,11 +368,55 @@ fn l02_l03_lines_are_cut_and_hold_no_key() {
     assert!(!plane.result("job-1").to_string().contains(CANARY_KEY));
 }
 
-/// Size of the soak.
-const SOAK_JOBS: usize = 3000;
+/// Lines of a log at WARN or above.
+fn trouble(lines: &[String]) -> Vec<Value> {
+    let parsed = lines.iter().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    parsed
+        .filter(|line| line["level"] == "WARN" || line["level"] == "ERROR")
+        .collect()
+}
+
+fn t04_what_is_expected_is_no_trouble_in_the_log() {
+    let plane = FakeRunPod::start();
+    plane.script(Route::Take, (0..4).map(|_| Step::status(400)));
+    let process = Process::start(&plane, &[("RUNPOD_LOG_LEVEL", "DEBUG")]);
+    plane.job("job-1", json!({"return": 1}));
+    plane.result("job-1");
+    assert!(plane.of(Route::Take).len() >= 5, "the 400s were met");
+    process.signal(Signal::TERM);
+    let lines = process.lines();
+    assert!(lines.len() > 3 && trouble(&lines).is_empty(), "{:#?}", trouble(&lines));
+}
+
+fn t19_a_take_address_of_another_form_is_warned_of_once() {
+    let plane = FakeRunPod::start();
+    let take = format!("{}/v2/ep1/jobs/$ID", plane.url());
+    let job = Step::json(json!({"id": "job-1", "input": {"return": 1}}));
+    plane.script(Route::Other, [job]);
+    plane.always(Route::Other, Step::Hang);
+    let process = Process::start(&plane, &[("RUNPOD_WEBHOOK_GET_JOB", &take), ("TEST_CONCURRENCY", "3")]);
+    plane.result("job-1");
+    plane.eventually("the next take", |_| plane.of(Route::Other).len() == 2);
+    plane.more(Route::Ping, 2);
+    process.signal(Signal::TERM);
+    assert_eq!(plane.of(Route::Other)[0].target, "/v2/ep1/jobs/pod1?job_in_progress=0");
+    assert!(plane.of(Route::Stop).is_empty(), "no stop channel can be derived");
+    let warned = trouble(&process.lines());
+    assert_eq!(warned.len(), 1, "{warned:#?}");
+    assert!(
+        warned[0]["message"].as_str().unwrap().contains("/job-take/"),
+        "{warned:#?}"
+    );
+}
+
+/// Size of the soak: 3,000 jobs, or as many as `BRIGHTRUN_SOAK_JOBS` says.
+fn soak_jobs() -> usize {
+    let asked = std::env::var("BRIGHTRUN_SOAK_JOBS").ok();
+    asked.map_or(3000, |text| text.parse::<usize>().unwrap() / 10 * 10)
+}
 
 fn z01_of_thousands_of_jobs_under_faults_each_has_one_accepted_result() {
-    let plane = FakeRunPod::start();
+    let (plane, soak_jobs) = (FakeRunPod::start(), soak_jobs());
     let mut seed = 0x2545_f491_4f6c_dd17_u64;
     let mut fault = move || {
         seed ^= seed << 13;
@@ -378,10 +430,10 @@ fn z01_of_thousands_of_jobs_under_faults_each_has_one_accepted_result() {
             _ => Step::Behave,
         }
     };
-    plane.script(Route::Done, (0..2 * SOAK_JOBS).map(|_| fault()));
+    plane.script(Route::Done, (0..2 * soak_jobs).map(|_| fault()));
     plane.script(Route::Ping, (0..100).map(|_| fault()));
     // A take that is dropped loses no job here: the fake hands one out only when it answers.
-    plane.script(Route::Take, (0..SOAK_JOBS / 4).map(|_| fault()));
+    plane.script(Route::Take, (0..soak_jobs / 4).map(|_| fault()));
     let mut process = Process::start(&plane, &[("TEST_CONCURRENCY", "8"), ("RUNPOD_LOG_LEVEL", "ERROR")]);
     let usage = |process: &Process| {
         let id = process.child.id();
@@ -393,19 +445,23 @@ fn z01_of_thousands_of_jobs_under_faults_each_has_one_accepted_result() {
     let mut after_warm_up = (0, 0);
     for part in 0..10 {
         let jobs =
-            (0..SOAK_JOBS / 10).map(|number| json!({"id": format!("job-{part}-{number}"), "input": {"progress": [1]}}));
+            (0..soak_jobs / 10).map(|number| json!({"id": format!("job-{part}-{number}"), "input": {"progress": [1]}}));
         plane.queue(jobs);
         plane.patiently("all results", Duration::from_secs(120), |requests| {
             let accepted = requests
                 .iter()
                 .filter(|request| request.accepted && request.is_result());
-            accepted.count() >= (part + 1) * SOAK_JOBS / 10
+            accepted.count() >= (part + 1) * soak_jobs / 10
         });
         if part == 1 {
             after_warm_up = usage(&process);
         }
     }
     let (kib, files) = usage(&process);
+    println!(
+        "{soak_jobs} jobs: {} and {kib} KiB resident after a fifth and at the end, {} and {files} open files",
+        after_warm_up.0, after_warm_up.1
+    );
     process.signal(Signal::TERM);
     assert_eq!(process.exit().code(), Some(0));
     let mut accepted = std::collections::BTreeMap::<String, usize>::new();
@@ -416,7 +472,7 @@ fn z01_of_thousands_of_jobs_under_faults_each_has_one_accepted_result() {
     {
         *accepted.entry(request.job().to_owned()).or_default() += 1;
     }
-    assert_eq!(accepted.len(), SOAK_JOBS);
+    assert_eq!(accepted.len(), soak_jobs);
     assert!(
         accepted.values().all(|count| *count == 1),
         "a result was accepted twice"

@@ -3,7 +3,9 @@
 use super::{Rules, VECTOR};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, Device};
+use crate::ops::{
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, Device,
+};
 use crate::tensor::{Segments, Tensor};
 
 /// `Hk`, `Hv`, `Dk`, `Dv`.
@@ -105,6 +107,37 @@ fn common<D: Device>(
         key_dim,
         value_dim,
     })
+}
+
+/// Sizes of the delta rule whose inputs the projections hold.
+pub(crate) fn delta_inputs_forward<D: Device>(call: &DeltaInputsForward<'_, D>) -> Result<DeltaSizes> {
+    let rules = Rules("delta_inputs_forward");
+    let sizes = common(rules, call.q, call.k, call.v, call.segments)?;
+    let group = sizes.value_heads / sizes.key_heads * sizes.value_dim;
+    let columns = sizes.key_heads * (2 * sizes.key_dim + 2 * group);
+    for (argument, tensor) in [("fused", call.fused), ("ba", call.ba), ("z", &*call.z)] {
+        rules.alike(argument, tensor, call.q)?;
+    }
+    rules.shape("fused", call.fused, "[T, Hk·(2·Dk + 2·G·Dv)]", &[sizes.tokens, columns])?;
+    rules.shape("ba", call.ba, "[T, 2·Hv]", &[sizes.tokens, 2 * sizes.value_heads])?;
+    rules.shape("z", call.z, "the shape of v", call.v.shape().extents())?;
+    let (keys, values) = (sizes.key_heads * sizes.key_dim, sizes.value_heads * sizes.value_dim);
+    let mut taps = None;
+    for (argument, tensor, channels) in [
+        ("taps of q", call.taps[0], keys),
+        ("taps of k", call.taps[1], keys),
+        ("taps of v", call.taps[2], values),
+    ] {
+        rules.dtype(argument, tensor, VECTOR)?;
+        let [_, own] = rules.extents(argument, tensor, "[C, K]")?;
+        rules.shape(argument, tensor, "[C, K]", &[channels, *taps.get_or_insert(own)])?;
+    }
+    for (argument, tensor) in [("a_log", call.a_log), ("dt_bias", call.dt_bias)] {
+        rules.dtype(argument, tensor, VECTOR)?;
+        rules.shape(argument, tensor, "[Hv]", &[sizes.value_heads])?;
+    }
+    per_head(rules, &[("decay", &*call.decay), ("beta", &*call.beta)], sizes)?;
+    Ok(sizes)
 }
 
 fn per_head<D: Device>(rules: Rules, tensors: &[(&'static str, &Tensor<D>)], sizes: DeltaSizes) -> Result<()> {

@@ -18,7 +18,9 @@ pub(crate) fn linear_cross_entropy<D: Device>(call: &LinearCrossEntropy<'_, D>) 
     rules.shape("labels", call.labels, "[T]", &[tokens])?;
     rules.dtype("losses", call.losses, &[DType::F32])?;
     rules.shape("losses", call.losses, "[T]", &[tokens])?;
-    if let Some((dx, _)) = &call.dx {
+    if let Some((dx, factor)) = &call.dx {
+        rules.dtype("factor", factor, &[DType::F32])?;
+        rules.shape("factor", factor, "[1]", &[1])?;
         rules.alike("dx", dx, call.x)?;
         rules.shape("dx", dx, "[T, C]", &[tokens, inputs])?;
     }

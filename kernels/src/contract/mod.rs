@@ -11,6 +11,7 @@ mod gate;
 mod loss;
 mod matmul;
 mod moe;
+mod moe_fused;
 mod norm;
 mod quantize;
 mod rows;
@@ -18,7 +19,8 @@ mod rows;
 pub(crate) use self::attention::{AttentionSizes, attention_backward, attention_forward};
 pub(crate) use self::convolution::{ConvolutionSizes, convolution_backward, convolution_forward};
 pub(crate) use self::delta::{
-    DeltaSizes, delta_gates_backward, delta_gates_forward, delta_rule_backward, delta_rule_forward,
+    DeltaSizes, delta_gates_backward, delta_gates_forward, delta_inputs_forward, delta_rule_backward,
+    delta_rule_forward,
 };
 pub(crate) use self::elementwise::{adamw_8bit_step, adamw_step, same_shape};
 pub(crate) use self::gate::{
@@ -31,7 +33,8 @@ pub(crate) use self::moe::{
     GroupedSizes, RoutingSizes, combine, grouped_linear_backward, grouped_linear_forward, route, route_backward,
     routed_swiglu_backward, routed_swiglu_forward, stack_expert,
 };
-pub(crate) use self::norm::{NormSizes, rms_norm_backward, rms_norm_forward};
+pub(crate) use self::moe_fused::{combine_residual, grouped_pair_backward, grouped_swiglu_forward};
+pub(crate) use self::norm::{NormSizes, add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
 pub(crate) use self::quantize::{dequantize, quantize_nf4, quantize_nf4_fp8, weight_shape};
 pub(crate) use self::rows::{copy_rows, gather_rows, rope};
 

@@ -208,7 +208,7 @@ fn letters(order: RowOrder, width: &str) -> &'static str {
     }
 }
 
-fn routing_sizes<D: Device>(rules: Rules, routing: &Routing<D>) -> Result<RoutingSizes> {
+pub(super) fn routing_sizes<D: Device>(rules: Rules, routing: &Routing<D>) -> Result<RoutingSizes> {
     let integers = [
         ("routing.experts", &routing.experts),
         ("routing.slots", &routing.slots),
@@ -251,7 +251,7 @@ fn router_logits<D: Device>(
 }
 
 /// The common width of activations with one row per slot.
-fn grouped_activations<D: Device>(
+pub(super) fn grouped_activations<D: Device>(
     rules: Rules,
     tensors: &[(&'static str, &Tensor<D>)],
     sizes: RoutingSizes,
@@ -268,7 +268,7 @@ fn grouped_activations<D: Device>(
 }
 
 /// `(O, I)` of a well-formed stack of `experts` matrices.
-fn stack<D: Device>(rules: Rules, weight: &WeightStack<D>, experts: usize) -> Result<(usize, usize)> {
+pub(super) fn stack<D: Device>(rules: Rules, weight: &WeightStack<D>, experts: usize) -> Result<(usize, usize)> {
     match weight {
         WeightStack::Dense(tensor) => {
             rules.dtype("weight", tensor, DENSE)?;
@@ -325,7 +325,7 @@ fn nf4_stack<D: Device>(rules: Rules, stack: &Nf4Stack<D>, experts: usize) -> Re
 }
 
 /// `R` of adapters that fit a stack of `(E, O, I)`.
-fn adapters<D: Device>(
+pub(super) fn adapters<D: Device>(
     rules: Rules,
     a: &Tensor<D>,
     b: &Tensor<D>,

@@ -3,7 +3,7 @@
 use super::{Rules, VECTOR};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Device, NormBackward, NormForward};
+use crate::ops::{AddNormForward, Device, NormBackward, NormForward};
 use crate::tensor::Tensor;
 
 /// `C`.
@@ -16,6 +16,15 @@ pub(crate) fn rms_norm_forward<D: Device>(call: &NormForward<'_, D>) -> Result<N
     let rules = Rules("rms_norm_forward");
     rules.alike("y", call.y, call.x)?;
     rules.shape("y", call.y, "the shape of x", call.x.shape().extents())?;
+    common(rules, call.x, call.weight, call.rstd)
+}
+
+pub(crate) fn add_rms_norm_forward<D: Device>(call: &AddNormForward<'_, D>) -> Result<NormSizes> {
+    let rules = Rules("add_rms_norm_forward");
+    for (argument, tensor) in [("added", call.added), ("y", &*call.y)] {
+        rules.alike(argument, tensor, call.x)?;
+        rules.shape(argument, tensor, "the shape of x", call.x.shape().extents())?;
+    }
     common(rules, call.x, call.weight, call.rstd)
 }
 

@@ -81,7 +81,7 @@ pub(crate) fn quantize_nf4_fp8<D: Device>(
             problem: format!("is {block:?}, but extents of a block are at least 1"),
         });
     }
-    rules.dtype("scales", scales, &[DType::F32])?;
+    rules.dtype("scales", scales, VECTOR)?;
     let grid = fp8::scale_extents([outputs, inputs], block);
     rules.shape("scales", scales, "[ceil(O / block[0]), ceil(I / block[1])]", &grid)?;
     Ok((outputs, inputs))

@@ -50,7 +50,7 @@ impl Cpu {
         let losses = floats_mut(OP, "losses", call.losses)?;
         losses.fill(0.0);
         let (mut dx, factor) = match call.dx {
-            Some((dx, factor)) => (Some(floats_mut(OP, "dx", dx)?), factor),
+            Some((dx, factor)) => (Some(floats_mut(OP, "dx", dx)?), floats(OP, "factor", factor)?[0]),
             None => (None, 0.0),
         };
         if let Some(dx) = &mut dx {

@@ -4,7 +4,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::matrix::Matrix;
 use super::simd::{self, Simd};
-use super::view::{dense_bf16, dense_f16, floats, floats_mut};
+use super::view::{dense_bf16, dense_f16, floats, floats_mut, widened};
 use super::{Cpu, nf4};
 use crate::contract;
 use crate::dtype::DType;
@@ -34,8 +34,9 @@ impl QuantizeOps for Cpu {
     ) -> Result<Nf4Weight<Self>> {
         const OP: &str = "quantize_nf4_fp8";
         let extents = contract::quantize_nf4_fp8(codes, scales, block)?;
+        let scales = widened(OP, "scales", scales)?;
         let grid = fp8::Grid {
-            scales: floats(OP, "scales", scales)?,
+            scales: &scales,
             columns: extents.1,
             block,
         };

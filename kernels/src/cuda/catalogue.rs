@@ -18,6 +18,8 @@ pub struct Entry {
     pub name: String,
     /// Threads of a block.
     pub threads: u32,
+    /// The only target it is compiled for, if not for all.
+    pub only: Option<&'static str>,
 }
 
 /// Every entry there is, in the order of the sources.
@@ -29,6 +31,7 @@ pub fn entries() -> Vec<Entry> {
             kernel: kernel.stem,
             name: kernel.entry(&types),
             threads: kernel.threads,
+            only: kernel.source.only,
         })
     });
     entries.collect()
@@ -47,14 +50,14 @@ pub struct Built {
     pub was_there: bool,
 }
 
-/// Compiles every source for every target into a folder, which [`PRECOMPILED_VARIABLE`](super::PRECOMPILED_VARIABLE) can then
+/// Compiles every source for every target that it is for into a folder, which [`PRECOMPILED_VARIABLE`](super::PRECOMPILED_VARIABLE) can then
 /// name. Each file is told when it is there; files that are there already are left alone.
 ///
 /// # Errors
 /// [`Error::Device`], with the compiler's log or the file that cannot be written.
 pub fn build(compiler: &Nvrtc, targets: &[Target], folder: &Path, mut told: impl FnMut(&Built)) -> Result<()> {
     for target in targets {
-        for source in sources::all() {
+        for source in sources::all().filter(|source| source.is_for(&target.to_string())) {
             told(&build_one(compiler, source, *target, folder)?);
         }
     }

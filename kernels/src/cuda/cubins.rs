@@ -223,6 +223,7 @@ mod tests {
     const SOURCE: Source = Source {
         name: "sample",
         text: "#include \"nf4.cuh\"\nint x;",
+        only: None,
     };
 
     fn folder(name: &str) -> PathBuf {
@@ -277,6 +278,7 @@ mod tests {
         let changed = Source {
             name: "sample",
             text: "#include \"nf4.cuh\"\nint y;",
+            only: None,
         };
         assert_ne!(name, stem(&changed, target("sm_80")));
         let other_target = stem(&SOURCE, target("sm_90a"));

@@ -1,7 +1,7 @@
 //! The runtime: one context, one compute stream, modules loaded when first used.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::result::DriverError;
 use cudarc::driver::sys::{CUevent_flags, CUfunction_attribute, CUresult};
@@ -9,11 +9,12 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaSlice
 use cudarc::nvrtc::Ptx;
 
 use super::cubins::Cubins;
+use super::cublaslt::{Library, Unusable};
 use super::launch;
 use super::presence::{DeviceInfo, Presence, probe};
 use super::staging::Staging;
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, Launch, Runtime, Source};
+use crate::gpu::{Gpu, Launch, Machine, PlainProduct, Runtime, Source, Span, Value};
 
 /// The environment variable that, when set to `1`, makes every launch wait for its end: an error then names the kernel that
 /// made it.
@@ -30,7 +31,17 @@ pub struct Driver {
     staging: Mutex<Staging>,
     cubins: Cubins,
     code: Mutex<Code>,
+    /// cuBLASLt, once a product has asked for it.
+    library: OnceLock<Result<Library, Unusable>>,
+    /// Memory that the capture at hand was given, if there is one.
+    captured: Mutex<Option<Vec<Arc<Memory>>>>,
     synchronous: bool,
+}
+
+/// Captured launches, and the memory they were given.
+pub struct Graph {
+    launches: launch::Captured,
+    _memory: Vec<Arc<Memory>>,
 }
 
 /// What was loaded so far.
@@ -90,6 +101,8 @@ impl Driver {
             compute,
             cubins,
             code: Mutex::default(),
+            library: OnceLock::new(),
+            captured: Mutex::new(None),
             synchronous: std::env::var(SYNCHRONOUS_VARIABLE).is_ok_and(|value| value == "1"),
         })
     }
@@ -170,9 +183,36 @@ impl Driver {
         Ok(module)
     }
 
-    /// Both locks guard tables that are whole after every statement, so a poisoned one is still good.
+    /// All locks guard tables that are whole after every statement, so a poisoned one is still good.
     fn code(&self) -> MutexGuard<'_, Code> {
         self.code.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn captured(&self) -> MutexGuard<'_, Option<Vec<Arc<Memory>>>> {
+        self.captured.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something that a graph cannot repeat: the driver would end the capture with an error that names neither.
+    fn uncaptured(&self, doing: &str) -> Result<()> {
+        match &*self.captured() {
+            None => Ok(()),
+            Some(_) => Err(misuse(format!("{doing} in a capture"))),
+        }
+    }
+
+    /// A capture keeps the memory it is given.
+    fn keep<'a>(&self, memory: impl Iterator<Item = &'a Arc<Memory>>) -> bool {
+        match &mut *self.captured() {
+            None => false,
+            Some(kept) => {
+                for block in memory {
+                    if !kept.iter().any(|known| Arc::ptr_eq(known, block)) {
+                        kept.push(Arc::clone(block));
+                    }
+                }
+                true
+            }
+        }
     }
 
     fn holds(memory: &Memory, bytes: usize) -> Result<()> {
@@ -187,6 +227,11 @@ impl Driver {
 }
 
 impl Memory {
+    /// Its size.
+    pub(super) fn bytes(&self) -> usize {
+        self.slice.len()
+    }
+
     /// Its address, for a launch on the stream it belongs to.
     pub(super) fn address(&self, stream: &CudaStream) -> u64 {
         self.slice.device_ptr(stream).0
@@ -216,6 +261,7 @@ impl Mark {
 
 impl Runtime for Driver {
     type Memory = Memory;
+    type Graph = Graph;
 
     /// What the driver rounds to anyway; keeps tensors aligned to whole cache lines.
     const GRANULE: usize = 512;
@@ -225,7 +271,15 @@ impl Runtime for Driver {
         "cuda"
     }
 
+    fn machine(&self) -> Machine {
+        Machine {
+            capability: self.info.capability,
+            multiprocessors: self.info.multiprocessors,
+        }
+    }
+
     fn allocate(&self, bytes: usize) -> Result<Memory> {
+        self.uncaptured(&format!("allocating {bytes} bytes"))?;
         let slice = launch::allocate(&self.compute, bytes).map_err(|error| match error.0 {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory {
                 backend: "cuda",
@@ -237,14 +291,16 @@ impl Runtime for Driver {
         Ok(Memory { slice })
     }
 
-    fn write(&self, memory: &mut Memory, first: usize, bytes: &[u8]) -> Result<()> {
+    fn write(&self, memory: &Memory, first: usize, bytes: &[u8]) -> Result<()> {
+        self.uncaptured(&format!("writing {} bytes", bytes.len()))?;
         Self::holds(memory, first.saturating_add(bytes.len()))?;
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let uploaded = staging.upload(&self.compute, &mut memory.slice, first, bytes);
+        let uploaded = staging.upload(&self.compute, &memory.slice, first, bytes);
         uploaded.map_err(|error| failure(&format!("writing {} bytes", bytes.len()), error))
     }
 
     fn read(&self, memory: &Memory, first: usize, bytes: &mut [u8]) -> Result<()> {
+        self.uncaptured(&format!("reading {} bytes", bytes.len()))?;
         Self::holds(memory, first.saturating_add(bytes.len()))?;
         let view = memory.slice.slice(first..first + bytes.len());
         let copied = self
@@ -254,16 +310,11 @@ impl Runtime for Driver {
         copied.map_err(|error| failure(&format!("reading {} bytes", bytes.len()), error))
     }
 
-    fn fill(&self, memory: &mut Memory, byte: u8, bytes: usize) -> Result<()> {
-        Self::holds(memory, bytes)?;
-        launch::fill(&self.compute, &memory.slice, byte, bytes)
-            .map_err(|error| failure(&format!("setting {bytes} bytes"), error))
-    }
-
-    fn clear(&self, memory: &Memory, bytes: usize) -> Result<()> {
-        Self::holds(memory, bytes)?;
-        launch::fill(&self.compute, &memory.slice, 0, bytes)
-            .map_err(|error| failure(&format!("clearing {bytes} bytes"), error))
+    fn fill(&self, part: Span<'_, Memory>, byte: u8) -> Result<()> {
+        Self::holds(part.memory, part.first.saturating_add(part.bytes))?;
+        self.keep(std::iter::once(part.memory));
+        let filled = launch::fill(&self.compute, part, byte);
+        filled.map_err(|error| failure(&format!("setting {} bytes", part.bytes), error))
     }
 
     fn launch(&self, launch: &Launch<'_, Memory>) -> Result<()> {
@@ -274,19 +325,101 @@ impl Runtime for Driver {
             );
             failure(&shape, error)
         };
+        let spans = || {
+            launch.values.iter().filter_map(|value| match value {
+                Value::Memory(span) => *span,
+                Value::Map(map) => Some(map.part),
+                _ => None,
+            })
+        };
+        spans().try_for_each(|span| Self::holds(span.memory, span.first.saturating_add(span.bytes)))?;
+        let is_captured = self.keep(spans().map(|span| span.memory));
         let bound = self.context.bind_to_thread();
         bound.map_err(failed)?;
         let function = self.function(launch.source, launch.entry, launch.shared_bytes)?;
         launch::launch(&self.compute, &function, launch).map_err(failed)?;
-        if self.synchronous {
+        if self.synchronous && !is_captured {
             self.compute.synchronize().map_err(failed)?;
         }
         Ok(())
     }
 
+    fn remark(&self) -> Option<String> {
+        match self.library.get()? {
+            Ok(_) => None,
+            Err(reason) => Some(format!(
+                "cuBLASLt is not used: {reason}; its products are done by own kernels"
+            )),
+        }
+    }
+
+    fn plain_product(&self, product: &PlainProduct<'_, Memory>) -> Result<bool> {
+        if self.library.get().is_none() {
+            // Its workspace is memory, which a capture cannot have; the first micro-batch is not captured.
+            self.uncaptured("opening cuBLASLt")?;
+        }
+        let Ok(library) = self.library.get_or_init(|| Library::open(&self.compute)) else {
+            return Ok(false);
+        };
+        let form = product.form;
+        let sizes = [
+            (product.left, form.rows * form.depth),
+            (product.right, form.columns * form.depth),
+            (product.out, form.rows * form.columns),
+        ];
+        for (span, elements) in sizes {
+            Self::holds(span.memory, span.first.saturating_add(2 * elements))?;
+        }
+        let is_captured = self.keep(sizes.iter().map(|(span, _)| span.memory));
+        let failed = |error: &dyn std::fmt::Display| Error::Device {
+            op: "cuda",
+            message: format!("{form:?} by cuBLASLt: {error}"),
+        };
+        self.context.bind_to_thread().map_err(|error| failed(&error))?;
+        let done = library
+            .product(&self.compute, product)
+            .map_err(|error| failed(&error))?;
+        if self.synchronous && !is_captured {
+            self.compute.synchronize().map_err(|error| failed(&error))?;
+        }
+        Ok(done)
+    }
+
     fn synchronise(&self) -> Result<()> {
+        self.uncaptured("waiting")?;
         self.compute.synchronize().map_err(|error| failure("waiting", error))
     }
+
+    fn begin_capture(&self) -> Result<()> {
+        self.uncaptured("beginning a capture")?;
+        launch::begin_capture(&self.compute).map_err(|error| failure("beginning a capture", error))?;
+        *self.captured() = Some(Vec::new());
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<Graph> {
+        let memory = self.captured().take();
+        let memory = memory.ok_or_else(|| misuse("ending a capture that never began".to_owned()))?;
+        let launches = launch::end_capture(&self.compute);
+        Ok(Graph {
+            launches: launches.map_err(|error| failure("making a graph of what was captured", error))?,
+            _memory: memory,
+        })
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        self.uncaptured("replaying a graph")?;
+        let failed = |error| failure("replaying a captured micro-batch", error);
+        graph.launches.launch().map_err(failed)?;
+        if self.synchronous {
+            self.compute.synchronize().map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+fn misuse(message: String) -> Error {
+    Error::Device { op: "cuda", message }
 }
 
 /// The driver's words, and what was being done. Errors of kernels arrive with later calls, so this names the call that

@@ -13,11 +13,13 @@
 //! | `driver` | the runtime: streams, modules, launches |
 //! | `staging` | uploads through pinned memory |
 //! | `launch` | the driver calls that need `unsafe` |
+//! | `cublaslt` | plain products by NVIDIA's library, where it is installed |
 //!
-//! `unsafe` is in `launch` and `nvrtc` only: the doors to two foreign libraries.
+//! `unsafe` is in `launch`, `nvrtc` and `cublaslt` only: the doors to three foreign libraries.
 
 mod catalogue;
 mod cubins;
+mod cublaslt;
 mod driver;
 mod launch;
 mod nvrtc;
@@ -27,7 +29,7 @@ mod target;
 
 pub use self::catalogue::{Built, Entry, build, entries};
 pub use self::cubins::{Cubins, PRECOMPILED_VARIABLE};
-pub use self::driver::{Driver, Mark, Memory, SYNCHRONOUS_VARIABLE, cuda};
+pub use self::driver::{Driver, Graph, Mark, Memory, SYNCHRONOUS_VARIABLE, cuda};
 pub use self::nvrtc::{Nvrtc, VARIABLE as NVRTC_VARIABLE};
 pub use self::presence::{DeviceInfo, Presence};
 pub use self::target::Target;

@@ -43,12 +43,12 @@ impl Staging {
     pub(super) fn upload(
         &mut self,
         compute: &Arc<CudaStream>,
-        block: &mut CudaSlice<u8>,
+        block: &CudaSlice<u8>,
         first: usize,
         bytes: &[u8],
     ) -> Result<(), DriverError> {
         if bytes.len() <= DIRECT_BYTES {
-            return compute.memcpy_htod(bytes, &mut block.slice_mut(first..first + bytes.len()));
+            return launch::upload(compute, block, first, bytes);
         }
         if self.buffers.is_empty() {
             self.buffers = vec![self.buffer()?, self.buffer()?];
@@ -68,7 +68,7 @@ impl Staging {
         })
     }
 
-    fn send(&mut self, chunk: &[u8], block: &mut CudaSlice<u8>, offset: usize) -> Result<(), DriverError> {
+    fn send(&mut self, chunk: &[u8], block: &CudaSlice<u8>, offset: usize) -> Result<(), DriverError> {
         self.buffers.rotate_left(1);
         let Some(buffer) = self.buffers.first_mut() else {
             return Ok(());
@@ -76,9 +76,8 @@ impl Staging {
         buffer.sent.synchronize()?; // an event that was never recorded does not wait
         let room = &mut buffer.memory.as_mut_slice()?[..chunk.len()];
         room.copy_from_slice(chunk);
-        let mut target = block.slice_mut(offset..offset + chunk.len());
         // Returns at once, since the memory is page-locked; nobody writes it until `sent` has happened.
-        self.copies.memcpy_htod(&*room, &mut target)?;
+        launch::upload(&self.copies, block, offset, room)?;
         buffer.sent.record(&self.copies)
     }
 }

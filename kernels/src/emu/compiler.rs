@@ -8,6 +8,7 @@ use crate::gpu::cache;
 use crate::gpu::{Source, sources};
 
 const ENGINE_HEADER: (&str, &str) = ("cuda_emu.h", include_str!("../../emu/cuda_emu.h"));
+const ENGINE_OF_HOPPER: (&str, &str) = ("hopper_emu.h", include_str!("../../emu/hopper_emu.h"));
 const ENGINE: (&str, &str) = ("cuda_emu.cpp", include_str!("../../emu/cuda_emu.cpp"));
 /// The environment variable that names the compiler.
 pub const VARIABLE: &str = "BRIGHTRUN_EMULATION_CXX";
@@ -68,7 +69,7 @@ impl Compiler {
 
     /// The engine's library.
     pub(super) fn engine(&self) -> Result<PathBuf> {
-        self.library("engine", &[], &[ENGINE_HEADER], ENGINE)
+        self.library("engine", &[], &[ENGINE_HEADER, ENGINE_OF_HOPPER], ENGINE)
     }
 
     /// The library of one source's kernels, whose doors are named `emu_entry_…`.
@@ -108,10 +109,18 @@ impl Compiler {
             std::fs::create_dir_all(&build)?;
             let done = self.compile(&build, &flags, includes, main, library);
             std::fs::remove_dir_all(&build)?;
-            done.map(|message| failure = message)
+            failure = done?;
+            // A library that was not made must not be found by the next one who asks.
+            match failure {
+                Some(_) => Err(std::io::Error::other("it does not compile")),
+                None => Ok(()),
+            }
         });
         match (failure, published) {
-            (Some(message), _) => Err(failed(name, message)),
+            (Some(message), _) => {
+                let _ = std::fs::remove_file(&path); // what was published is empty
+                Err(failed(name, message))
+            }
             (None, Err(error)) => Err(failed(name, format!("{}: {error}", path.display()))),
             (None, Ok(())) => Ok(path),
         }
@@ -139,7 +148,6 @@ impl Compiler {
         if output.status.success() {
             return Ok(None);
         }
-        std::fs::write(library, "")?; // so that there is something to rename or remove
         Ok(Some(String::from_utf8_lossy(&output.stderr).into_owned()))
     }
 }

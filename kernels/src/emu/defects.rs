@@ -12,6 +12,7 @@ use crate::tensor::Tensor;
 static SOURCE: Source = Source {
     name: "defects",
     text: include_str!("../../emu/defects.cu"),
+    only: None,
 };
 
 pub(crate) static FAMILY: Family = Family {

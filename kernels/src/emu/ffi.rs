@@ -14,7 +14,7 @@ use std::sync::Arc;
 use libloading::os::unix::{Library as Handle, RTLD_GLOBAL, RTLD_NOW, Symbol};
 
 use crate::error::{Error, Result};
-use crate::gpu::{Launch, Value};
+use crate::gpu::{Launch, Span, TensorMap, Value};
 
 /// `emu_entry_…`: calls a kernel with the arguments the array points to.
 type Entry = unsafe extern "C" fn(*mut *mut c_void);
@@ -92,9 +92,14 @@ impl Engine {
                 launch.entry, launch.source.name, launch.grid, launch.threads
             ),
         };
+        for value in launch.values {
+            if let Value::Memory(Some(span)) = value {
+                span.memory.holds(span.first.saturating_add(span.bytes))?;
+            }
+        }
         let kernel = CString::new(launch.entry).map_err(|error| failed(&error.to_string()))?;
-        // Each value lies in a place of its own, eight bytes wide, that `pointers` points to: as cuLaunchKernel has it.
-        let mut places: Vec<u64> = launch.values.iter().map(place).collect();
+        // Each value lies in a place of its own, as large as a map, that `pointers` points to: as cuLaunchKernel has it.
+        let mut places: Vec<Place> = launch.values.iter().map(place).collect();
         let mut pointers: Vec<*mut c_void> = places
             .iter_mut()
             .map(|place| std::ptr::from_mut(place).cast())
@@ -111,8 +116,8 @@ impl Engine {
         };
         let mut message = [0u8; 1024];
         // SAFETY: `entry` takes as many arguments of such types as there are `values` (`Gpu::launch` compared them with the
-        // descriptor, a test compares that with the source). The memory they name lives in `launch`, and what is written is
-        // borrowed mutably by the caller. All other pointers are to locals that outlive the call, which keeps none.
+        // descriptor, a test compares that with the source). The memory they name lives in `launch` and has the bytes they
+        // name, and what is written is borrowed mutably by the caller. All other pointers are to locals that outlive the call, which keeps none.
         let code = unsafe {
             (self.launch)(
                 entry,
@@ -130,25 +135,55 @@ impl Engine {
     }
 }
 
-/// A value as it lies in memory, little-endian and padded.
-fn place(value: &Value<'_, Memory>) -> u64 {
-    match value {
+/// A value as it lies in memory, little-endian and padded; as large as a `TensorMap` of the kernels.
+#[repr(C, align(64))]
+struct Place([u64; 16]);
+
+fn place(value: &Value<'_, Memory>) -> Place {
+    let word = match value {
         Value::Memory(None) => 0,
-        Value::Memory(Some((memory, _))) => memory.address.as_ptr() as u64,
+        Value::Memory(Some(span)) => address(span) as u64,
         Value::I32(value) => u64::from(value.cast_unsigned()),
         Value::I64(value) => value.cast_unsigned(),
         Value::F32(value) => u64::from(value.to_bits()),
-    }
+        Value::Map(map) => return Place(words(map)),
+    };
+    let mut place = [0; 16];
+    place[0] = word;
+    Place(place)
+}
+
+/// What marks a map: `MAP_MARK` of `hopper_emu.h`.
+const MAP_MARK: u64 = 0x0062_726d_6170;
+
+/// A tensor's map as `hopper_emu.h` reads it.
+fn words(map: &TensorMap<'_, Memory>) -> [u64; 16] {
+    let [row, rows, planes] = map.extents;
+    let [box_row, box_rows, box_planes] = map.rectangle.map(u64::from);
+    let (element, swizzle) = (u64::from(map.element_bytes), u64::from(map.swizzle.bytes()));
+    let base = address(&map.part) as u64;
+    let [next_row, next_plane] = map.strides;
+    let mut words = [0; 16];
+    let described = [
+        base, row, rows, planes, next_row, next_plane, box_row, box_rows, box_planes, element, swizzle, MAP_MARK,
+    ];
+    words[..described.len()].copy_from_slice(&described);
+    words
 }
 
 fn range(value: &Value<'_, Memory>) -> Option<Range> {
     match value {
-        Value::Memory(Some((memory, bytes))) => Some(Range {
-            begin: memory.address.as_ptr(),
-            bytes: *bytes,
+        Value::Memory(Some(span)) => Some(Range {
+            begin: address(span),
+            bytes: span.bytes,
         }),
         _ => None,
     }
+}
+
+/// Where a part of a block begins; beyond the block only if the part does not lie in it, which the launch then refuses.
+fn address(span: &Span<'_, Memory>) -> *const u8 {
+    span.memory.address.as_ptr().wrapping_add(span.first)
 }
 
 impl Library {
@@ -181,7 +216,7 @@ impl Memory {
         })
     }
 
-    pub(super) fn write(&mut self, first: usize, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write(&self, first: usize, bytes: &[u8]) -> Result<()> {
         self.holds(first.saturating_add(bytes.len()))?;
         // SAFETY: the block has that many bytes from `first` on, `bytes` is a host slice apart from it, and the lock of the device
         // is held.
@@ -203,10 +238,13 @@ impl Memory {
         Ok(())
     }
 
-    pub(super) fn fill(&self, byte: u8, bytes: usize) -> Result<()> {
-        self.holds(bytes)?;
-        // SAFETY: the block has that many bytes, and the lock of the device is held.
-        unsafe { self.address.write_bytes(byte, bytes) };
+    pub(super) fn fill(&self, first: usize, bytes: usize, byte: u8) -> Result<()> {
+        self.holds(first.saturating_add(bytes))?;
+        // SAFETY: the block has that many bytes from `first` on, and the lock of the device is held.
+        unsafe {
+            let target = self.address.byte_add(first);
+            target.write_bytes(byte, bytes);
+        }
         Ok(())
     }
 

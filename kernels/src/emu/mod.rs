@@ -8,6 +8,9 @@ mod compiler;
 #[cfg(test)]
 pub(crate) mod defects;
 mod ffi;
+mod graph;
+#[cfg(test)]
+pub(crate) mod hopper_defects;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,8 +18,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use self::compiler::Compiler;
 use self::ffi::Engine;
 pub use self::ffi::Memory;
+pub use self::graph::Graph;
+use self::graph::{Node, Part};
 use crate::error::{Error, Result};
-use crate::gpu::{Gpu, Launch, Runtime};
+use crate::gpu::{Gpu, Launch, Machine, Runtime, Span};
 
 /// A GPU backend whose device is emulated.
 pub type Emulated = Gpu<Emulation>;
@@ -26,35 +31,131 @@ pub struct Emulation {
     engine: Arc<Engine>,
     compiler: Compiler,
     threads: u32,
-    /// The compiled sources by name. Held for a whole launch: launches of one device follow each other.
-    libraries: Mutex<HashMap<&'static str, ffi::Library>>,
+    machine: Machine,
+    /// Held for a whole launch: launches of one device follow each other.
+    queue: Mutex<Queue>,
 }
+
+#[derive(Default)]
+struct Queue {
+    /// The compiled sources by name.
+    libraries: HashMap<&'static str, ffi::Library>,
+    /// What is noted instead of run.
+    capture: Option<Graph>,
+}
+
+/// The compute capability that [`emulated`] claims: the first with what the portable kernels need.
+const PORTABLE: (u32, u32) = (8, 0);
+/// Few, so that the blocks of a grid that stays have several tiles even of small products.
+const MULTIPROCESSORS: u32 = 3;
 
 /// A backend on emulation, whose blocks are spread over `threads` threads, or as many as the machine offers.
 ///
 /// # Errors
 /// [`Error::Unsupported`] where there is no C++ compiler; [`Error::Device`] when it fails.
 pub fn emulated(threads: Option<usize>) -> Result<Emulated> {
-    let available = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = threads.unwrap_or_else(available).clamp(1, 256) as u32;
-    let compiler = Compiler::find()?;
-    let engine = Engine::open(&compiler.engine()?)?;
-    Gpu::new(Emulation {
-        engine: Arc::new(engine),
-        compiler,
-        threads,
-        libraries: Mutex::new(HashMap::new()),
-    })
+    emulated_as(threads, PORTABLE)
+}
+
+/// The same of a device that claims to be of this compute capability: of (9, 0), Hopper's own kernels are run.
+///
+/// # Errors
+/// As [`emulated`].
+pub fn emulated_as(threads: Option<usize>, capability: (u32, u32)) -> Result<Emulated> {
+    Gpu::new(Emulation::of(threads, capability)?)
 }
 
 impl Emulation {
-    fn queue(&self) -> MutexGuard<'_, HashMap<&'static str, ffi::Library>> {
-        self.libraries.lock().unwrap_or_else(PoisonError::into_inner)
+    /// An emulated device, as [`emulated`] has it.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where there is no C++ compiler; [`Error::Device`] when it fails.
+    pub fn new(threads: Option<usize>) -> Result<Self> {
+        Self::of(threads, PORTABLE)
+    }
+
+    fn of(threads: Option<usize>, capability: (u32, u32)) -> Result<Self> {
+        let available = || std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = threads.unwrap_or_else(available).clamp(1, 256) as u32;
+        let compiler = Compiler::find()?;
+        let engine = Engine::open(&compiler.engine()?)?;
+        Ok(Self {
+            engine: Arc::new(engine),
+            compiler,
+            threads,
+            machine: Machine {
+                capability,
+                multiprocessors: MULTIPROCESSORS,
+            },
+            queue: Mutex::default(),
+        })
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The queue, for something that a graph cannot repeat.
+    fn uncaptured(&self, doing: &str) -> Result<MutexGuard<'_, Queue>> {
+        let queue = self.queue();
+        match queue.capture {
+            None => Ok(queue),
+            Some(_) => Err(misuse(format!("{doing} in a capture"))),
+        }
+    }
+
+    fn run(&self, queue: &mut Queue, launch: &Launch<'_, Memory>) -> Result<()> {
+        let name = launch.source.name;
+        if !queue.libraries.contains_key(name) {
+            let path = self.compiler.source(launch.source)?;
+            queue.libraries.insert(name, ffi::Library::open(&path)?);
+        }
+        match queue.libraries.get(name) {
+            Some(library) => self.engine.launch(library, launch, self.threads),
+            None => Ok(()),
+        }
+    }
+
+    fn node(&self, queue: &mut Queue, node: &Node) -> Result<()> {
+        match node {
+            Node::Fill { part, byte } => set(part.span(), *byte),
+            Node::Launch {
+                source,
+                entry,
+                grid,
+                threads,
+                shared_bytes,
+                values,
+            } => {
+                let values: Vec<_> = values.iter().map(graph::Kept::value).collect();
+                let launch = Launch {
+                    source,
+                    entry,
+                    grid: *grid,
+                    threads: *threads,
+                    shared_bytes: *shared_bytes,
+                    values: &values,
+                };
+                self.run(queue, &launch)
+            }
+        }
+    }
+}
+
+fn set(part: Span<'_, Memory>, byte: u8) -> Result<()> {
+    part.memory.fill(part.first, part.bytes, byte)
+}
+
+fn misuse(message: String) -> Error {
+    Error::Device {
+        op: "emulation",
+        message,
     }
 }
 
 impl Runtime for Emulation {
     type Memory = Memory;
+    type Graph = Graph;
 
     const GRANULE: usize = 16;
     const POISONS: bool = true;
@@ -63,7 +164,12 @@ impl Runtime for Emulation {
         "emulated"
     }
 
+    fn machine(&self) -> Machine {
+        self.machine
+    }
+
     fn allocate(&self, bytes: usize) -> Result<Memory> {
+        let _queue = self.uncaptured(&format!("allocating {bytes} bytes"))?;
         Memory::allocate(&self.engine, bytes).ok_or(Error::OutOfMemory {
             backend: "emulated",
             requested_bytes: bytes as u64,
@@ -71,40 +177,54 @@ impl Runtime for Emulation {
         })
     }
 
-    fn write(&self, memory: &mut Memory, first: usize, bytes: &[u8]) -> Result<()> {
-        let _queue = self.queue();
+    fn write(&self, memory: &Memory, first: usize, bytes: &[u8]) -> Result<()> {
+        let _queue = self.uncaptured(&format!("writing {} bytes", bytes.len()))?;
         memory.write(first, bytes)
     }
 
     fn read(&self, memory: &Memory, first: usize, bytes: &mut [u8]) -> Result<()> {
-        let _queue = self.queue();
+        let _queue = self.uncaptured(&format!("reading {} bytes", bytes.len()))?;
         memory.read(first, bytes)
     }
 
-    fn fill(&self, memory: &mut Memory, byte: u8, bytes: usize) -> Result<()> {
-        let _queue = self.queue();
-        memory.fill(byte, bytes)
-    }
-
-    fn clear(&self, memory: &Memory, bytes: usize) -> Result<()> {
-        let _queue = self.queue();
-        memory.fill(0, bytes)
+    fn fill(&self, part: Span<'_, Memory>, byte: u8) -> Result<()> {
+        match &mut self.queue().capture {
+            None => set(part, byte),
+            Some(graph) => {
+                let part = Part::of(part);
+                graph.nodes.push(Node::Fill { part, byte });
+                Ok(())
+            }
+        }
     }
 
     fn launch(&self, launch: &Launch<'_, Memory>) -> Result<()> {
-        let mut libraries = self.queue();
-        let name = launch.source.name;
-        if !libraries.contains_key(name) {
-            let path = self.compiler.source(launch.source)?;
-            libraries.insert(name, ffi::Library::open(&path)?);
-        }
-        match libraries.get(name) {
-            Some(library) => self.engine.launch(library, launch, self.threads),
-            None => Ok(()),
+        let mut queue = self.queue();
+        match &mut queue.capture {
+            None => self.run(&mut queue, launch),
+            Some(graph) => {
+                graph.nodes.push(Node::launch(launch));
+                Ok(())
+            }
         }
     }
 
     fn synchronise(&self) -> Result<()> {
+        self.uncaptured("waiting").map(|_| ())
+    }
+
+    fn begin_capture(&self) -> Result<()> {
+        self.uncaptured("beginning a capture")?.capture = Some(Graph::default());
         Ok(())
+    }
+
+    fn end_capture(&self) -> Result<Graph> {
+        let capture = self.queue().capture.take();
+        capture.ok_or_else(|| misuse("ending a capture that never began".to_owned()))
+    }
+
+    fn replay(&self, graph: &Graph) -> Result<()> {
+        let mut queue = self.uncaptured("replaying a graph")?;
+        graph.nodes.iter().try_for_each(|node| self.node(&mut queue, node))
     }
 }

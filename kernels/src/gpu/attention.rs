@@ -1,21 +1,19 @@
 //! Attention: `attention.cu` with plain multiply-adds, `attention_tensor.cu` on tensor cores.
 //!
-//! The host cuts documents into tiles and hands the device a list of them, so a block finds its rows with one read, documents
+//! Documents are cut into tiles, a list of which is on the device (`layouts`), so a block finds its rows with one read, documents
 //! without rows cost nothing, and the longest tiles begin first.
 
 use super::attention_kernels::{
     BACKWARD_KEYS_TILED, BACKWARD_QUERIES_TILED, DELTA, FORWARD_TILED, INSTANCES, Instance, SLAB, THREADS, TILE,
     TensorTile,
 };
+use super::layouts::Table;
 use super::{Argument, Geometry, Gpu, Kernel, Runtime};
 use crate::contract::{self, AttentionSizes};
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::{AttentionBackward, AttentionForward, AttentionOps, Device, Precision};
-use crate::tensor::{Segments, Tensor};
-
-/// The numbers of a tile, as `attention.cuh` reads them.
-const TILE_FIELDS: usize = 5;
+use crate::tensor::Tensor;
 
 /// Of the tiled kernels and the one on tensor cores, the kernel of a call and how it is launched.
 struct Choice {
@@ -63,23 +61,15 @@ impl Choice {
     }
 }
 
-/// What the tiles of a list are of.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Side {
-    Queries,
-    Keys,
-}
-
 impl<R: Runtime> AttentionOps for Gpu<R> {
     fn attention_forward(&self, call: AttentionForward<'_, Self>) -> Result<()> {
-        const OP: &str = "attention_forward";
         let AttentionSizes { heads, kv_heads, dim } = contract::attention_forward(&call)?;
         let dtype = call.q.dtype();
         let choice = Choice::new((dtype, call.precision, dim), &FORWARD_TILED, |instance| {
             &instance.forward
         });
         let documents = [call.query_segments, call.key_segments];
-        let (tiles, count) = self.tiles(OP, documents, Side::Queries, choice.rows)?;
+        let tiles = self.layout(Table::QueryTiles(choice.rows), documents)?;
         let mut arguments = vec![
             Argument::In(call.q),
             Argument::In(call.k),
@@ -89,11 +79,11 @@ impl<R: Runtime> AttentionOps for Gpu<R> {
             Argument::Out(call.lse),
         ];
         arguments.extend(scalars([heads, kv_heads, dim], call.scale, &choice));
-        self.launch(choice.kernel, &[dtype], choice.geometry(count, heads), &arguments)
+        let geometry = choice.geometry(tiles.shape().rows(), heads);
+        self.launch(choice.kernel, &[dtype], geometry, &arguments)
     }
 
     fn attention_backward(&self, call: AttentionBackward<'_, Self>) -> Result<()> {
-        const OP: &str = "attention_backward";
         let AttentionSizes { heads, kv_heads, dim } = contract::attention_backward(&call)?;
         let dtype = call.q.dtype();
         let delta = self.delta(call.out, call.dout, dim)?;
@@ -112,18 +102,20 @@ impl<R: Runtime> AttentionOps for Gpu<R> {
         };
 
         let choice = Choice::new(form, &BACKWARD_QUERIES_TILED, |instance| &instance.queries);
-        let (tiles, count) = self.tiles(OP, documents, Side::Queries, choice.rows)?;
+        let tiles = self.layout(Table::QueryTiles(choice.rows), documents)?;
         let mut arguments = inputs(&tiles);
         arguments.push(Argument::Out(call.dq));
         arguments.extend(scalars([heads, kv_heads, dim], call.scale, &choice));
-        self.launch(choice.kernel, &[dtype], choice.geometry(count, heads), &arguments)?;
+        let geometry = choice.geometry(tiles.shape().rows(), heads);
+        self.launch(choice.kernel, &[dtype], geometry, &arguments)?;
 
         let choice = Choice::new(form, &BACKWARD_KEYS_TILED, |instance| &instance.keys);
-        let (tiles, count) = self.tiles(OP, documents, Side::Keys, choice.rows)?;
+        let tiles = self.layout(Table::KeyTiles(choice.rows), documents)?;
         let mut arguments = inputs(&tiles);
         arguments.extend([Argument::Out(call.dk), Argument::Out(call.dv)]);
         arguments.extend(scalars([heads, kv_heads, dim], call.scale, &choice));
-        self.launch(choice.kernel, &[dtype], choice.geometry(count, kv_heads), &arguments)
+        let geometry = choice.geometry(tiles.shape().rows(), kv_heads);
+        self.launch(choice.kernel, &[dtype], geometry, &arguments)
     }
 }
 
@@ -152,40 +144,5 @@ impl<R: Runtime> Gpu<R> {
         let geometry = Geometry::cover(rows, THREADS as usize / 32);
         self.launch(&DELTA, &[out.dtype()], geometry, &arguments)?;
         Ok(delta)
-    }
-
-    /// Every tile of `rows` rows of one side of the documents, on the device, and how many there are. Those with most work come
-    /// first; since no tile depends on another, their order changes no bit of any result.
-    fn tiles(
-        &self,
-        op: &'static str,
-        [queries, keys]: [&Segments; 2],
-        side: Side,
-        rows: usize,
-    ) -> Result<(Tensor<Self>, usize)> {
-        let mut tiles = Vec::new();
-        for (queries, keys) in queries.ranges().zip(keys.ranges()) {
-            let extra = keys.len() - queries.len();
-            let length = if side == Side::Queries {
-                queries.len()
-            } else {
-                keys.len()
-            };
-            for first in (0..length).step_by(rows) {
-                let work = match side {
-                    Side::Queries => first + extra,
-                    Side::Keys => length - first,
-                };
-                tiles.push((work, [queries.start, queries.len(), keys.start, keys.len(), first]));
-            }
-        }
-        tiles.sort_by_key(|(work, _)| std::cmp::Reverse(*work));
-        let fields: Result<Vec<i32>, _> = tiles.iter().flat_map(|(_, tile)| tile.map(i32::try_from)).collect();
-        let fields = fields.map_err(|_| Error::Value {
-            op,
-            argument: "segments",
-            problem: format!("have {} tokens, more than 32-bit rows hold", keys.tokens()),
-        })?;
-        Ok((self.upload_i32([tiles.len(), TILE_FIELDS], &fields)?, tiles.len()))
     }
 }

@@ -3,6 +3,7 @@
 use super::elementwise::{ACTIVATION, PACK};
 use super::family::Family;
 use super::kernel::Parameter::{I32, In, Out};
+use super::layouts::Table;
 use super::sources::CONVOLUTION;
 use super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
 use crate::contract::{self, ConvolutionSizes};
@@ -101,7 +102,7 @@ impl<R: Runtime> ConvolutionOps for Gpu<R> {
     fn convolution_forward(&self, call: ConvolutionForward<'_, Self>) -> Result<()> {
         let ConvolutionSizes { channels, taps } = contract::convolution_forward(&call)?;
         let (tokens, documents) = (call.segments.tokens(), call.segments.len());
-        let offsets = self.upload_offsets(call.segments)?;
+        let offsets = self.layout(Table::Offsets, [call.segments; 2])?;
         let bias = call.bias.map(|bias| self.held(bias, DType::F32)).transpose()?;
         let state = call.state;
         let kernel = if taps == 4 { &FORWARD_TAPS4 } else { &FORWARD_ANY };
@@ -137,7 +138,7 @@ impl<R: Runtime> ConvolutionOps for Gpu<R> {
     fn convolution_backward(&self, call: ConvolutionBackward<'_, Self>) -> Result<()> {
         let ConvolutionSizes { channels, taps } = contract::convolution_backward(&call)?;
         let tokens = call.segments.tokens();
-        let offsets = self.upload_offsets(call.segments)?;
+        let offsets = self.layout(Table::Offsets, [call.segments; 2])?;
         let bias = call.bias.map(|bias| self.held(bias, DType::F32)).transpose()?;
         let kernel = if taps == 4 { &BACKWARD_TAPS4 } else { &BACKWARD_ANY };
         let arguments = [

@@ -1,22 +1,35 @@
 //! The gated delta rule: `gated_delta.cu`; its gates are in `gate.cu`.
 
+use std::sync::Arc;
+
 use super::elementwise::ACTIVATION;
 use super::family::Family;
 use super::kernel::Parameter::{self, F32, I32, In, Out};
-use super::operands::too_many_tokens;
+use super::layouts::Table;
 use super::sources::GATED_DELTA;
 use super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
 use crate::contract::{self, DeltaSizes};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
-    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaOps, Device, Op,
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps,
+    Device, Op,
 };
 use crate::tensor::{Segments, Tensor};
 
 pub(super) static FAMILY: Family = Family {
     source: &GATED_DELTA,
-    kernels: &[&PRODUCTS, &SOLVE, &FORWARD, &STATES, &REVERSE, &GRADIENTS],
+    kernels: &[
+        &PRODUCTS,
+        &SOLVE,
+        &FORWARD_DIRECT,
+        &FORWARD_STAGED,
+        &STATES_DIRECT,
+        &STATES_STAGED,
+        &REVERSE_DIRECT,
+        &REVERSE_STAGED,
+        &GRADIENTS,
+    ],
     ops: &[Op::DeltaRuleForward, Op::DeltaRuleBackward],
 };
 
@@ -27,6 +40,8 @@ const COLUMNS: usize = 32;
 const GATES: usize = 5 * DELTA_CHUNK;
 /// Floats of a chunk's square matrix in shared memory.
 const SQUARE: usize = DELTA_CHUNK * (DELTA_CHUNK + 1);
+/// The most shared memory that a scan takes for what it reads: what a block has on every target.
+const STAGED_MOST_BYTES: usize = 99 * 1024;
 const A: Element = Element::Type(0);
 const SINGLE: Element = Element::Is(DType::F32);
 const INTEGER: Element = Element::Is(DType::I32);
@@ -38,6 +53,14 @@ const fn kernel(stem: &'static str, parameters: &'static [(&'static str, Paramet
         types: &[ACTIVATION],
         threads: THREADS,
         parameters,
+    }
+}
+
+/// Of a kernel that copies what it reads to shared memory first: bf16 only.
+const fn staged(stem: &'static str, parameters: &'static [(&'static str, Parameter)]) -> Kernel {
+    Kernel {
+        types: &[&[DType::BF16]],
+        ..kernel(stem, parameters)
     }
 }
 
@@ -72,66 +95,63 @@ static SOLVE: Kernel = kernel(
     ],
 );
 
-static FORWARD: Kernel = kernel(
-    "delta_forward",
-    &[
-        ("q", In(A)),
-        ("k", In(A)),
-        ("v", In(A)),
-        ("decay", In(SINGLE)),
-        ("beta", In(SINGLE)),
-        ("solved", In(SINGLE)),
-        ("products", In(A)),
-        ("documents", In(INTEGER)),
-        ("state", Out(SINGLE)),
-        ("out", Out(A)),
-        ("key_heads", I32),
-        ("value_heads", I32),
-        ("key_dim", I32),
-        ("value_dim", I32),
-        ("scale", F32),
-    ],
-);
+const FORWARD: &[(&str, Parameter)] = &[
+    ("q", In(A)),
+    ("k", In(A)),
+    ("v", In(A)),
+    ("decay", In(SINGLE)),
+    ("beta", In(SINGLE)),
+    ("solved", In(SINGLE)),
+    ("products", In(A)),
+    ("documents", In(INTEGER)),
+    ("state", Out(SINGLE)),
+    ("out", Out(A)),
+    ("key_heads", I32),
+    ("value_heads", I32),
+    ("key_dim", I32),
+    ("value_dim", I32),
+    ("scale", F32),
+];
+static FORWARD_DIRECT: Kernel = kernel("delta_forward_direct", FORWARD);
+static FORWARD_STAGED: Kernel = staged("delta_forward_staged", FORWARD);
 
-static STATES: Kernel = kernel(
-    "delta_states",
-    &[
-        ("k", In(A)),
-        ("v", In(A)),
-        ("decay", In(SINGLE)),
-        ("beta", In(SINGLE)),
-        ("solved", In(SINGLE)),
-        ("documents", In(INTEGER)),
-        ("states", Out(A)),
-        ("corrected", Out(A)),
-        ("key_heads", I32),
-        ("value_heads", I32),
-        ("key_dim", I32),
-        ("value_dim", I32),
-    ],
-);
+const STATES: &[(&str, Parameter)] = &[
+    ("k", In(A)),
+    ("v", In(A)),
+    ("decay", In(SINGLE)),
+    ("beta", In(SINGLE)),
+    ("solved", In(SINGLE)),
+    ("documents", In(INTEGER)),
+    ("states", Out(A)),
+    ("corrected", Out(A)),
+    ("key_heads", I32),
+    ("value_heads", I32),
+    ("key_dim", I32),
+    ("value_dim", I32),
+];
+static STATES_DIRECT: Kernel = kernel("delta_states_direct", STATES);
+static STATES_STAGED: Kernel = staged("delta_states_staged", STATES);
 
-static REVERSE: Kernel = kernel(
-    "delta_reverse",
-    &[
-        ("q", In(A)),
-        ("k", In(A)),
-        ("decay", In(SINGLE)),
-        ("beta", In(SINGLE)),
-        ("solved", In(SINGLE)),
-        ("products", In(A)),
-        ("dout", In(A)),
-        ("documents", In(INTEGER)),
-        ("dstates", Out(A)),
-        ("dresidual", Out(A)),
-        ("dv", Out(A)),
-        ("key_heads", I32),
-        ("value_heads", I32),
-        ("key_dim", I32),
-        ("value_dim", I32),
-        ("scale", F32),
-    ],
-);
+const REVERSE: &[(&str, Parameter)] = &[
+    ("q", In(A)),
+    ("k", In(A)),
+    ("decay", In(SINGLE)),
+    ("beta", In(SINGLE)),
+    ("solved", In(SINGLE)),
+    ("products", In(A)),
+    ("dout", In(A)),
+    ("documents", In(INTEGER)),
+    ("dstates", Out(A)),
+    ("dresidual", Out(A)),
+    ("dv", Out(A)),
+    ("key_heads", I32),
+    ("value_heads", I32),
+    ("key_dim", I32),
+    ("value_dim", I32),
+    ("scale", F32),
+];
+static REVERSE_DIRECT: Kernel = kernel("delta_reverse_direct", REVERSE);
+static REVERSE_STAGED: Kernel = staged("delta_reverse_staged", REVERSE);
 
 static GRADIENTS: Kernel = kernel(
     "delta_gradients",
@@ -159,30 +179,19 @@ static GRADIENTS: Kernel = kernel(
     ],
 );
 
-/// The documents cut into chunks, on the device.
+/// The documents cut into chunks, on the device (`layouts`). The last chunks may be empty.
 struct Chunks<R: Runtime> {
     /// i32 `[chunks, 2]`: first row and rows of each chunk.
-    chunks: Tensor<Gpu<R>>,
+    chunks: Arc<Tensor<Gpu<R>>>,
     /// i32 `[documents, 3]`: first row, end and first chunk of each document.
-    documents: Tensor<Gpu<R>>,
+    documents: Arc<Tensor<Gpu<R>>>,
 }
 
 impl<R: Runtime> Chunks<R> {
     fn new(gpu: &Gpu<R>, segments: &Segments) -> Result<Self> {
-        if i32::try_from(segments.tokens()).is_err() {
-            return Err(too_many_tokens(segments));
-        }
-        // Every number below is at most that of the tokens, or the number of documents.
-        let (mut chunks, mut documents) = (Vec::new(), Vec::new());
-        for rows in segments.ranges() {
-            documents.extend([rows.start as i32, rows.end as i32, (chunks.len() / 2) as i32]);
-            for first in rows.clone().step_by(DELTA_CHUNK) {
-                chunks.extend([first as i32, DELTA_CHUNK.min(rows.end - first) as i32]);
-            }
-        }
         Ok(Self {
-            chunks: gpu.upload_i32([chunks.len() / 2, 2], &chunks)?,
-            documents: gpu.upload_i32([segments.len(), 3], &documents)?,
+            chunks: gpu.layout(Table::Chunks, [segments; 2])?,
+            documents: gpu.layout(Table::ChunkedDocuments, [segments; 2])?,
         })
     }
 
@@ -195,21 +204,47 @@ impl<R: Runtime> Chunks<R> {
         Geometry::grid([self.count(), heads, 1])
     }
 
-    /// A block for every document, value head and column block of the state.
-    fn scans(&self, sizes: DeltaSizes) -> Geometry {
+    /// A block for every document, value head and column block of the state; of both forms of a scan the one that suits. `rows`
+    /// has the widths of what the scan reads of a chunk, besides the solved triangle.
+    fn scan(
+        &self,
+        [direct, staged]: [&'static Kernel; 2],
+        dtype: DType,
+        sizes: DeltaSizes,
+        rows: &[usize],
+    ) -> (&'static Kernel, Geometry) {
         let grid = [
             self.documents.shape().rows(),
             sizes.value_heads,
             sizes.value_dim.div_ceil(COLUMNS),
         ];
-        let floats = stage(COLUMNS) + GATES + (sizes.key_dim + DELTA_CHUNK) * (COLUMNS + 1);
-        Geometry::grid(grid).with_shared(floats * size_of::<f32>())
+        let own = bytes(stage(COLUMNS) + GATES + (sizes.key_dim + DELTA_CHUNK) * (COLUMNS + 1));
+        let triangle = bytes(DELTA_CHUNK * pitch(DELTA_CHUNK, size_of::<f32>()));
+        let halves = rows
+            .iter()
+            .map(|width| DELTA_CHUNK * pitch(*width, 2) * 2)
+            .sum::<usize>();
+        let (is_regular, whole) = (
+            [sizes.key_dim, sizes.value_dim].iter().all(|width| width % 8 == 0),
+            own + triangle + halves,
+        );
+        let (kernel, shared) = match dtype == DType::BF16 && is_regular && whole <= STAGED_MOST_BYTES {
+            true => (staged, whole),
+            false => (direct, own),
+        };
+        (kernel, Geometry::grid(grid).with_shared(shared))
     }
 }
 
 /// Floats in shared memory that `Product` of so many columns works with.
 const fn stage(columns: usize) -> usize {
     (64 + columns) * 33
+}
+
+/// Elements from one row of a chunk to the next in shared memory: 16 bytes more than the row, so that rows lie in other banks.
+const fn pitch(width: usize, element_bytes: usize) -> usize {
+    let pack = 16 / element_bytes;
+    (width + pack).next_multiple_of(pack)
 }
 
 fn bytes(floats: usize) -> usize {
@@ -295,7 +330,9 @@ impl<R: Runtime> Gpu<R> {
             key_dim,
             value_dim,
         ];
-        self.launch(&STATES, &[dtype], chunks.scans(sizes), &arguments)?;
+        let rows = [sizes.key_dim, COLUMNS];
+        let (kernel, geometry) = chunks.scan([&STATES_DIRECT, &STATES_STAGED], dtype, sizes, &rows);
+        self.launch(kernel, &[dtype], geometry, &arguments)?;
         Ok((states, corrected))
     }
 
@@ -329,7 +366,9 @@ impl<R: Runtime> Gpu<R> {
             value_dim,
             Argument::F32(call.scale),
         ];
-        self.launch(&REVERSE, &[dtype], chunks.scans(sizes), &arguments)?;
+        let rows = [sizes.key_dim, COLUMNS, sizes.key_dim, DELTA_CHUNK];
+        let (kernel, geometry) = chunks.scan([&REVERSE_DIRECT, &REVERSE_STAGED], dtype, sizes, &rows);
+        self.launch(kernel, &[dtype], geometry, &arguments)?;
         Ok((dstates, dresidual))
     }
 }
@@ -362,7 +401,9 @@ impl<R: Runtime> DeltaOps for Gpu<R> {
             value_dim,
             Argument::F32(call.scale),
         ];
-        self.launch(&FORWARD, &[call.q.dtype()], chunks.scans(sizes), &arguments)
+        let (dtype, rows) = (call.q.dtype(), [sizes.key_dim, COLUMNS, sizes.key_dim, DELTA_CHUNK]);
+        let (kernel, geometry) = chunks.scan([&FORWARD_DIRECT, &FORWARD_STAGED], dtype, sizes, &rows);
+        self.launch(kernel, &[dtype], geometry, &arguments)
     }
 
     fn delta_rule_backward(&self, mut call: DeltaBackward<'_, Self>) -> Result<()> {
@@ -397,6 +438,10 @@ impl<R: Runtime> DeltaOps for Gpu<R> {
             Argument::F32(call.scale),
         ];
         self.launch(&GRADIENTS, &[call.q.dtype()], blocks, &arguments)
+    }
+
+    fn delta_inputs_forward(&self, call: DeltaInputsForward<'_, Self>) -> Result<()> {
+        self.prepare_delta(call)
     }
 
     fn delta_gates_forward(&self, call: DeltaGatesForward<'_, Self>) -> Result<()> {

@@ -3,7 +3,8 @@
 use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
-    attention_kernels, convolution, delta, elementwise, gate, loss, matmul, moe, norm, optimizer, quantize, rows,
+    attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, matmul, moe, norm, optimizer,
+    quantize, rows,
 };
 use crate::ops::{Op, Support};
 
@@ -27,17 +28,22 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &gate::FAMILY,
     &convolution::FAMILY,
     &delta::FAMILY,
+    &delta_inputs::FAMILY,
     &moe::FAMILY,
     &moe::TENSOR_FAMILY,
+    &moe::HOPPER_FAMILY,
     &moe::EXACT_FAMILY,
     &quantize::DECODE_FAMILY,
     &attention_kernels::FAMILY,
     &attention_kernels::TENSOR_FAMILY,
     &matmul::TENSOR_FAMILY,
+    &matmul::HOPPER_FAMILY,
     &matmul::EXACT_FAMILY,
     &loss::FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,
+    #[cfg(test)]
+    &crate::emu::hopper_defects::FAMILY,
 ];
 
 pub(super) fn supports(op: Op) -> Support {

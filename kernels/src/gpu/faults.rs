@@ -4,11 +4,10 @@
 //! meets such data notes it (`report_fault` in `common.cuh`) and goes on without touching memory it should not; the backend
 //! looks at the note when it next reads a tensor.
 
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::Runtime;
+use super::{Runtime, Span};
 use crate::error::{Error, Result};
 use crate::weight::NF4_BLOCK;
 
@@ -66,7 +65,7 @@ const NOTE_BYTES: usize = 8;
 
 /// The note on the device.
 pub(super) struct Faults<R: Runtime> {
-    note: R::Memory,
+    note: Arc<R::Memory>,
     /// A kernel that may write the note was launched since it was last read.
     armed: AtomicBool,
     /// Held while the note is read and cleared.
@@ -75,19 +74,27 @@ pub(super) struct Faults<R: Runtime> {
 
 impl<R: Runtime> Faults<R> {
     pub(super) fn new(runtime: &R) -> Result<Self> {
-        let mut note = runtime.allocate(NOTE_BYTES.next_multiple_of(R::GRANULE))?;
-        runtime.fill(&mut note, 0, NOTE_BYTES)?;
-        Ok(Self {
-            note,
+        let faults = Self {
+            note: Arc::new(runtime.allocate(NOTE_BYTES.next_multiple_of(R::GRANULE))?),
             armed: AtomicBool::new(false),
             clearing: Mutex::new(()),
-        })
+        };
+        runtime.fill(faults.span(), 0)?;
+        Ok(faults)
     }
 
     /// The note's memory, for a launch.
-    pub(super) fn arm(&self) -> (&R::Memory, usize) {
+    pub(super) fn arm(&self) -> Span<'_, R::Memory> {
         self.armed.store(true, Ordering::Release);
-        (&self.note, NOTE_BYTES)
+        self.span()
+    }
+
+    fn span(&self) -> Span<'_, R::Memory> {
+        Span {
+            memory: &self.note,
+            first: 0,
+            bytes: NOTE_BYTES,
+        }
     }
 
     /// The fault since the last check, if there was one.
@@ -102,7 +109,7 @@ impl<R: Runtime> Faults<R> {
         let Some(fault) = Fault::ALL.into_iter().find(|fault| fault.code() == code) else {
             return Ok(());
         };
-        runtime.clear(&self.note, NOTE_BYTES)?;
+        runtime.fill(self.span(), 0)?;
         Err(fault.error(value))
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::{Gpu, Launch, Runtime, Source, Value};
+use super::{Gpu, Launch, Map, Runtime, Source, Value};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -32,6 +32,8 @@ pub(crate) enum Parameter {
     I32,
     I64,
     F32,
+    /// `MAP`: a tensor's map, by value.
+    Map,
 }
 
 /// The elements behind a pointer.
@@ -60,6 +62,7 @@ pub(crate) enum Argument<'a, R: Runtime> {
     Flag(bool),
     I32(i32),
     F32(f32),
+    Map(Map<'a, R>),
 }
 
 /// The shape of a launch.
@@ -167,13 +170,22 @@ impl<R: Runtime> Gpu<R> {
         };
         let shared_bytes = u32::try_from(geometry.shared_bytes)
             .map_err(|_| kernel.mismatch(format_args!("{} bytes of shared memory", geometry.shared_bytes)))?;
-        self.runtime().launch(&Launch {
+        let writes_faults = arguments.iter().any(|argument| matches!(argument, Argument::Faults));
+        self.tape().launches(kernel.stem, writes_faults)?;
+        let launched = self.runtime().launch(&Launch {
             source: kernel.source,
             entry: &kernel.entry(types),
             grid,
             threads: kernel.threads,
             shared_bytes,
             values: &values,
+        });
+        launched.map_err(|error| match error {
+            Error::Device { message, .. } => Error::Device {
+                op: kernel.stem,
+                message: format!("{message}; given {}", shapes(kernel, arguments)),
+            },
+            other => other,
         })
     }
 
@@ -193,7 +205,7 @@ impl<R: Runtime> Gpu<R> {
             if wanted != Some(tensor.dtype()) {
                 return Err(format!("wants {element:?} of {types:?}, but is {tensor:?}"));
             }
-            Ok(Value::Memory(tensor.buffer().block()))
+            Ok(Value::Memory(tensor.buffer().span()))
         };
         match (parameter, argument) {
             (Parameter::In(element), Argument::In(tensor) | Argument::Optional(Some(tensor))) => {
@@ -216,8 +228,30 @@ impl<R: Runtime> Gpu<R> {
             (Parameter::I32, Argument::Flag(flag)) => Ok(Value::I32(i32::from(*flag))),
             (Parameter::I32, Argument::I32(value)) => Ok(Value::I32(*value)),
             (Parameter::F32, Argument::F32(value)) => Ok(Value::F32(*value)),
+            (Parameter::Map, Argument::Map(map)) => map.checked().map(Value::Map),
             (parameter, _) => Err(format!("wants {parameter:?} and got another kind of argument")),
         }
+    }
+}
+
+/// The tensors of a launch, for a message: `x bf16 [70, 64], y f32 [70]`.
+fn shapes<R: Runtime>(kernel: &Kernel, arguments: &[Argument<'_, R>]) -> String {
+    let tensors = kernel
+        .parameters
+        .iter()
+        .zip(arguments)
+        .filter_map(|((name, _), argument)| {
+            let tensor = match argument {
+                Argument::In(tensor) | Argument::Optional(Some(tensor)) => *tensor,
+                Argument::Out(tensor) | Argument::OptionalOut(Some(tensor)) => &**tensor,
+                _ => return None,
+            };
+            Some(format!("{name} {} {}", tensor.dtype(), tensor.shape()))
+        });
+    let tensors: Vec<String> = tensors.collect();
+    match tensors.is_empty() {
+        true => "no tensor".to_owned(),
+        false => tensors.join(", "),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The head and cross-entropy, a chunk of rows at a time: `cross_entropy.cu`.
 //!
-//! On tensor cores the number of supervised rows stays on the device; in the reference precision the host asks for it once, and
-//! the products are those of linear layers.
+//! The number of supervised rows stays on the device. On tensor cores the products pass over rows that are not; in the reference
+//! precision they are those of linear layers, which compute them all.
 
 use super::elementwise::ACTIVATION;
 use super::family::Family;
@@ -96,7 +96,7 @@ static SOFTMAX: Kernel = Kernel {
         ("chunk", I32),
         ("vocabulary", I32),
         ("pitch", I64),
-        ("factor", F32),
+        ("scale", In(SINGLE)),
     ],
 };
 
@@ -252,7 +252,7 @@ impl<R: Runtime> Gpu<R> {
         let mut parts = self.alloc(DType::F32, [parts_count, parts_rows, sizes.inputs])?;
         let mut hidden = self.alloc(DType::BF16, [workspace.chunk, sizes.inputs])?;
         let head = self.right(call.head, Precision::Bf16)?;
-        let factor = call.dx.as_ref().map_or(0.0, |(_, factor)| *factor);
+        let factor = call.dx.as_ref().map(|(_, factor)| *factor);
         for first in (0..sizes.tokens).step_by(workspace.chunk) {
             self.gather(call.x, supervised, &mut hidden, [first, workspace.chunk, sizes.inputs])?;
             self.logits(&hidden, &head, supervised, (first, sizes), &mut workspace)?;
@@ -325,7 +325,7 @@ impl<R: Runtime> Gpu<R> {
     /// Losses of a chunk of logits, and their gradients.
     fn softmax(
         &self,
-        (labels, factor): (&Tensor<Self>, f32),
+        (labels, factor): (&Tensor<Self>, Option<&Tensor<Self>>),
         supervised: &Supervised<R>,
         (first, sizes): (usize, LinearSizes),
         workspace: &mut Workspace<R>,
@@ -343,7 +343,7 @@ impl<R: Runtime> Gpu<R> {
             Argument::Size(workspace.chunk),
             Argument::Size(sizes.outputs),
             Argument::Size(workspace.pitch),
-            Argument::F32(factor),
+            Argument::Optional(factor),
         ];
         self.launch(&SOFTMAX, &[dtype], Geometry::cover(workspace.chunk, 1), &arguments)
     }
@@ -371,7 +371,8 @@ impl<R: Runtime> Gpu<R> {
         self.launch(&SCATTER, &[dtype], geometry, &arguments)
     }
 
-    /// The reference: products in f32. Waits for the number of supervised rows.
+    /// The reference: products in f32. Rows beyond the supervised ones are computed from what happens to be there and used by nobody:
+    /// asking the host how many there are would keep a step from being recorded.
     fn exact_cross_entropy(
         &self,
         mut call: LinearCrossEntropy<'_, Self>,
@@ -379,17 +380,12 @@ impl<R: Runtime> Gpu<R> {
         sizes: LinearSizes,
         chunk_bytes: usize,
     ) -> Result<()> {
-        let count: Vec<i32> = bytemuck::allocation::pod_collect_to_vec(&self.read(&supervised.count)?);
-        let rows = count.first().map_or(0, |count| count.unsigned_abs() as usize);
-        if rows == 0 {
-            return Ok(());
-        }
-        let (width, vocabulary) = (sizes.inputs, sizes.outputs);
+        let (rows, width, vocabulary) = (sizes.tokens, sizes.inputs, sizes.outputs);
         let gradient = call.dx.is_some().then_some(DType::F32);
         let mut workspace = self.workspace((rows, vocabulary), gradient, chunk_bytes)?;
         let mut hidden = self.alloc(DType::F32, [workspace.chunk, width])?;
         let head = self.right(call.head, Precision::F32)?;
-        let factor = call.dx.as_ref().map_or(0.0, |(_, factor)| *factor);
+        let factor = call.dx.as_ref().map(|(_, factor)| *factor);
         for first in (0..rows).step_by(workspace.chunk) {
             let here = workspace.chunk.min(rows - first);
             self.gather(call.x, supervised, &mut hidden, [first, workspace.chunk, width])?;
@@ -484,13 +480,14 @@ mod tests {
         let labels = device.upload_i32([TOKENS], &labels).unwrap();
         let mut losses = device.alloc(DType::F32, [TOKENS]).unwrap();
         let mut dx = device.alloc(DType::F32, [TOKENS, WIDTH]).unwrap();
+        let half = device.upload_f32([1], &[0.5]).unwrap();
         let call = LinearCrossEntropy {
             x: &x,
             head: &Weight::Dense(head),
             labels: &labels,
             precision,
             losses: &mut losses,
-            dx: Some((&mut dx, 0.5)),
+            dx: Some((&mut dx, &half)),
         };
         device.cross_entropy(call, chunk_bytes).unwrap();
         [device.read(&losses).unwrap(), device.read(&dx).unwrap()]

@@ -8,7 +8,12 @@
 //! | `runtime` | what a runtime must do |
 //! | `kernel` | typed descriptors of kernels, checked at every launch, and against the `.cu` sources by a test |
 //! | `family` | the op families: source, kernels, ops |
-//! | `memory` | the pool of device memory |
+//! | `map` | tensors as the copy engine sees them |
+//! | `memory` | the arena of a step, and the pool of everything else |
+//! | `places` | where tensors lie in the arena |
+//! | `layouts` | what kernels must know of packed documents, kept on the device |
+//! | `shared` | 4-bit weights decoded once for several products |
+//! | `tape` | recordings: launches captured once and run again |
 //! | `faults` | data that breaks a contract, noticed on the device |
 //! | the others | one op family each, as in [`ops`](crate::ops) |
 //!
@@ -20,12 +25,15 @@ mod attention_kernels;
 pub(crate) mod cache;
 mod convolution;
 mod delta;
+mod delta_inputs;
 mod elementwise;
 mod family;
 mod faults;
 mod gate;
 mod kernel;
+mod layouts;
 mod loss;
+mod map;
 mod matmul;
 mod memory;
 mod moe;
@@ -34,20 +42,25 @@ mod norm;
 mod offsets;
 mod operands;
 mod optimizer;
+mod places;
 mod quantize;
 mod rows;
 mod runtime;
+mod shared;
 #[cfg(test)]
 mod signature;
 pub mod sources;
+mod tape;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, OnceLock};
 
 use crate::contract;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::ops::{Device, MemoryStats, Op, Precision, Support};
-use crate::tensor::{Shape, Tensor};
+use crate::ops::{Device, MemoryStats, Op, Precision, Recorded, Support};
+use crate::tensor::{Segments, Shape, Tensor};
 
 pub(crate) use self::family::FAMILIES;
 #[cfg(test)]
@@ -56,10 +69,17 @@ use self::faults::Faults;
 #[cfg(test)]
 pub(crate) use self::kernel::Parameter;
 pub(crate) use self::kernel::{Argument, Element, Geometry, Kernel};
+use self::layouts::Layouts;
+pub(crate) use self::map::Map;
+pub use self::map::{Swizzle, TensorMap};
+pub use self::matmul::{PlainForm, PlainProduct};
 pub use self::memory::Buffer;
 use self::memory::Pool;
-pub use self::runtime::{Launch, Runtime, Value};
+pub use self::runtime::{Launch, Machine, Runtime, Span, Value};
+use self::shared::Shared;
+pub use self::shared::{SHARED_ROWS, SharedRows};
 pub use self::sources::Source;
+use self::tape::Tape;
 
 /// A handle to a GPU, real or emulated. Clones share its memory pool and its queue of launches.
 pub struct Gpu<R: Runtime> {
@@ -69,6 +89,8 @@ pub struct Gpu<R: Runtime> {
 struct Inner<R: Runtime> {
     memory: Arc<Pool<R>>,
     faults: Faults<R>,
+    layouts: Layouts<R>,
+    shared: Shared<R>,
     /// See `optimizer`.
     moment_maps: OnceLock<Tensor<Gpu<R>>>,
 }
@@ -92,6 +114,8 @@ impl<R: Runtime> Gpu<R> {
             inner: Arc::new(Inner {
                 faults: Faults::new(&*runtime)?,
                 memory: Arc::new(Pool::new(runtime)),
+                layouts: Layouts::new(),
+                shared: Shared::new(),
                 moment_maps: OnceLock::new(),
             }),
         })
@@ -100,6 +124,60 @@ impl<R: Runtime> Gpu<R> {
     /// What the launches go to.
     pub fn runtime(&self) -> &R {
         self.inner.memory.runtime()
+    }
+
+    /// Bytes of the block that the tensors of a step come from; 0 before the first step is over.
+    pub fn arena_bytes(&self) -> u64 {
+        self.inner.memory.arena_bytes() as u64
+    }
+
+    fn tape(&self) -> &Tape<R> {
+        self.inner.memory.tape()
+    }
+
+    /// A tensor that outlives the step in which it is made.
+    fn alloc_lasting(&self, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor<Self>> {
+        let shape = shape.into();
+        let buffer = self.inner.memory.take_lasting(shape.elements() * dtype.size_bytes())?;
+        Ok(Tensor::from_buffer(buffer, dtype, shape))
+    }
+
+    /// Makes the arena as large as steps were seen to need. Recordings have addresses of the old one, so they end.
+    fn replan(&self) -> Result<()> {
+        if self.tape().has_recordings() {
+            self.runtime().synchronise()?;
+            self.tape().clear();
+        }
+        self.inner.memory.make_arena()
+    }
+}
+
+/// The end of a step, also of one that fails.
+struct Step<'a, R: Runtime> {
+    gpu: &'a Gpu<R>,
+    is_owner: bool,
+}
+
+impl<R: Runtime> Drop for Step<'_, R> {
+    fn drop(&mut self) {
+        if self.is_owner && self.gpu.inner.memory.leave_step() {
+            // A failure is one of the device, and the next call of it says so.
+            let _ = self.gpu.replan();
+        }
+    }
+}
+
+/// The end of a scope that shares decoded weights, also of one that fails.
+struct Sharing<'a, R: Runtime> {
+    gpu: &'a Gpu<R>,
+    is_owner: bool,
+}
+
+impl<R: Runtime> Drop for Sharing<'_, R> {
+    fn drop(&mut self) {
+        if self.is_owner {
+            self.gpu.inner.shared.leave();
+        }
     }
 }
 
@@ -144,7 +222,7 @@ impl<R: Runtime> Device for Gpu<R> {
                 problem: format!("are {}, but {tensor:?} has {expected}", bytes.len()),
             });
         }
-        tensor.buffer_mut().write(0, bytes)
+        tensor.buffer().write(0, bytes)
     }
 
     fn read(&self, tensor: &Tensor<Self>) -> Result<Vec<u8>> {
@@ -156,7 +234,7 @@ impl<R: Runtime> Device for Gpu<R> {
 
     fn write_at(&self, tensor: &mut Tensor<Self>, first: usize, bytes: &[u8]) -> Result<()> {
         contract::piece("write_at", tensor, first, bytes.len())?;
-        tensor.buffer_mut().write(first, bytes)
+        tensor.buffer().write(first, bytes)
     }
 
     fn read_at(&self, tensor: &Tensor<Self>, first: usize, out: &mut [u8]) -> Result<()> {
@@ -177,8 +255,36 @@ impl<R: Runtime> Device for Gpu<R> {
         self.convert("copy", source, target)
     }
 
+    fn remark(&self) -> Option<String> {
+        self.runtime().remark()
+    }
+
     fn memory(&self) -> MemoryStats {
         self.inner.memory.stats()
+    }
+
+    fn step<T, E>(&self, work: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        let _step = Step {
+            gpu: self,
+            is_owner: self.inner.memory.enter_step(),
+        };
+        work()
+    }
+
+    fn sharing<T, E>(&self, work: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        let _sharing = Sharing {
+            gpu: self,
+            is_owner: self.inner.shared.enter(),
+        };
+        work()
+    }
+
+    fn can_record(&self) -> bool {
+        true
+    }
+
+    fn record<E: From<Error>>(&self, documents: &Segments, work: impl FnMut() -> Result<(), E>) -> Result<Recorded, E> {
+        self.recorded(documents, work)
     }
 
     fn reset_peak(&self) {

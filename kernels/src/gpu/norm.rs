@@ -8,17 +8,19 @@ use super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
 use crate::contract::{self, NormSizes};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{NormBackward, NormForward, NormOps, NormWeight, Op, Write};
+use crate::ops::{AddNormForward, NormBackward, NormForward, NormOps, NormWeight, Op, Write};
 
 pub(super) static FAMILY: Family = Family {
     source: &NORM,
     kernels: &[
         &FORWARD_ROWWARP,
         &FORWARD_ROWBLOCK,
+        &ADD_FORWARD_ROWWARP,
+        &ADD_FORWARD_ROWBLOCK,
         &BACKWARD_ROWWARP,
         &BACKWARD_ROWBLOCK,
     ],
-    ops: &[Op::RmsNormForward, Op::RmsNormBackward],
+    ops: &[Op::RmsNormForward, Op::RmsNormBackward, Op::AddRmsNormForward],
 };
 
 const THREADS: u32 = 256;
@@ -39,6 +41,26 @@ const fn forward(stem: &'static str) -> Kernel {
         threads: THREADS,
         parameters: &[
             ("x", In(A)),
+            ("weight", In(W)),
+            ("y", Out(A)),
+            ("rstd", Out(SINGLE)),
+            ("rows", I64),
+            ("width", I32),
+            ("eps", F32),
+            ("zero_centred", I32),
+        ],
+    }
+}
+
+const fn add_forward(stem: &'static str) -> Kernel {
+    Kernel {
+        source: &NORM,
+        stem,
+        types: &[ACTIVATION, VECTOR],
+        threads: THREADS,
+        parameters: &[
+            ("x", Out(A)),
+            ("added", In(A)),
             ("weight", In(W)),
             ("y", Out(A)),
             ("rstd", Out(SINGLE)),
@@ -72,6 +94,8 @@ const fn backward(stem: &'static str) -> Kernel {
 
 static FORWARD_ROWWARP: Kernel = forward("rms_norm_forward_rowwarp");
 static FORWARD_ROWBLOCK: Kernel = forward("rms_norm_forward_rowblock");
+static ADD_FORWARD_ROWWARP: Kernel = add_forward("add_rms_norm_forward_rowwarp");
+static ADD_FORWARD_ROWBLOCK: Kernel = add_forward("add_rms_norm_forward_rowblock");
 static BACKWARD_ROWWARP: Kernel = backward("rms_norm_backward_rowwarp");
 static BACKWARD_ROWBLOCK: Kernel = backward("rms_norm_backward_rowblock");
 
@@ -93,6 +117,25 @@ impl<R: Runtime> NormOps for Gpu<R> {
         let types = [call.x.dtype(), call.weight.dtype()];
         let arguments = [
             Argument::In(call.x),
+            Argument::In(call.weight),
+            Argument::Out(call.y),
+            Argument::Out(call.rstd),
+            Argument::Size(rows),
+            Argument::Size(width),
+            Argument::F32(call.eps),
+            Argument::Flag(call.style == NormWeight::ZeroCentred),
+        ];
+        self.launch(kernel, &types, geometry, &arguments)
+    }
+
+    fn add_rms_norm_forward(&self, call: AddNormForward<'_, Self>) -> Result<()> {
+        let NormSizes { width } = contract::add_rms_norm_forward(&call)?;
+        let rows = call.x.shape().rows();
+        let (kernel, geometry) = layout([&ADD_FORWARD_ROWWARP, &ADD_FORWARD_ROWBLOCK], rows, width);
+        let types = [call.x.dtype(), call.weight.dtype()];
+        let arguments = [
+            Argument::Out(call.x),
+            Argument::In(call.added),
             Argument::In(call.weight),
             Argument::Out(call.y),
             Argument::Out(call.rstd),

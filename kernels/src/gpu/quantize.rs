@@ -17,7 +17,7 @@ use crate::weight::{NF4_BLOCK, NF4_NESTED_BLOCK, Nf4Scales, Nf4Weight, Weight};
 
 pub(super) static FAMILY: Family = Family {
     source: &QUANTIZE,
-    kernels: &[&QUANTIZE_NF4, &NESTED_MEAN, &NESTED_SCALES],
+    kernels: &[&QUANTIZE_NF4, &QUANTIZE_NF4_FP8, &NESTED_MEAN, &NESTED_SCALES],
     ops: &[Op::QuantizeNf4],
 };
 
@@ -45,6 +45,25 @@ static QUANTIZE_NF4: Kernel = Kernel {
         ("codes", Out(BYTE)),
         ("absmax", Out(SINGLE)),
         ("count", I64),
+        ("faults", Out(Element::Is(DType::I32))),
+        ("fault", I32),
+    ],
+};
+
+static QUANTIZE_NF4_FP8: Kernel = Kernel {
+    source: &QUANTIZE,
+    stem: "quantize_nf4_fp8",
+    types: &[DECODED],
+    threads: THREADS,
+    parameters: &[
+        ("source", In(Element::Is(DType::F8E4M3))),
+        ("scales", In(Element::Type(0))),
+        ("codes", Out(BYTE)),
+        ("absmax", Out(SINGLE)),
+        ("count", I64),
+        ("columns", I32),
+        ("high", I32),
+        ("wide", I32),
         ("faults", Out(Element::Is(DType::I32))),
         ("fault", I32),
     ],
@@ -122,6 +141,56 @@ impl<R: Runtime> QuantizeOps for Gpu<R> {
             Argument::I32(Fault::NotFinite.code()),
         ];
         self.launch(&QUANTIZE_NF4, &[source.dtype()], packs(elements), &arguments)?;
+        self.quantized(codes, absmax, (outputs, inputs), nested)
+    }
+
+    fn quantize_nf4_fp8(
+        &self,
+        source: &Tensor<Self>,
+        scales: &Tensor<Self>,
+        block: [usize; 2],
+        nested: bool,
+    ) -> Result<Nf4Weight<Self>> {
+        let (outputs, inputs) = contract::quantize_nf4_fp8(source, scales, block)?;
+        let elements = outputs * inputs;
+        let mut codes = self.alloc(DType::U8, [elements.div_ceil(2)])?;
+        let mut absmax = self.alloc(DType::F32, [elements.div_ceil(NF4_BLOCK)])?;
+        // A block larger than the matrix is one of its size.
+        let [high, wide] = [block[0].min(outputs.max(1)), block[1].min(inputs.max(1))];
+        let arguments = [
+            Argument::In(source),
+            Argument::In(scales),
+            Argument::Out(&mut codes),
+            Argument::Out(&mut absmax),
+            Argument::Size(elements),
+            Argument::Size(inputs),
+            Argument::Size(high),
+            Argument::Size(wide),
+            Argument::Faults,
+            Argument::I32(Fault::NotFinite.code()),
+        ];
+        self.launch(&QUANTIZE_NF4_FP8, &[scales.dtype()], packs(elements), &arguments)?;
+        self.quantized(codes, absmax, (outputs, inputs), nested)
+    }
+
+    fn dequantize(&self, weight: &Weight<Self>, out: &mut Tensor<Self>) -> Result<()> {
+        contract::dequantize(weight, out)?;
+        match weight {
+            Weight::Dense(tensor) => self.convert("dequantize", tensor, out),
+            Weight::Nf4(weight) => self.decode(weight, out),
+        }
+    }
+}
+
+impl<R: Runtime> Gpu<R> {
+    /// The weight of these codes and scales, the scales quantised too where they are to be nested.
+    fn quantized(
+        &self,
+        codes: Tensor<Self>,
+        absmax: Tensor<Self>,
+        (outputs, inputs): (usize, usize),
+        nested: bool,
+    ) -> Result<Nf4Weight<Self>> {
         // Weights are loaded once: what is wrong with one is said at once.
         self.inner.faults.check(self.runtime())?;
         let scales = if nested {
@@ -137,16 +206,6 @@ impl<R: Runtime> QuantizeOps for Gpu<R> {
         })
     }
 
-    fn dequantize(&self, weight: &Weight<Self>, out: &mut Tensor<Self>) -> Result<()> {
-        contract::dequantize(weight, out)?;
-        match weight {
-            Weight::Dense(tensor) => self.convert("dequantize", tensor, out),
-            Weight::Nf4(weight) => self.decode(weight, out),
-        }
-    }
-}
-
-impl<R: Runtime> Gpu<R> {
     /// Quantises the scales themselves.
     fn nested(&self, absmax: &Tensor<Self>) -> Result<Nf4Scales<Self>> {
         let blocks = absmax.shape().elements();

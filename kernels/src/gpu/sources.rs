@@ -7,6 +7,15 @@ pub struct Source {
     pub name: &'static str,
     /// Its text.
     pub text: &'static str,
+    /// The only target it is compiled for, where it needs one's own instructions; every source with one has a twin without.
+    pub only: Option<&'static str>,
+}
+
+impl Source {
+    /// Whether it is compiled for a target, written as compilers read it.
+    pub fn is_for(&self, target: &str) -> bool {
+        self.only.is_none_or(|only| only == target)
+    }
 }
 
 impl PartialEq for Source {
@@ -17,12 +26,19 @@ impl PartialEq for Source {
 
 macro_rules! source {
     ($name:literal) => {
+        source!($name, None)
+    };
+    ($name:literal, $only:expr) => {
         Source {
             name: $name,
             text: include_str!(concat!("../../cu/", $name, ".cu")),
+            only: $only,
         }
     };
 }
+
+/// The target whose own instructions `hopper.cuh` wraps.
+const HOPPER: Option<&str> = Some("sm_90a");
 
 pub(crate) static ELEMENTWISE: Source = source!("elementwise");
 pub(crate) static NORM: Source = source!("norm");
@@ -32,6 +48,7 @@ pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static CONVOLUTION: Source = source!("convolution");
 pub(crate) static GATE: Source = source!("gate");
 pub(crate) static GATED_DELTA: Source = source!("gated_delta");
+pub(crate) static DELTA_INPUTS: Source = source!("delta_inputs");
 pub(crate) static MOE: Source = source!("moe");
 pub(crate) static GROUPED: Source = source!("grouped");
 pub(crate) static GROUPED_F32: Source = source!("grouped_f32");
@@ -39,6 +56,8 @@ pub(crate) static QUANTIZE: Source = source!("quantize");
 pub(crate) static ATTENTION: Source = source!("attention");
 pub(crate) static ATTENTION_TENSOR: Source = source!("attention_tensor");
 pub(crate) static MATMUL: Source = source!("matmul");
+pub(crate) static MATMUL_HOPPER: Source = source!("matmul_hopper", HOPPER);
+pub(crate) static GROUPED_HOPPER: Source = source!("grouped_hopper", HOPPER);
 pub(crate) static MATMUL_F32: Source = source!("matmul_f32");
 pub(crate) static CROSS_ENTROPY: Source = source!("cross_entropy");
 
@@ -51,6 +70,8 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("product.cuh", include_str!("../../cu/product.cuh")),
     ("grouped.cuh", include_str!("../../cu/grouped.cuh")),
     ("tile.cuh", include_str!("../../cu/tile.cuh")),
+    ("hopper.cuh", include_str!("../../cu/hopper.cuh")),
+    ("hopper_tile.cuh", include_str!("../../cu/hopper_tile.cuh")),
 ];
 
 /// The names of a source's entries.

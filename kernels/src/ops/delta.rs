@@ -38,7 +38,7 @@
 //! ```
 
 use crate::error::Result;
-use crate::ops::Device;
+use crate::ops::{ConvolutionOps, Device, GateOps, delta_parts};
 use crate::tensor::{Segments, Tensor};
 
 /// Tokens of a chunk: `A` has rows of this many elements. The size used by the method's authors and every peer.
@@ -137,6 +137,36 @@ pub struct DeltaGatesBackward<'a, D: Device> {
     pub db: &'a mut Tensor<D>,
 }
 
+/// Arguments of [`DeltaOps::delta_inputs_forward`]; `G = Hv / Hk`.
+pub struct DeltaInputsForward<'a, D: Device> {
+    /// Activation `[T, Hk·(2·Dk + 2·G·Dv)]`: for each key head its query, its key, and its value heads' values and `z`.
+    pub fused: &'a Tensor<D>,
+    /// Activation `[T, 2·Hv]`: for each key head `b` of its value heads, and then `a`.
+    pub ba: &'a Tensor<D>,
+    /// The convolution's parts for q, k and v, f32 or bf16 `[channels, K]`.
+    pub taps: [&'a Tensor<D>; 3],
+    /// Frozen f32 or bf16 `[Hv]`.
+    pub a_log: &'a Tensor<D>,
+    /// Frozen f32 or bf16 `[Hv]`.
+    pub dt_bias: &'a Tensor<D>,
+    /// Added to the sum of squares of a head of q or k.
+    pub eps: f32,
+    /// Documents, none of which has a past.
+    pub segments: &'a Segments,
+    /// Out: activation `[T, Hk, Dk]`, convolved and of length 1 in each head.
+    pub q: &'a mut Tensor<D>,
+    /// Out: as `q`.
+    pub k: &'a mut Tensor<D>,
+    /// Out: activation `[T, Hv, Dv]`, convolved.
+    pub v: &'a mut Tensor<D>,
+    /// Out: activation `[T, Hv, Dv]`, as it is.
+    pub z: &'a mut Tensor<D>,
+    /// Out: f32 `[T, Hv]`.
+    pub decay: &'a mut Tensor<D>,
+    /// Out: f32 `[T, Hv]`.
+    pub beta: &'a mut Tensor<D>,
+}
+
 /// Gated DeltaNet's recurrence.
 pub trait DeltaOps: Device {
     /// Writes `out`, `solved` and, if given, the final `state`. Factors enter products in the activations' dtype; the state, the
@@ -163,4 +193,17 @@ pub trait DeltaOps: Device {
     /// # Errors
     /// Shapes or dtypes outside the contract.
     fn delta_gates_backward(&self, call: DeltaGatesBackward<'_, Self>) -> Result<()>;
+
+    /// Everything between the input projections and the delta rule, for a pass that keeps nothing of it: the projections cut
+    /// apart ([`GateOps::copy_columns`]), [`ConvolutionOps::convolution_forward`] of q, k and v, [`GateOps::l2_norm_forward`] of
+    /// the heads of q and k, and [`DeltaOps::delta_gates_forward`].
+    ///
+    /// # Errors
+    /// Shapes or dtypes outside the contract.
+    fn delta_inputs_forward(&self, call: DeltaInputsForward<'_, Self>) -> Result<()>
+    where
+        Self: GateOps + ConvolutionOps,
+    {
+        delta_parts::inputs_forward(self, call)
+    }
 }

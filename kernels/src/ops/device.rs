@@ -3,8 +3,8 @@
 use crate::contract;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::Precision;
-use crate::tensor::{Shape, Tensor};
+use crate::ops::{Precision, Recorded};
+use crate::tensor::{Segments, Shape, Tensor};
 
 /// One op of the interface, for capability questions and reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -15,6 +15,7 @@ pub enum Op {
     LinearBackward,
     RmsNormForward,
     RmsNormBackward,
+    AddRmsNormForward,
     Rope,
     AttentionForward,
     AttentionBackward,
@@ -36,11 +37,15 @@ pub enum Op {
     RoutedSwigluForward,
     RoutedSwigluBackward,
     Combine,
+    GroupedSwigluForward,
+    GroupedPairBackward,
+    CombineResidual,
     StackExpert,
     DeltaRuleForward,
     DeltaRuleBackward,
     DeltaGatesForward,
     DeltaGatesBackward,
+    DeltaInputsForward,
     ConvolutionForward,
     ConvolutionBackward,
     SigmoidGateForward,
@@ -166,11 +171,60 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     /// [`Error::Shape`](crate::Error::Shape), [`Error::DType`](crate::Error::DType).
     fn copy(&self, source: &Tensor<Self>, target: &mut Tensor<Self>) -> Result<()>;
 
+    /// What a user may want to know of how this backend works here, once that has shown: a library that is missing, say.
+    fn remark(&self) -> Option<String> {
+        None
+    }
+
     /// What the memory pool holds.
     fn memory(&self) -> MemoryStats;
 
     /// Sets the peak to what is in use now.
     fn reset_peak(&self);
+
+    /// Does one step of something that is done again and again, or a part of it. Tensors that are made inside are expected to be
+    /// gone when it is over (others keep their memory, at the price of a plan); a backend may then lay them out in one block, so
+    /// that no step after the first asks for memory. Steps may be nested; those of two threads are not laid out together.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    fn step<T, E>(&self, work: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        work()
+    }
+
+    /// Does work that uses the same frozen weights more than once. A backend may then keep a form of them that is cheaper to
+    /// multiply by, until the work is done; no bit of any result depends on it.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    fn sharing<T, E>(&self, work: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        work()
+    }
+
+    /// Whether [`Device::record`] may give recordings. Callers then take care that batches have few different shapes.
+    fn can_record(&self) -> bool {
+        false
+    }
+
+    /// Does `work`, which is part of a [`Device::step`], and where the backend can, remembers its launches to be done again for
+    /// other documents of the same number of tokens and of documents (see [`Segments`]); other documents than those may not take
+    /// part. What `work` launches may depend on nothing else that changes: no argument may be another number the next time, and
+    /// tensors from outside must live as long as the recording and be filled before.
+    ///
+    /// Work that reads a tensor on the host or needs memory beyond the step's cannot be recorded: it is done all the same, and
+    /// the answer says what stood in the way. `work` may be called twice, the first time without effect.
+    ///
+    /// # Errors
+    /// Those of `work`.
+    fn record<E: From<crate::Error>>(
+        &self,
+        documents: &Segments,
+        mut work: impl FnMut() -> Result<(), E>,
+    ) -> Result<Recorded, E> {
+        let _ = documents;
+        work()?;
+        Ok(Recorded::Not(format!("the {} backend runs op by op", self.name())))
+    }
 
     /// f32 contents of an f32 or bf16 tensor.
     ///

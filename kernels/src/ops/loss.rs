@@ -24,8 +24,9 @@ pub struct LinearCrossEntropy<'a, D: Device> {
     pub precision: Precision,
     /// Out: f32 `[T]`, the loss of each position, 0 where it is not supervised.
     pub losses: &'a mut Tensor<D>,
-    /// Out: gradient of `g · Σ loss_t` for `x`, activation `[T, C]`, with `g`; `None` when only losses are wanted.
-    pub dx: Option<(&'a mut Tensor<D>, f32)>,
+    /// Out: gradient of `g · Σ loss_t` for `x`, activation `[T, C]`, with `g`, f32 `[1]`: it is another number in each step, and a
+    /// recording of the op repeats numbers but reads tensors. `None` when only losses are wanted.
+    pub dx: Option<(&'a mut Tensor<D>, &'a Tensor<D>)>,
 }
 
 /// Cross-entropy.

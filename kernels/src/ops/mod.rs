@@ -19,33 +19,39 @@ mod activation;
 mod attention;
 mod convolution;
 mod delta;
+pub(crate) mod delta_parts;
 mod device;
 mod embedding;
 mod gate;
 mod loss;
 mod matmul;
 mod moe;
+pub(crate) mod moe_parts;
 mod norm;
 mod optimizer;
 mod quantize;
+mod recording;
 mod rope;
 
 pub use self::activation::ActivationOps;
 pub use self::attention::{AttentionBackward, AttentionForward, AttentionOps};
 pub use self::convolution::{ConvolutionBackward, ConvolutionForward, ConvolutionOps};
-pub use self::delta::{DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaOps};
+pub use self::delta::{
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps,
+};
 pub use self::device::{Device, MemoryStats, Op, Support};
 pub use self::embedding::EmbeddingOps;
 pub use self::gate::{Columns, GateOps, GatedNormBackward, GatedNormForward, SigmoidGateBackward};
 pub use self::loss::{LinearCrossEntropy, LossOps};
 pub use self::matmul::{LinearBackward, LinearForward, LoraBackward, LoraForward, MatmulOps, Precision, Write};
 pub use self::moe::{
-    GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward, MoeOps, RouteBackward,
-    RoutedSwigluBackward, Routing, RowOrder,
+    CombineResidual, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward,
+    GroupedPairBackward, GroupedSwigluForward, MoeOps, RouteBackward, RoutedSwigluBackward, Routing, RowOrder,
 };
-pub use self::norm::{NormBackward, NormForward, NormOps, NormWeight};
+pub use self::norm::{AddNormForward, NormBackward, NormForward, NormOps, NormWeight};
 pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, OptimizerOps};
 pub use self::quantize::QuantizeOps;
+pub use self::recording::{Recorded, Recording};
 pub use self::rope::{RopeDirection, RopeOps, RopeTable};
 
 /// All op families together: what model code asks for.

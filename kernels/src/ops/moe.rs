@@ -39,9 +39,10 @@
 //! dlogits   = route_backward(dw), and from there linear_backward of the router
 //! ```
 
+use super::moe_parts as parts;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Device, Precision, Write};
+use crate::ops::{ActivationOps, Device, GateOps, Precision, Write};
 use crate::stack::WeightStack;
 use crate::tensor::Tensor;
 use crate::weight::Weight;
@@ -182,6 +183,59 @@ pub struct GroupedLinearBackward<'a, D: Device> {
     pub dx: Option<(&'a mut Tensor<D>, Write)>,
 }
 
+/// Arguments of [`MoeOps::grouped_swiglu_forward`].
+pub struct GroupedSwigluForward<'a, D: Device> {
+    /// Activation `[T, I]`, read by token.
+    pub x: &'a Tensor<D>,
+    /// Whose row is whose, and the weights.
+    pub routing: &'a Routing<D>,
+    /// Frozen `[E, F, I]`.
+    pub gate: &'a WeightStack<D>,
+    /// Frozen `[E, F, I]`, encoded as `gate`.
+    pub up: &'a WeightStack<D>,
+    /// The adapter of both projections: its `b` is `[E, 2·F, R]`, the gate's rows over those of the up projection.
+    pub lora: Option<GroupedLoraForward<'a, D>>,
+    /// Precision of the products.
+    pub precision: Precision,
+    /// Out: both projections, activations `[M, F]`; `None` where no backward pass will ask for them.
+    pub wide: Option<(&'a mut Tensor<D>, &'a mut Tensor<D>)>,
+    /// Out: activation `[M, F]`; `None` where only the projections are wanted.
+    pub y: Option<&'a mut Tensor<D>>,
+}
+
+/// Arguments of [`MoeOps::grouped_pair_backward`].
+pub struct GroupedPairBackward<'a, D: Device> {
+    /// Gradients of both projections, activations `[M, F]`.
+    pub dgate: &'a Tensor<D>,
+    /// As `dgate`.
+    pub dup: &'a Tensor<D>,
+    /// Whose row is whose.
+    pub routing: &'a Routing<D>,
+    /// Frozen `[E, F, I]`.
+    pub gate: &'a WeightStack<D>,
+    /// Frozen `[E, F, I]`, encoded as `gate`.
+    pub up: &'a WeightStack<D>,
+    /// The adapter of both projections, `b` and `gradient_b` as [`GroupedSwigluForward::lora`] has `b`.
+    pub lora: Option<GroupedLoraBackward<'a, D>>,
+    /// Precision of the products.
+    pub precision: Precision,
+    /// Out: gradient of the input's grouped rows, activation `[M, I]`; `None` where nothing below is trained.
+    pub dx: Option<&'a mut Tensor<D>>,
+}
+
+/// Arguments of [`MoeOps::combine_residual`].
+pub struct CombineResidual<'a, D: Device> {
+    /// Activation `[M, C]`.
+    pub grouped: &'a Tensor<D>,
+    /// Whose row is whose.
+    pub routing: &'a Routing<D>,
+    /// What the expert that every token visits gave, activation `[T, C]`, and its gate before the logistic function,
+    /// `[T, 1]`.
+    pub shared: Option<(&'a Tensor<D>, &'a Tensor<D>)>,
+    /// In and out: the residual stream, activation `[T, C]`.
+    pub x: &'a mut Tensor<D>,
+}
+
 /// Arguments of [`MoeOps::routed_swiglu_backward`].
 pub struct RoutedSwigluBackward<'a, D: Device> {
     /// Activation `[M, F]`: the forward input.
@@ -258,6 +312,44 @@ pub trait MoeOps: Device {
         y: &mut Tensor<Self>,
         write: Write,
     ) -> Result<()>;
+
+    /// Both wide projections of a layer of experts and the activation behind them: [`MoeOps::grouped_linear_forward`] of `gate`
+    /// and of `up`, then [`MoeOps::routed_swiglu_forward`] of what these gave as they would be stored. The two share `u`.
+    ///
+    /// A backend with a kernel for it writes only what is asked for, once.
+    ///
+    /// # Errors
+    /// Shapes or dtypes outside the contract; a routing that [`MoeOps::route`] did not write.
+    fn grouped_swiglu_forward(&self, call: GroupedSwigluForward<'_, Self>) -> Result<()>
+    where
+        Self: GateOps,
+    {
+        parts::swiglu_forward(self, call)
+    }
+
+    /// The way back through both wide projections: `dx_m = dgate_m · G_e + dup_m · U_e` with the adapter's part,
+    /// [`MoeOps::grouped_linear_backward`] of each, added up.
+    ///
+    /// # Errors
+    /// Shapes or dtypes outside the contract; a routing that [`MoeOps::route`] did not write.
+    fn grouped_pair_backward(&self, call: GroupedPairBackward<'_, Self>) -> Result<()>
+    where
+        Self: GateOps,
+    {
+        parts::pair_backward(self, call)
+    }
+
+    /// `x_t += Σ_j grouped[row of slot t·k + j] + σ(gate_t) · shared_t`: what a mixture of experts gives, added to the residual
+    /// stream. The sum is [`MoeOps::combine`]'s, then the shared expert's part, then `x`.
+    ///
+    /// # Errors
+    /// Shapes or dtypes outside the contract; a routing that [`MoeOps::route`] did not write.
+    fn combine_residual(&self, call: CombineResidual<'_, Self>) -> Result<()>
+    where
+        Self: GateOps + ActivationOps,
+    {
+        parts::combine_residual(self, call)
+    }
 
     /// Copies one expert's matrix to its place in a stack of the same shape and encoding.
     ///

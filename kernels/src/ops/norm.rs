@@ -10,7 +10,7 @@
 //! ```
 
 use crate::error::Result;
-use crate::ops::{Device, Write};
+use crate::ops::{ActivationOps, Device, Write};
 use crate::tensor::Tensor;
 
 /// How the stored weight scales the normalised value.
@@ -33,6 +33,24 @@ pub struct NormForward<'a, D: Device> {
     /// Added to the mean square.
     pub eps: f32,
     /// Out: activation, shaped as `x`.
+    pub y: &'a mut Tensor<D>,
+    /// Out: f32 `[N]`; the backward pass needs it.
+    pub rstd: &'a mut Tensor<D>,
+}
+
+/// Arguments of [`NormOps::add_rms_norm_forward`].
+pub struct AddNormForward<'a, D: Device> {
+    /// In and out: the residual stream, activation `[N, C]`, to which `added` is added.
+    pub x: &'a mut Tensor<D>,
+    /// Activation, shaped as `x`.
+    pub added: &'a Tensor<D>,
+    /// f32 or bf16 `[C]`.
+    pub weight: &'a Tensor<D>,
+    /// How `weight` is applied.
+    pub style: NormWeight,
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Out: the norm of the sum, shaped as `x`.
     pub y: &'a mut Tensor<D>,
     /// Out: f32 `[N]`; the backward pass needs it.
     pub rstd: &'a mut Tensor<D>,
@@ -61,6 +79,26 @@ pub trait NormOps: Device {
     /// # Errors
     /// Shapes or dtypes outside the contract.
     fn rms_norm_forward(&self, call: NormForward<'_, Self>) -> Result<()>;
+
+    /// `x += added`, then `y = norm(x) · w` of the sum as it is stored: [`ActivationOps::add_assign`] and
+    /// [`NormOps::rms_norm_forward`] in one pass over the rows.
+    ///
+    /// # Errors
+    /// Shapes or dtypes outside the contract.
+    fn add_rms_norm_forward(&self, call: AddNormForward<'_, Self>) -> Result<()>
+    where
+        Self: ActivationOps,
+    {
+        self.add_assign(call.x, call.added)?;
+        self.rms_norm_forward(NormForward {
+            x: call.x,
+            weight: call.weight,
+            style: call.style,
+            eps: call.eps,
+            y: call.y,
+            rstd: call.rstd,
+        })
+    }
 
     /// `dx` from `dy`; see the module's formula.
     ///

@@ -17,7 +17,7 @@ pub trait QuantizeOps: Device {
     fn quantize_nf4(&self, source: &Tensor<Self>, nested: bool) -> Result<Nf4Weight<Self>>;
 
     /// Quantises an FP8 matrix to the very codes and scales that [`QuantizeOps::quantize_nf4`] gives for its values in f32:
-    /// `codes` is f8e4m3 `[O, I]`, `scales` f32 `[ceil(O / block[0]), ceil(I / block[1])]`, and an element's value is that of its
+    /// `codes` is f8e4m3 `[O, I]`, `scales` f32 or bf16 `[ceil(O / block[0]), ceil(I / block[1])]`, and an element's value is that of its
     /// code ([`fp8::value`]) times the scale of its block. A backend decodes on the way, so that nothing wider than FP8 is stored.
     ///
     /// # Errors

@@ -4,6 +4,8 @@
 
 mod judge;
 mod random;
+mod watched;
 
 pub use self::judge::{Judge, Verdict};
 pub use self::random::Random;
+pub use self::watched::{Calls, Watched};

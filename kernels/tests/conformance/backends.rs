@@ -41,6 +41,12 @@ macro_rules! on_every_backend {
                 Err(reason) => report.absent("emulated", &reason),
             }
         }
+        if $crate::backends::has_hopper_kernels(needed) && $crate::backends::is_tried("emulated") {
+            match $crate::backends::emulated_hopper() {
+                Ok(backend) => report.run("emulated/sm_90a", &backend, |$run| $cases),
+                Err(reason) => report.absent("emulated", &reason),
+            }
+        }
         if $crate::backends::is_tried("cuda") {
             match $crate::backends::cuda() {
                 Ok(backend) => report.run("cuda", &backend, |$run| $cases),
@@ -75,7 +81,27 @@ pub fn cpus() -> Vec<(String, Cpu)> {
 
 /// The kernels, emulated; or why they cannot be.
 pub fn emulated() -> Result<Emulated, String> {
-    match emu::emulated(Some(2)) {
+    or_why_not(emu::emulated(Some(2)))
+}
+
+/// The kernels, emulated as a device with Hopper's instructions.
+pub fn emulated_hopper() -> Result<Emulated, String> {
+    or_why_not(emu::emulated_as(Some(2), (9, 0)))
+}
+
+/// Whether Hopper does any of these ops by kernels of its own; the others would only be run twice.
+pub fn has_hopper_kernels(ops: &[Op]) -> bool {
+    let own = |op: &Op| {
+        matches!(
+            op,
+            Op::LinearForward | Op::LinearBackward | Op::GroupedLinearForward | Op::GroupedLinearBackward
+        )
+    };
+    ops.iter().any(own)
+}
+
+fn or_why_not(backend: brightrun_kernels::Result<Emulated>) -> Result<Emulated, String> {
+    match backend {
         Ok(backend) => Ok(backend),
         Err(Error::Unsupported { reason, .. }) => Err(reason),
         Err(error) => panic!("{error}"),

@@ -1,7 +1,8 @@
 //! Element-wise ops, norms and the optimizer.
 
 use brightrun_kernels::ops::{
-    AdamW, BlockMoment, Device, MOMENT_BLOCK, NormBackward, NormForward, NormWeight, OptimizerOps, Precision, Write,
+    AdamW, AddNormForward, BlockMoment, Device, MOMENT_BLOCK, NormBackward, NormForward, NormWeight, OptimizerOps,
+    Precision, Write,
 };
 use brightrun_kernels::oracle::{
     Real, adamw_step, decode_moment, rms_norm_backward, rms_norm_forward, swiglu_backward, swiglu_forward,
@@ -133,6 +134,64 @@ fn norm<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], (style, dtype, write
     for (i, (name, tensor)) in [("y", &y), ("rstd", &rstd), ("dx", &dx)].into_iter().enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);
     }
+}
+
+fn add_norm<B: Traits>(
+    run: &mut Run<'_, B>,
+    shape: [usize; 2],
+    (style, dtype): (NormWeight, DType),
+    activation: DType,
+) {
+    let [rows, width] = shape;
+    let mut random = Random::new(width as u64 + 1);
+    let count = rows * width;
+    let (mut x, mut added) = (random.adversarial(count), random.normal(count));
+    let device = run.backend;
+    let [mut x_t, added_t] = [&mut x, &mut added].map(|values| run.upload(activation, shape, values));
+    let weight = dense(device, dtype, [1, width], &random.normal(width));
+    let weight = weight.reshaped([width]).unwrap();
+    let factor = device.read_f32(&weight).unwrap().into_iter();
+    let factor: Vec<f32> = factor
+        .map(|w| if style == NormWeight::ZeroCentred { 1.0 + w } else { w })
+        .collect();
+    let (mut y, mut rstd) = (run.output(activation, shape), device.alloc(DType::F32, [rows]).unwrap());
+    let call = AddNormForward {
+        x: &mut x_t,
+        added: &added_t,
+        weight: &weight,
+        style,
+        eps: 1e-6,
+        y: &mut y,
+        rstd: &mut rstd,
+    };
+    device.add_rms_norm_forward(call).unwrap();
+    let stored = |sum: f32| match activation {
+        DType::BF16 => bf16::from_f32(sum).to_f32(),
+        _ => sum,
+    };
+    let sum: Vec<f32> = x.iter().zip(&added).map(|(x, added)| stored(x + added)).collect();
+    let (plain, oracle) = judged!(Precision::F32, N, {
+        let (y, rstd) = rms_norm_forward(&narrow::<N>(&sum), &narrow::<N>(&factor), N::new(f64::from(1e-6f32)));
+        vec![wide(y), wide(rstd)]
+    });
+    let exact: Vec<f64> = sum.iter().copied().map(f64::from).collect();
+    let what = format_args!("add_rms_norm {shape:?} {style:?} {dtype} {activation}");
+    let mut case = run.case(what, width);
+    case.compare("x", &x_t, &exact, &exact);
+    case.compare("y", &y, &plain[0], &oracle[0]);
+    case.compare("rstd", &rstd, &plain[1], &oracle[1]);
+}
+
+#[test]
+fn a_norm_of_the_sum_is_a_sum_and_then_a_norm() {
+    on_every_backend!("add_rms_norm", [AddAssign, RmsNormForward], |run| {
+        for shape in SHAPES {
+            for (i, activation) in run.activations().iter().enumerate() {
+                let styles = [(NormWeight::Plain, DType::F32), (NormWeight::ZeroCentred, DType::BF16)];
+                add_norm(run, *shape, styles[(shape[1] + i) % 2], *activation);
+            }
+        }
+    });
 }
 
 fn adamw<B: Traits>(run: &mut Run<'_, B>, shape: [usize; 2], step: u64) {

@@ -43,6 +43,11 @@ const SHAPES: &[(usize, usize, usize, usize, bool, bool)] = &[
     (130, 40, 2_070, 0, false, false),
     (40, 288, 150, 16, true, true),
     (129, 96, 200, 9, false, false),
+    // Tiles of 64, 128 and 256 tokens of Hopper's kernels, with tails in every direction and several tiles a block.
+    (50, 192, 264, 24, true, false),
+    (200, 128, 136, 8, false, true),
+    (530, 128, 136, 16, true, true),
+    (600, 72, 264, 0, false, false),
 ];
 
 /// Every shape with every encoding, precision and dtype of activations that the backend can afford.

@@ -34,7 +34,8 @@ fn check<B: Traits>(run: &mut Run<'_, B>, dtype: DType, shape: Shape, encoding: 
     let mut losses = device.alloc(DType::F32, [tokens]).unwrap();
     let mut only_losses = device.alloc(DType::F32, [tokens]).unwrap();
     let mut dx = run.output(dtype, [tokens, width]);
-    for (losses, dx) in [(&mut losses, Some((&mut dx, FACTOR))), (&mut only_losses, None)] {
+    let factor = device.upload_f32([1], &[FACTOR]).unwrap();
+    for (losses, dx) in [(&mut losses, Some((&mut dx, &factor))), (&mut only_losses, None)] {
         let call = LinearCrossEntropy {
             x: &x_t,
             head: &head,

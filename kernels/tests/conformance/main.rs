@@ -8,11 +8,13 @@
 mod attention;
 mod backends;
 mod delta;
+mod delta_inputs;
 mod elementwise;
 mod gate;
 mod linear;
 mod loss;
 mod memory;
 mod moe;
+mod moe_fused;
 mod rows;
 mod weights;

@@ -17,17 +17,17 @@ use crate::{judged, on_every_backend};
 
 /// T, E, k.
 #[derive(Clone, Copy, Debug)]
-struct Crowd {
-    tokens: usize,
-    experts: usize,
-    top: usize,
+pub struct Crowd {
+    pub tokens: usize,
+    pub experts: usize,
+    pub top: usize,
 }
 
 const fn crowd(tokens: usize, experts: usize, top: usize) -> Crowd {
     Crowd { tokens, experts, top }
 }
 
-const CROWDS: &[Crowd] = &[
+pub const CROWDS: &[Crowd] = &[
     crowd(0, 4, 2),
     crowd(1, 1, 1),
     crowd(1, 5, 5),
@@ -39,16 +39,16 @@ const CROWDS: &[Crowd] = &[
 ];
 
 impl Crowd {
-    fn slots(self) -> usize {
+    pub fn slots(self) -> usize {
         self.tokens * self.top
     }
 
-    fn logits(self, random: &mut Random) -> Vec<f32> {
+    pub fn logits(self, random: &mut Random) -> Vec<f32> {
         random.normal(self.tokens * self.experts)
     }
 
     /// The routing of `logits` on a device.
-    fn routed<B: Traits>(self, device: &B, logits: &[f32], renormalise: bool) -> Routing<B> {
+    pub fn routed<B: Traits>(self, device: &B, logits: &[f32], renormalise: bool) -> Routing<B> {
         let mut routing = Routing::alloc(device, self.tokens, self.experts, self.top).unwrap();
         let logits = device.upload_f32([self.tokens, self.experts], logits).unwrap();
         device.route(&logits, renormalise, &mut routing).unwrap();
@@ -62,7 +62,7 @@ fn integers<D: Device>(device: &D, tensor: &Tensor<D>) -> Vec<usize> {
 }
 
 /// The routing of a device as the oracle writes one.
-fn as_route<D: Device, N: Real>(device: &D, routing: &Routing<D>) -> Route<N> {
+pub fn as_route<D: Device, N: Real>(device: &D, routing: &Routing<D>) -> Route<N> {
     Route {
         experts: integers(device, &routing.experts),
         weights: narrow(&device.read_f32(&routing.weights).unwrap()),
@@ -144,7 +144,16 @@ struct Shape {
 }
 
 /// I, O, R.
-const LAYERS: &[(usize, usize, usize)] = &[(64, 32, 0), (33, 7, 3), (1, 1, 1), (130, 65, 8)];
+const LAYERS: &[(usize, usize, usize)] = &[
+    (64, 32, 0),
+    (33, 7, 3),
+    (1, 1, 1),
+    (130, 65, 8),
+    // Within the limits of Hopper's kernels, with tails of everything else.
+    (192, 136, 8),
+    (128, 200, 24),
+    (64, 264, 0),
+];
 
 /// Every crowd, layer and encoding that the backend can afford, with precisions, orders and dtypes of activations by turns.
 fn shapes<B: Traits>(run: &mut Run<'_, B>) -> Vec<Shape> {
@@ -181,7 +190,7 @@ fn shapes<B: Traits>(run: &mut Run<'_, B>) -> Vec<Shape> {
     shapes
 }
 
-const SCALE: f32 = 1.75;
+pub const SCALE: f32 = 1.75;
 
 /// Host values of a case.
 struct Inputs {
@@ -331,7 +340,7 @@ fn linear_forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape) {
 }
 
 /// What is there, plus the gradients of all experts.
-fn accumulated<N: Real>(old: &[f32], gradients: impl Iterator<Item = Vec<N>>) -> Vec<f64> {
+pub fn accumulated<N: Real>(old: &[f32], gradients: impl Iterator<Item = Vec<N>>) -> Vec<f64> {
     let all = gradients.flatten();
     wide(
         narrow::<N>(old)

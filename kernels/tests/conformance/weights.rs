@@ -252,6 +252,46 @@ fn quantising_fp8_is_quantising_its_values_also_in_ragged_blocks() {
 }
 
 #[test]
+fn fp8_is_quantised_to_the_same_bits_on_every_backend() {
+    let cpu = Cpu::with_simd(Some(1), SimdLevel::Portable).unwrap();
+    on_every_backend!("quantize_nf4_fp8, bits", [QuantizeNf4], |run| {
+        for (shape, block) in [
+            ([1, 1], [128, 128]),
+            ([4, 256], [128, 128]),
+            ([127, 129], [128, 128]),
+            ([130, 192], [128, 128]),
+            ([7, 75], [2, 33]),
+            ([300, 64], [128, 48]),
+            ([3, 5], [1, 1]),
+        ] {
+            let (codes, scales) = fp8_matrix(shape, block);
+            let grid = fp8::scale_extents(shape, block);
+            for dtype in [DType::F32, DType::BF16] {
+                let theirs = (
+                    cpu.upload(DType::F8E4M3, shape, &codes).unwrap(),
+                    dense(&cpu, dtype, grid, &scales),
+                );
+                let ours = (
+                    run.backend.upload(DType::F8E4M3, shape, &codes).unwrap(),
+                    dense(run.backend, dtype, grid, &scales),
+                );
+                for nested in [false, true] {
+                    let theirs = cpu.quantize_nf4_fp8(&theirs.0, &theirs.1, block, nested).unwrap();
+                    let ours = run.backend.quantize_nf4_fp8(&ours.0, &ours.1, block, nested).unwrap();
+                    assert_eq!(
+                        nf4_bytes(run.backend, &ours),
+                        nf4_bytes(&cpu, &theirs),
+                        "{shape:?} in {block:?} {dtype} nested: {nested} on {}",
+                        run.name
+                    );
+                }
+                run.case("quantize_nf4_fp8", 0);
+            }
+        }
+    });
+}
+
+#[test]
 fn an_fp8_code_that_is_no_number_is_not_quantised() {
     for (_, cpu) in super::backends::cpus() {
         let codes = cpu.upload(DType::F8E4M3, [1, 128], &[[0x30; 127].as_slice(), &[0xff]].concat());

@@ -38,11 +38,34 @@ const SMALL: usize = 4 * (32 + 64) * 64 * 2;
 const WIDE: usize = 3 * (64 + 128) * 64 * 2;
 /// Of the passes over a document in `gpu/delta.rs`, heads of 128.
 const SCAN: usize = ((64 + 32) * 33 + 5 * 64 + (128 + 64) * 33) * 4;
+/// Of the same with what a chunk reads: the triangle in f32, k and 32 columns of v, and in all but `delta_states` q and `P`.
+const STAGED_STATES: usize = SCAN + 64 * 68 * 4 + 64 * (136 + 40) * 2;
+const STAGED: usize = STAGED_STATES + 64 * (136 + 72) * 2;
 
 /// Rows that stay and pass × bytes of a row, of the tiles in `gpu/attention_kernels.rs`.
 const fn rows(head: usize, count: usize) -> usize {
     count * ((head / 8) | 1) * 16
 }
+
+const fn group(kernel: &'static str, only: &'static str, shared_bytes: usize) -> Matrix {
+    Matrix {
+        kernel,
+        tensor: Tensor::Group,
+        only,
+        shared_bytes,
+    }
+}
+
+/// Of the tiles in `gpu/matmul/hopper.rs`: tokens a tile, and bytes of a stage's weights and scales.
+const fn ring(tokens: usize, weight: usize) -> usize {
+    let stage = tokens * 64 * 2 + weight;
+    let rest = 2 * 32 * 68 * 4 + 1024;
+    let room = (227 * 1024 - rest) / stage;
+    let stages = if room < 8 { room } else { 8 };
+    stages * stage + rest
+}
+const ELEMENTS: usize = 128 * 64 * 2;
+const CODES: usize = 128 * 64 / 2 + 128 * 4;
 
 /// Every matrix kernel. One that has tensor-core instructions without being named here fails too, so that none can lose them
 /// unnoticed.
@@ -71,9 +94,12 @@ pub const MATRIX: &[Matrix] = &[
     warp("cross_entropy_gradient", LARGE),
     warp_of_bf16("delta_products", (128 * 33 + 5 * 64) * 4),
     warp_of_bf16("delta_solve", (128 * 33 + 2 * 64 * 65 + 5 * 64) * 4),
-    warp_of_bf16("delta_forward", SCAN),
-    warp_of_bf16("delta_states", SCAN),
-    warp_of_bf16("delta_reverse", SCAN),
+    warp_of_bf16("delta_forward_direct", SCAN),
+    warp_of_bf16("delta_states_direct", SCAN),
+    warp_of_bf16("delta_reverse_direct", SCAN),
+    warp("delta_forward_staged", STAGED),
+    warp("delta_states_staged", STAGED_STATES),
+    warp("delta_reverse_staged", STAGED),
     warp_of_bf16(
         "delta_gradients",
         (128 * 33 + 2 * 64 * 65 + 2 * 64 + 5 * 64 + 4 * 64) * 4,
@@ -83,60 +109,71 @@ pub const MATRIX: &[Matrix] = &[
     warp("grouped_columns_wide", WIDE),
     warp("grouped_columns_narrow", SMALL),
     warp("grouped_outer", SMALL),
+    warp("grouped_swiglu_wide", WIDE),
+    warp("grouped_pair_wide", WIDE),
+    warp("grouped_pair_narrow", SMALL),
+    group("hopper_rows_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_rows_narrow", "_u8", ring(64, CODES)),
+    group("hopper_rows_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_rows_middle", "_u8", ring(128, CODES)),
+    group("hopper_rows_wide", "_bf16", ring(256, ELEMENTS)),
+    group("hopper_rows_wide", "_u8", ring(256, CODES)),
+    group("hopper_columns_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_columns_narrow", "_u8", ring(64, CODES)),
+    group("hopper_columns_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_columns_middle", "_u8", ring(128, CODES)),
+    group("hopper_columns_wide", "_bf16", ring(256, ELEMENTS)),
+    group("hopper_columns_wide", "_u8", ring(256, CODES)),
+    group("hopper_grouped_rows_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_grouped_rows_narrow", "_u8", ring(64, CODES)),
+    group("hopper_grouped_rows_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_grouped_rows_middle", "_u8", ring(128, CODES)),
+    group("hopper_grouped_columns_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_grouped_columns_narrow", "_u8", ring(64, CODES)),
+    group("hopper_grouped_columns_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_grouped_columns_middle", "_u8", ring(128, CODES)),
 ];
 
-/// Kernels that keep something in local memory, and why that is right.
-const LOCAL_MEMORY: &[(&str, &str)] = &[
-    (
-        "grouped_exact",
-        "24 bytes at its bound of registers; the float32 reference, which no bf16 training runs",
-    ),
-    (
-        "attention_backward_keys_head256",
-        "spills 24 to 40 bytes at the 255 registers a thread can have; not yet removed",
-    ),
-    (
-        "delta_reverse",
-        "spills 32 bytes at its bound of registers; not yet removed",
-    ),
-    (
-        "delta_states",
-        "spills 8 bytes at its bound of registers; not yet removed",
-    ),
-    ("delta_forward", "24 bytes, in the float32 instance only"),
-    (
-        "convolution_forward_taps4",
-        "8 bytes on sm_80: one address, at its bound of registers",
-    ),
-];
+/// Kernels that may keep something in local memory, at most so many bytes of a thread, and why that is right: none.
+const LOCAL_MEMORY: &[(&str, usize, &str)] = &[];
 
 /// Which instruction multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tensor {
     /// `mma.sync`, on every target.
     Warp,
+    /// `wgmma`, with copies by TMA, on sm_90a.
+    Group,
 }
 
-/// The line of the table for a kernel.
-pub fn matrix(kernel: &str) -> Option<&'static Matrix> {
-    MATRIX.iter().find(|matrix| matrix.kernel == kernel)
+/// The line of the table for an entry of a kernel.
+fn matrix(entry: &str, kernel: &str) -> Option<&'static Matrix> {
+    let mut lines = MATRIX.iter().filter(|matrix| matrix.kernel == kernel);
+    lines.find(|matrix| entry.ends_with(matrix.only))
+}
+
+/// Dynamic shared memory that launches of an entry have; those of an exact instance have what its kernel's tensor-core one has.
+pub fn launched_bytes(entry: &str, kernel: &str) -> usize {
+    let line = matrix(entry, kernel).or_else(|| MATRIX.iter().find(|matrix| matrix.kernel == kernel));
+    line.map_or(0, |matrix| matrix.shared_bytes)
 }
 
 /// What is wrong with an entry of this kernel.
 pub fn judge(entry: &str, kernel: &str, read: &Read) -> Option<String> {
     let whole = &read.code.whole;
-    match matrix(kernel)
-        .filter(|matrix| entry.ends_with(matrix.only))
-        .map(|matrix| matrix.tensor)
-    {
+    match matrix(entry, kernel).map(|matrix| matrix.tensor) {
         None if whole.hmma + whole.hgmma > 0 => {
             return Some("uses tensor cores, but is no matrix kernel of `expected.rs`".to_owned());
         }
         Some(Tensor::Warp) if whole.hmma == 0 => return Some("has lost its HMMA".to_owned()),
+        Some(Tensor::Group) if whole.hgmma == 0 => return Some("has lost its HGMMA".to_owned()),
+        Some(Tensor::Group) if whole.copies == 0 => return Some("has lost its copies by TMA".to_owned()),
         _ => {}
     }
     let frame = read.resources.stack_bytes + read.resources.local_bytes;
-    let explained = LOCAL_MEMORY.iter().any(|(name, _)| *name == kernel);
+    let explained = LOCAL_MEMORY
+        .iter()
+        .any(|(name, most, _)| *name == kernel && frame <= *most);
     if (whole.local > 0 || frame > 0) && !explained {
         return Some(format!(
             "{} accesses of local memory and a frame of {frame} bytes: it spills, or indexes an array at run time",
@@ -151,7 +188,7 @@ pub fn strangers(kernels: &BTreeSet<&str>) -> Vec<String> {
     let named = MATRIX
         .iter()
         .map(|matrix| matrix.kernel)
-        .chain(LOCAL_MEMORY.iter().map(|(name, _)| *name));
+        .chain(LOCAL_MEMORY.iter().map(|(name, ..)| *name));
     let strange = named.filter(|name| !kernels.contains(name));
     strange
         .map(|name| format!("`expected.rs` names {name}, which is no kernel"))

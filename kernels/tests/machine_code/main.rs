@@ -70,11 +70,19 @@ fn spread<T: Sync, U: Send>(items: &[T], work: impl Fn(&T) -> U + Sync) -> Vec<U
     done.into_inner().unwrap()
 }
 
+/// Whether a source is compiled for a target.
+pub fn is_for(source: &str, target: &str) -> bool {
+    let entry = entries().into_iter().find(|entry| entry.source == source);
+    entry.is_some_and(|entry| entry.only.is_none_or(|only| only == target))
+}
+
 fn pairs(targets: &[Target]) -> Vec<(&'static str, Target)> {
     let pairs = targets
         .iter()
         .flat_map(|target| sources().into_iter().map(|source| (source, *target)));
-    pairs.collect()
+    pairs
+        .filter(|(source, target)| is_for(source, &target.to_string()))
+        .collect()
 }
 
 /// Machine code of every source for the described targets.
@@ -126,7 +134,12 @@ fn every_entry_compiles_for_every_target() {
     let missing: Vec<String> = missing.into_iter().flatten().collect();
     assert!(missing.is_empty(), "compiled code without its entries: {missing:?}");
     let names: Vec<String> = targets.iter().map(Target::to_string).collect();
-    println!("{} entries compile for {}", entries().len(), names.join(", "));
+    let everywhere = entries().iter().filter(|entry| entry.only.is_none()).count();
+    println!("{everywhere} entries compile for {}", names.join(", "));
+    for only in entries().iter().filter_map(|entry| entry.only).collect::<BTreeSet<_>>() {
+        let count = entries().iter().filter(|entry| entry.only == Some(only)).count();
+        println!("{count} more for {only} only");
+    }
 }
 
 #[test]

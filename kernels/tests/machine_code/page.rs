@@ -5,11 +5,11 @@ use std::fmt::Write;
 
 use brightrun_kernels::cuda::{Entry, entries};
 
-use crate::expected::matrix;
+use crate::expected::launched_bytes;
 use crate::occupancy::occupancy;
 use crate::sass::Counts;
 use crate::tools::{Tools, root};
-use crate::{Read, Readings, sources};
+use crate::{Read, Readings, is_for, sources};
 
 const PAGE: &str = "docs/reference/kernels.md";
 const UPDATE: &str = "BRIGHTRUN_UPDATE_PAGES";
@@ -47,6 +47,10 @@ fn render(tools: &Tools, readings: &Readings) -> String {
     for source in sources() {
         let _ = write!(page, "\n## {source}.cu\n");
         for (target, read) in readings {
+            if !is_for(source, target) {
+                let _ = write!(page, "\n{target}: not compiled; its twin is.\n");
+                continue;
+            }
             let _ = write!(page, "\n{target}:\n\n{COLUMNS}");
             for entry in entries().iter().filter(|entry| entry.source == source) {
                 if let Some(read) = read.get(&entry.name) {
@@ -65,7 +69,7 @@ const COLUMNS: &str = "\
 
 fn row(target: &str, entry: &Entry, read: &Read) -> String {
     let (name, threads, resources) = (&entry.name, entry.threads as usize, &read.resources);
-    let launched_bytes = matrix(entry.kernel).map_or(0, |matrix| matrix.shared_bytes);
+    let launched_bytes = launched_bytes(name, entry.kernel);
     let (blocks, share) = occupancy(target, resources, threads, launched_bytes);
     let mut row = format!(
         "| `{name}` | {threads} | {} | {} | {blocks} | {:.0}% | {} |",
@@ -85,9 +89,14 @@ fn row(target: &str, entry: &Entry, read: &Read) -> String {
         integer,
         shared,
         shared_matrices,
-        copies,
         ..
     } = counts;
+    // Where a warp group multiplies, another one copies.
+    let copies = if counts.hgmma > 0 {
+        read.code.whole.copies
+    } else {
+        counts.copies
+    };
     let _ = writeln!(
         row,
         " {} | {float} | {decode} | {integer} | {shared} | {shared_matrices} | {copies} | {} | {} | {} |",
@@ -135,7 +144,8 @@ BRIGHTRUN_UPDATE_PAGES=1 cargo test --release -p brightrun-kernels --test machin
 
 and compared by the same test without the variable. That test fails when a matrix kernel has no tensor-core instruction, when a
 kernel spills registers or keeps anything in local memory unexplained, and when an entry does not compile for sm_80, sm_86, sm_89,
-sm_90a, sm_100 or sm_120 (with `BRIGHTRUN_EVERY_TARGET=1`: for any target from sm_80 on that the compiler knows).
+sm_90a, sm_100 or sm_120 (with `BRIGHTRUN_EVERY_TARGET=1`: for any target from sm_80 on that the compiler knows). Sources named
+`…_hopper` are compiled for sm_90a only; a table chooses between them and their portable twins.
 
 | column | what |
 |---|---|
@@ -144,7 +154,7 @@ sm_90a, sm_100 or sm_120 (with `BRIGHTRUN_EVERY_TARGET=1`: for any target from s
 | code | instructions of the entry; the columns from here on count instructions too |
 | tensor … local | of the loop with the tensor-core instructions, where there is one; otherwise of the whole entry |
 | float, decode, integer | f32 arithmetic; picking bits apart and converting; integers, mostly addresses |
-| LDS/STS, LDSM, async | shared memory by elements, by matrices; copies to it by cp.async or TMA |
+| LDS/STS, LDSM, async | shared memory by elements, by matrices; copies to it by cp.async, or by TMA, which are counted in the whole entry: another warp group begins them |
 | reads, writes | of global memory, by bytes that one thread moves |
 | local | reads and writes of local memory, in the whole entry |
 ";

@@ -8,7 +8,9 @@ use crate::preflight;
 
 /// Runs the checks and prints what they found. Fails when one of them does.
 pub async fn doctor(config: &Config, arguments: DoctorArguments) -> Result<()> {
-    let checks = if arguments.quick {
+    let checks = if arguments.live {
+        preflight::live(config).await
+    } else if arguments.quick {
         preflight::quick(config).await
     } else {
         preflight::full(config, service::connect()).await

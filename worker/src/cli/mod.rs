@@ -4,6 +4,7 @@
 //! (one per step for `train`), nothing else there. Human text goes to standard output, progress bars and logs to standard error.
 //! Exit codes: 0 success, 1 the user's input is at fault, 2 wrong usage, 3 this machine or a service is at fault.
 
+mod bench;
 mod deploy;
 pub(crate) mod device;
 mod doctor;
@@ -74,6 +75,8 @@ pub enum Command {
     Estimate(EstimateArguments),
     /// Parameters, memory, speed and cost of a training run, from a model's configuration alone
     Plan(plan::PlanArguments),
+    /// Measure whole training steps on this machine, without a checkpoint
+    Bench(bench::BenchArguments),
     /// Train an adapter from files, without a database
     Train(TrainArguments),
     /// Mean loss per supervised token of a dataset, with or without an adapter
@@ -211,6 +214,9 @@ pub struct DoctorArguments {
     /// Only what this machine alone can tell: neither storage nor database is asked
     #[arg(long)]
     pub quick: bool,
+    /// Only what is no burden every few minutes: the volume and the work folder
+    #[arg(long, conflicts_with = "quick")]
+    pub live: bool,
     /// Output form.
     #[command(flatten)]
     pub output: OutputArguments,
@@ -597,6 +603,7 @@ pub fn parse() -> Cli {
 
 /// Runs one command to its exit code.
 pub fn run(cli: Cli) -> ExitCode {
+    crate::secret::forbid_core_dumps();
     if !serverless::init_logging(&cli.command) {
         init_logging();
     }
@@ -651,6 +658,7 @@ async fn dispatch(cli: Cli) -> Result<()> {
         Command::Generate(arguments) => tokio::task::block_in_place(|| model::generate(&config, arguments)),
         Command::Export(arguments) => tokio::task::block_in_place(|| export::run(&config, arguments)),
         Command::Fetch(arguments) => fetch::fetch(arguments).await,
+        Command::Bench(arguments) => tokio::task::block_in_place(|| bench::run(&config, arguments)),
         Command::Synth(arguments) => tokio::task::block_in_place(|| synth::synth(arguments)),
         Command::Snapshot(arguments) => tokio::task::block_in_place(|| snapshot::snapshot(&config, arguments)),
         Command::Doctor(arguments) => doctor::doctor(&config, *arguments).await,
@@ -678,6 +686,7 @@ fn wants_json(command: &Command) -> bool {
         | Command::Inspect(InspectArguments { output, .. })
         | Command::Estimate(EstimateArguments { output, .. })
         | Command::Plan(plan::PlanArguments { output, .. })
+        | Command::Bench(bench::BenchArguments { output, .. })
         | Command::Train(TrainArguments { output, .. })
         | Command::Eval(EvalArguments { output, .. })
         | Command::Generate(GenerateArguments { output, .. })

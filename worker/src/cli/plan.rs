@@ -2,16 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use brightrun_kernels::DType;
 use clap::Args;
-use serde_json::Value;
 
 use super::output::{print_json, print_line};
 use super::{OutputArguments, TrainFlags};
 use crate::config::Config;
 use crate::error::{Failure, Result};
 use crate::model::ModelConfig;
-use crate::plan::{Gpu, Question, plan, preset, text};
+use crate::plan::{Gpu, Question, plan, preset, stored_dtype, text};
 
 /// `plan`.
 #[derive(Debug, Args)]
@@ -99,17 +97,4 @@ fn source(config: &Config, model_config: Option<&Path>, model: Option<&Path>) ->
     }
     let name = model.to_string_lossy();
     Ok((preset(&name)?.to_owned(), format!("preset {name}")))
-}
-
-/// What the checkpoint's tensors are, by its configuration; FP8 is told by its own section.
-fn stored_dtype(text: &str) -> DType {
-    let value: Value = serde_json::from_str(text).unwrap_or_default();
-    let name = ["dtype", "torch_dtype"]
-        .iter()
-        .find_map(|key| value.get(*key)?.as_str());
-    match name {
-        Some("float32") => DType::F32,
-        Some("float16") => DType::F16,
-        _ => DType::BF16,
-    }
 }

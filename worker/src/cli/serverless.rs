@@ -86,6 +86,9 @@ pub async fn work(config: Config, arguments: &WorkerArguments, giver: Giver) -> 
                 ..Settings::default()
             };
             let settings = settings.with_variables(&variables)?;
+            if database_url().is_ok() {
+                tokio::spawn(look_at_the_database());
+            }
             let quick = config.clone();
             let worker = Worker::new(Environment::read(&variables)?, settings)
                 .check("preflight", move || async move { fit(&preflight::quick(&quick).await) });
@@ -98,6 +101,15 @@ pub async fn work(config: Config, arguments: &WorkerArguments, giver: Giver) -> 
     };
     // A handler that cannot be stopped is not waited for: it is the reason for some of these ends.
     std::process::exit(i32::from(code))
+}
+
+/// Beside the first take: a worker whose database is away waits for it, but its operator should read why in the first seconds.
+async fn look_at_the_database() {
+    for check in preflight::database(service::connect()).await {
+        if !check.ok {
+            tracing::warn!(check = check.name, "{}", check.detail);
+        }
+    }
 }
 
 /// What the quick checks found wrong, in words for RunPod's console.
@@ -144,6 +156,7 @@ async fn serve(handler: Arc<dyn Handler>, arguments: &WorkerArguments, redactor:
     let options = LocalOptions {
         slots,
         compatibility: flags.compatibility,
+        endpoint: std::env::var("RUNPOD_ENDPOINT_ID").ok(),
         redactor,
         ..LocalOptions::default()
     };

@@ -194,7 +194,7 @@ impl<B: Backend> Attention<B> {
             }
         };
         pass.device
-            .rope(&mut ready, &pass.positions, &pass.rope, RopeDirection::Forward)?;
+            .rope(&mut ready, pass.positions, &pass.rope, RopeDirection::Forward)?;
         Ok(Heads {
             ready,
             raw,
@@ -336,7 +336,7 @@ fn rotated_backward<B: Backend>(
     mut gradient: Tensor<B>,
 ) -> Result<Tensor<B>> {
     pass.device
-        .rope(&mut gradient, &pass.positions, &pass.rope, RopeDirection::Backward)?;
+        .rope(&mut gradient, pass.positions, &pass.rope, RopeDirection::Backward)?;
     let Some((norm, (raw, rstd))) = norm.zip(raw) else {
         return joined(gradient);
     };

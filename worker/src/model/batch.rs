@@ -5,6 +5,9 @@ use brightrun_kernels::Segments;
 /// The label of a position where nothing is learnt.
 pub const IGNORED: i32 = -100;
 
+/// How many numbers of tokens [`Batch::in_few_shapes`] knows from one power of two to the next.
+pub const SHAPES_PER_OCTAVE: usize = 32;
+
 /// Packed documents. All vectors have one entry per token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
@@ -37,6 +40,27 @@ impl Batch {
             positions,
             segments: Segments::from_lengths(lengths),
         }
+    }
+
+    /// The same documents in one of few shapes, for backends that record a pass for each: a last document of unlearnt tokens fills
+    /// the tokens up to one of [`SHAPES_PER_OCTAVE`] numbers between two powers of two, so that at most a 32nd is added, and empty
+    /// documents fill their number up to a power of two. Nothing of the first documents changes: what is added comes last, and
+    /// documents never see each other.
+    pub fn in_few_shapes(&self) -> Self {
+        let tokens = self.tokens();
+        let step = (1 << tokens.max(1).ilog2()) / SHAPES_PER_OCTAVE;
+        let filling = tokens.next_multiple_of(step.max(1)) - tokens;
+        let mut filled = self.clone();
+        filled.input_ids.resize(tokens + filling, 0);
+        filled.labels.resize(tokens + filling, IGNORED);
+        filled.positions.extend(0..filling as i32);
+        let mut lengths: Vec<usize> = self.segments.ranges().map(|range| range.len()).collect();
+        if filling > 0 {
+            lengths.push(filling);
+        }
+        lengths.resize(lengths.len().next_power_of_two(), 0);
+        filled.segments = Segments::from_lengths(lengths);
+        filled
     }
 
     /// One document of which nothing is learnt.

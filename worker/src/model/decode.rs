@@ -50,8 +50,9 @@ impl<'a, B: Backend> Decoder<'a, B> {
             *position += self.length as i32;
         }
         let model = self.model;
-        let pass = model.pass(self.lora, &batch)?;
-        let mut x = model.embed(&pass, ids)?;
+        let inputs = model.inputs(&batch, 0.0)?;
+        let pass = model.pass(self.lora, &inputs);
+        let mut x = model.embed(&pass, &inputs)?;
         for (layer, state) in model.layers.iter().zip(&mut self.states) {
             layer.forward_cached(&pass, &mut x, state)?;
         }

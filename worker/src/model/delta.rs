@@ -17,7 +17,7 @@
 
 use brightrun_kernels::ops::{
     Columns, ConvolutionBackward, ConvolutionForward, DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward,
-    DeltaGatesForward, GatedNormBackward, GatedNormForward, Write,
+    DeltaGatesForward, DeltaInputsForward, GatedNormBackward, GatedNormForward, Write,
 };
 use brightrun_kernels::{Backend, DType, Tensor};
 
@@ -129,6 +129,59 @@ impl<B: Backend> DeltaNet<B> {
     /// The backend's own.
     pub fn forward(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<(Tensor<B>, DeltaTrace<B>)> {
         self.run(pass, x, None)
+    }
+
+    /// As [`DeltaNet::forward`] for a pass that keeps nothing: what lies between the projections is one op.
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn output(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<Tensor<B>> {
+        let (fused, ba) = (self.qkvz.forward(pass, x)?.y, self.ba.forward(pass, x)?.y);
+        let keys = [pass.tokens(), self.key_heads, self.key_dim];
+        let values = [pass.tokens(), self.value_heads, self.value_dim];
+        let (mut q, mut k) = (pass.activation(keys)?, pass.activation(keys)?);
+        let (mut v, mut z) = (pass.activation(values)?, pass.activation(values)?);
+        let gates = [pass.tokens(), self.value_heads];
+        let (mut decay, mut beta) = (
+            pass.device.alloc(DType::F32, gates)?,
+            pass.device.alloc(DType::F32, gates)?,
+        );
+        pass.device.delta_inputs_forward(DeltaInputsForward {
+            fused: &fused,
+            ba: &ba,
+            taps: self.taps.each_ref(),
+            a_log: &self.a_log,
+            dt_bias: &self.dt_bias,
+            eps: L2_EPS,
+            segments: pass.segments,
+            q: &mut q,
+            k: &mut k,
+            v: &mut v,
+            z: &mut z,
+            decay: &mut decay,
+            beta: &mut beta,
+        })?;
+        drop((fused, ba));
+        let mut out = pass.activation(values)?;
+        let mut solved = pass
+            .device
+            .alloc(DType::F32, [pass.tokens(), self.value_heads, DELTA_CHUNK])?;
+        pass.device.delta_rule_forward(DeltaForward {
+            q: &q,
+            k: &k,
+            v: &v,
+            decay: &decay,
+            beta: &beta,
+            segments: pass.segments,
+            scale: self.scale(),
+            state: None,
+            out: &mut out,
+            solved: &mut solved,
+        })?;
+        drop((q, k, v, decay, beta, solved));
+        let (normed, _) = self.normed(pass, &out, &z)?;
+        drop((out, z));
+        Ok(self.out.forward(pass, &joined(normed)?)?.y)
     }
 
     /// An empty memory for one document.

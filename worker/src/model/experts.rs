@@ -1,20 +1,22 @@
 //! The routed experts of a layer: three frozen stacks of matrices, and adapters as PEFT has them, one for gate and up together
 //! and one for down.
 //!
-//! The adapter of gate and up is one pair: A is shared, B `[E, 2·F, R]` is the gate's rows over the up projection's. The ops want
-//! the halves apart, so they are copied out before they are used, and gradients are copied back: a layer's B is thousands of
-//! times smaller than its experts.
+//! The adapter of gate and up is one pair: A is shared, B `[E, 2·F, R]` is the gate's rows over the up projection's.
+//!
+//! Gate and up go through one op with the activation behind them, and one on the way back, so that a backend may keep what
+//! nobody asks for from ever being written.
 
 use brightrun_kernels::ops::{
-    Columns, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward,
-    RoutedSwigluBackward, Routing, RowOrder, Write,
+    GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward, GroupedPairBackward,
+    GroupedSwigluForward, RoutedSwigluBackward, Routing, RowOrder, Write,
 };
 use brightrun_kernels::{Backend, DType, Tensor, WeightStack};
 
 use crate::error::Result;
-use crate::model::attention::reversed;
-use crate::model::linear::{Projected, foreign_trace};
+use crate::model::feed_forward::Purpose;
+use crate::model::linear::foreign_trace;
 use crate::model::lora::{LoraGradients, LoraPair, LoraSet, ModuleId};
+use crate::model::mixer::foreign;
 use crate::model::pass::Pass;
 
 /// The routed experts of a layer.
@@ -32,10 +34,10 @@ pub struct Experts<B: Backend> {
 
 /// The wide projections of grouped rows.
 pub struct Wide<B: Backend> {
-    /// Activation `[M, F]`.
-    gate: Tensor<B>,
-    /// Activation `[M, F]`.
-    up: Tensor<B>,
+    /// Gate and up, activations `[M, F]`, where a backward pass needs them.
+    kept: Option<(Tensor<B>, Tensor<B>)>,
+    /// `w · silu(gate) · up`, activation `[M, F]`, until the down projection has taken it.
+    activated: Option<Tensor<B>>,
     /// `u` of the adapter that gate and up share, f32 `[M, R]`.
     hidden: Option<Tensor<B>>,
 }
@@ -64,7 +66,7 @@ impl<B: Backend> Experts<B> {
         self.gate.extents().2
     }
 
-    /// Bytes of [`Wide`] for `rows` grouped rows.
+    /// Bytes of a [`Wide`] that a backward pass keeps, for `rows` grouped rows.
     pub fn wide_bytes(&self, pass: &Pass<'_, B>, rows: usize) -> u64 {
         let rank = match self.adapter(pass, self.gate_up_module) {
             Some((lora, _)) => lora.config().rank,
@@ -77,93 +79,94 @@ impl<B: Backend> Experts<B> {
         pass.lora.and_then(|lora| Some((lora, lora.pair(module)?)))
     }
 
-    /// Gate and up of every token for each of its experts; `x` is an activation `[T, C]`.
+    /// Gate and up of every token for each of its experts, and what `purpose` asks for; `x` is an activation `[T, C]`.
     ///
     /// # Errors
     /// The backend's own.
-    pub fn open(&self, pass: &Pass<'_, B>, x: &Tensor<B>, routing: &Routing<B>) -> Result<Wide<B>> {
-        let rows = routing.slots.shape().elements();
-        let adapter = self.adapter(pass, self.gate_up_module);
-        let mut hidden = match adapter {
+    pub fn open(&self, pass: &Pass<'_, B>, x: &Tensor<B>, routing: &Routing<B>, purpose: Purpose) -> Result<Wide<B>> {
+        let shape = [routing.slots.shape().elements(), self.width()];
+        let mut wide = Wide {
+            kept: match purpose.keeps() {
+                true => Some((pass.activation(shape)?, pass.activation(shape)?)),
+                false => None,
+            },
+            activated: match purpose.closes() {
+                true => Some(pass.activation(shape)?),
+                false => None,
+            },
+            hidden: self.hidden_of(pass, self.gate_up_module, shape[0])?,
+        };
+        pass.device.grouped_swiglu_forward(GroupedSwigluForward {
+            x,
+            routing,
+            gate: &self.gate,
+            up: &self.up,
+            lora: self.forward_adapter(pass, self.gate_up_module, wide.hidden.as_mut()),
+            precision: pass.precision,
+            wide: wide.kept.as_mut().map(|(gate, up)| (gate, up)),
+            y: wide.activated.as_mut(),
+        })?;
+        Ok(wide)
+    }
+
+    /// Room for the `u` of a module's adapter, if it has one.
+    fn hidden_of(&self, pass: &Pass<'_, B>, module: ModuleId, rows: usize) -> Result<Option<Tensor<B>>> {
+        Ok(match self.adapter(pass, module) {
             Some((lora, _)) => Some(pass.device.alloc(DType::F32, [rows, lora.config().rank])?),
             None => None,
-        };
-        let mut project = |weight: &WeightStack<B>, half: usize| -> Result<Tensor<B>> {
-            let mut y = pass.activation([rows, self.width()])?;
-            let b = match adapter {
-                Some((_, pair)) => Some(self.half(pass, &pair.b, half)?),
-                None => None,
-            };
-            // Both halves write the same `u`.
-            let lora = match (adapter, &b, hidden.as_mut()) {
-                (Some((lora, pair)), Some(b), Some(hidden)) => Some(GroupedLoraForward {
-                    a: &pair.a,
-                    b,
-                    scale: lora.config().scale(),
-                    hidden,
-                }),
-                _ => None,
-            };
-            pass.device.grouped_linear_forward(GroupedLinearForward {
-                x,
-                x_order: RowOrder::Token,
-                routing,
-                weight,
-                lora,
-                precision: pass.precision,
-                y: &mut y,
-            })?;
-            Ok(y)
-        };
-        Ok(Wide {
-            gate: project(&self.gate, 0)?,
-            up: project(&self.up, 1)?,
+        })
+    }
+
+    fn forward_adapter<'a>(
+        &self,
+        pass: &Pass<'a, B>,
+        module: ModuleId,
+        hidden: Option<&'a mut Tensor<B>>,
+    ) -> Option<GroupedLoraForward<'a, B>> {
+        let ((lora, pair), hidden) = self.adapter(pass, module).zip(hidden)?;
+        Some(GroupedLoraForward {
+            a: &pair.a,
+            b: &pair.b,
+            scale: lora.config().scale(),
             hidden,
         })
     }
 
-    /// The weighted sum of each token's experts, activation `[T, C]`, and `u` of the down projection.
+    /// What each token's experts give it, a grouped row each, activation `[M, C]`, and `u` of the down projection. Takes the
+    /// activation out of `wide`.
     ///
     /// # Errors
     /// The backend's own.
-    pub fn close(&self, pass: &Pass<'_, B>, wide: &Wide<B>, routing: &Routing<B>) -> Result<Projected<B>> {
-        let activated = self.activated(pass, wide, routing)?;
+    pub fn close(
+        &self,
+        pass: &Pass<'_, B>,
+        wide: &mut Wide<B>,
+        routing: &Routing<B>,
+    ) -> Result<(Tensor<B>, Option<Tensor<B>>)> {
+        let activated = match wide.activated.take() {
+            Some(activated) => activated,
+            None => self.activated(pass, wide, routing)?,
+        };
         let rows = routing.slots.shape().elements();
-        let adapter = self.adapter(pass, self.down_module);
-        let mut hidden = match adapter {
-            Some((lora, _)) => Some(pass.device.alloc(DType::F32, [rows, lora.config().rank])?),
-            None => None,
-        };
-        let lora = match (adapter, hidden.as_mut()) {
-            (Some((lora, pair)), Some(hidden)) => Some(GroupedLoraForward {
-                a: &pair.a,
-                b: &pair.b,
-                scale: lora.config().scale(),
-                hidden,
-            }),
-            _ => None,
-        };
+        let mut hidden = self.hidden_of(pass, self.down_module, rows)?;
         let mut grouped = pass.activation([rows, self.hidden()])?;
         pass.device.grouped_linear_forward(GroupedLinearForward {
             x: &activated,
             x_order: RowOrder::Grouped,
             routing,
             weight: &self.down,
-            lora,
+            lora: self.forward_adapter(pass, self.down_module, hidden.as_mut()),
             precision: pass.precision,
             y: &mut grouped,
         })?;
-        drop(activated);
-        let mut y = pass.activation([pass.tokens(), self.hidden()])?;
-        pass.device.combine(&grouped, routing, &mut y, Write::Overwrite)?;
-        Ok(Projected { y, hidden })
+        Ok((grouped, hidden))
     }
 
     /// `w · silu(gate) · up`, recomputed where it is needed.
     fn activated(&self, pass: &Pass<'_, B>, wide: &Wide<B>, routing: &Routing<B>) -> Result<Tensor<B>> {
-        let mut y = pass.activation(wide.gate.shape())?;
-        pass.device
-            .routed_swiglu_forward(&wide.gate, &wide.up, routing, &mut y)?;
+        let (gate, up) = wide.kept.as_ref().ok_or_else(|| foreign("trace"))?;
+        let mut y = pass.activation(gate.shape())?;
+        pass.device.routed_swiglu_forward(gate, up, routing, &mut y)?;
         Ok(y)
     }
 
@@ -183,47 +186,63 @@ impl<B: Backend> Experts<B> {
         dy: &Tensor<B>,
         inputs_matter: bool,
     ) -> Result<Option<ExpertGradients<B>>> {
+        let shape = [routing.slots.shape().elements(), self.width()];
         let wide_matters = inputs_matter || self.adapter(pass, self.gate_up_module).is_some();
         let mut dactivated = match wide_matters {
-            true => Some(pass.activation(wide.gate.shape())?),
+            true => Some(pass.activation(shape)?),
             false => None,
         };
         self.down_backward(pass, gradients, (&wide, down_hidden), routing, dy, dactivated.as_mut())?;
         let Some(dactivated) = dactivated else {
             return Ok(None);
         };
-        let (mut dgate, mut dup) = (pass.activation(wide.gate.shape())?, pass.activation(wide.up.shape())?);
+        let Wide { kept, hidden, .. } = wide;
+        let (gate, up) = kept.ok_or_else(|| foreign("trace"))?;
+        let (mut dgate, mut dup) = (pass.activation(shape)?, pass.activation(shape)?);
         let mut weights = pass.device.alloc(DType::F32, routing.weights.shape())?;
         pass.device.routed_swiglu_backward(RoutedSwigluBackward {
-            gate: &wide.gate,
-            up: &wide.up,
+            gate: &gate,
+            up: &up,
             routing,
             dy: &dactivated,
             dgate: &mut dgate,
             dup: &mut dup,
             dweights: &mut weights,
         })?;
-        drop((dactivated, wide.gate, wide.up));
+        drop((dactivated, gate, up));
         let mut rows = match inputs_matter {
-            true => Some(pass.activation([routing.slots.shape().elements(), self.hidden()])?),
+            true => Some(pass.activation([shape[0], self.hidden()])?),
             false => None,
         };
-        let parts = [
-            (&self.gate, dgate, Write::Overwrite),
-            (&self.up, dup, Write::Accumulate),
-        ];
-        for (half, (weight, dy, write)) in parts.into_iter().enumerate() {
-            let dx = rows.as_mut().map(|rows| (rows, write));
-            self.half_backward(
-                pass,
-                gradients,
-                (weight, half),
-                (x, wide.hidden.as_ref()),
-                routing,
-                &dy,
-                dx,
-            )?;
-        }
+        let lora = match self.adapter(pass, self.gate_up_module) {
+            Some((lora, pair)) => {
+                let (hidden, (gradient_a, gradient_b)) = hidden
+                    .as_ref()
+                    .zip(gradients.of(lora, self.gate_up_module))
+                    .ok_or_else(|| foreign_trace(&pair.path))?;
+                Some(GroupedLoraBackward {
+                    x,
+                    x_order: RowOrder::Token,
+                    a: &pair.a,
+                    b: &pair.b,
+                    scale: lora.config().scale(),
+                    hidden,
+                    gradient_a,
+                    gradient_b,
+                })
+            }
+            None => None,
+        };
+        pass.device.grouped_pair_backward(GroupedPairBackward {
+            dgate: &dgate,
+            dup: &dup,
+            routing,
+            gate: &self.gate,
+            up: &self.up,
+            lora,
+            precision: pass.precision,
+            dx: rows.as_mut(),
+        })?;
         Ok(rows.map(|rows| ExpertGradients { rows, weights }))
     }
 
@@ -272,70 +291,5 @@ impl<B: Backend> Experts<B> {
             dx: dactivated.map(|dx| (dx, Write::Overwrite)),
         })?;
         Ok(())
-    }
-
-    #[allow(clippy::too_many_arguments)] // What a backward pass is made of.
-    fn half_backward(
-        &self,
-        pass: &Pass<'_, B>,
-        gradients: &mut LoraGradients<B>,
-        (weight, half): (&WeightStack<B>, usize),
-        (x, hidden): (&Tensor<B>, Option<&Tensor<B>>),
-        routing: &Routing<B>,
-        dy: &Tensor<B>,
-        dx: Option<(&mut Tensor<B>, Write)>,
-    ) -> Result<()> {
-        let mut call = GroupedLinearBackward {
-            dy,
-            dy_order: RowOrder::Grouped,
-            routing,
-            weight,
-            lora: None,
-            precision: pass.precision,
-            dx,
-        };
-        let Some((lora, pair)) = self.adapter(pass, self.gate_up_module) else {
-            if call.dx.is_some() {
-                pass.device.grouped_linear_backward(call)?;
-            }
-            return Ok(());
-        };
-        let (hidden, (gradient_a, whole)) = hidden
-            .zip(gradients.of(lora, self.gate_up_module))
-            .ok_or_else(|| foreign_trace(&pair.path))?;
-        let b = self.half(pass, &pair.b, half)?;
-        let mut gradient_b = self.half(pass, whole, half)?;
-        call.lora = Some(GroupedLoraBackward {
-            x,
-            x_order: RowOrder::Token,
-            a: &pair.a,
-            b: &b,
-            scale: lora.config().scale(),
-            hidden,
-            gradient_a,
-            gradient_b: &mut gradient_b,
-        });
-        pass.device.grouped_linear_backward(call)?;
-        let columns = half_columns(gradient_b.shape().elements() / self.count(), half);
-        pass.device.copy_columns(&gradient_b, whole, reversed(columns))?;
-        Ok(())
-    }
-
-    /// The gate's (0) or the up projection's (1) half of `[E, 2·F, R]`, as `[E, F, R]`.
-    fn half(&self, pass: &Pass<'_, B>, whole: &Tensor<B>, half: usize) -> Result<Tensor<B>> {
-        let rank = whole.shape().row();
-        let mut part = pass.device.alloc(DType::F32, [self.count(), self.width(), rank])?;
-        let columns = half_columns(self.width() * rank, half);
-        pass.device.copy_columns(whole, &mut part, columns)?;
-        Ok(part)
-    }
-}
-
-fn half_columns(width: usize, half: usize) -> Columns {
-    Columns {
-        groups: 1,
-        source: half * width,
-        target: 0,
-        width,
     }
 }

@@ -3,7 +3,6 @@
 use brightrun_kernels::{Backend, Tensor};
 
 use crate::error::Result;
-use crate::model::linear::Projected;
 use crate::model::lora::{LoraGradients, ModuleId};
 use crate::model::mixer::foreign;
 use crate::model::mlp::{Mlp, MlpTrace};
@@ -17,6 +16,29 @@ pub enum FeedForward<B: Backend> {
     Mlp(Box<Mlp<B>>),
     /// A mixture of experts.
     Moe(Box<Moe<B>>),
+}
+
+/// What an opened feed-forward part is for, which decides what is written down of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Its output alone.
+    Output,
+    /// Its output, and later a backward pass.
+    Both,
+    /// A backward pass alone: the output was made long ago, and the last projection is not computed again.
+    Backward,
+}
+
+impl Purpose {
+    /// Whether the last projection follows.
+    pub fn closes(self) -> bool {
+        self != Self::Backward
+    }
+
+    /// Whether a backward pass follows.
+    pub fn keeps(self) -> bool {
+        self != Self::Output
+    }
 }
 
 /// A feed-forward part's trace, the last projection's `u` apart.
@@ -48,21 +70,27 @@ impl<B: Backend> FeedForward<B> {
     ///
     /// # Errors
     /// The backend's own.
-    pub fn open(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<FeedForwardTrace<B>> {
+    pub fn open(&self, pass: &Pass<'_, B>, x: &Tensor<B>, purpose: Purpose) -> Result<FeedForwardTrace<B>> {
         Ok(match self {
             Self::Mlp(mlp) => FeedForwardTrace::Mlp(mlp.open(pass, x)?),
-            Self::Moe(moe) => FeedForwardTrace::Moe(Box::new(moe.open(pass, x)?)),
+            Self::Moe(moe) => FeedForwardTrace::Moe(Box::new(moe.open(pass, x, purpose)?)),
         })
     }
 
-    /// The last projection. A recomputing backward pass leaves this out: nobody reads its output there, and its `u` was kept.
+    /// The last projection, added to the residual stream, activation `[T, C]`; gives its `u`. A recomputing backward pass leaves
+    /// this out: nobody reads its output there, and its `u` was kept.
     ///
     /// # Errors
     /// The backend's own.
-    pub fn close(&self, pass: &Pass<'_, B>, trace: &FeedForwardTrace<B>) -> Result<Projected<B>> {
+    pub fn close(
+        &self,
+        pass: &Pass<'_, B>,
+        trace: &mut FeedForwardTrace<B>,
+        residual: &mut Tensor<B>,
+    ) -> Result<Option<Tensor<B>>> {
         match (self, trace) {
-            (Self::Mlp(mlp), FeedForwardTrace::Mlp(trace)) => mlp.close(pass, trace),
-            (Self::Moe(moe), FeedForwardTrace::Moe(trace)) => moe.close(pass, trace),
+            (Self::Mlp(mlp), FeedForwardTrace::Mlp(trace)) => mlp.close_into(pass, trace, residual),
+            (Self::Moe(moe), FeedForwardTrace::Moe(trace)) => moe.close(pass, trace, residual),
             _ => Err(foreign("trace")),
         }
     }

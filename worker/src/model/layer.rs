@@ -13,8 +13,7 @@ use brightrun_kernels::ops::Write;
 use brightrun_kernels::{Backend, Tensor};
 
 use crate::error::Result;
-use crate::model::feed_forward::{FeedForward, FeedForwardTrace};
-use crate::model::linear::Projected;
+use crate::model::feed_forward::{FeedForward, FeedForwardTrace, Purpose};
 use crate::model::lora::LoraGradients;
 use crate::model::mixer::{Mixer, MixerState, MixerTrace};
 use crate::model::norm::Norm;
@@ -69,10 +68,8 @@ impl<B: Backend> Layer<B> {
     /// # Errors
     /// The backend's own.
     pub fn forward(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>) -> Result<()> {
-        let (mixed, _) = self.mix(pass, x)?;
-        self.add(pass, x, mixed)?;
-        let closed = self.feed(pass, x)?;
-        self.add(pass, x, closed.y)
+        let mixed = self.mix_only(pass, x)?;
+        self.feed(pass, x, mixed)
     }
 
     /// As [`Layer::forward`], keeping the checkpoint and, where `keep` says so, everything else.
@@ -81,23 +78,27 @@ impl<B: Backend> Layer<B> {
     /// The backend's own.
     pub fn forward_traced(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>, keep: bool) -> Result<LayerTrace<B>> {
         let input = pass.duplicate(x)?;
-        let (mixed, mixer) = self.mix(pass, x)?;
-        let mixer = keep.then_some(mixer);
-        self.add(pass, x, mixed)?;
+        let (mixed, mixer) = match keep {
+            true => {
+                let (mixed, trace) = self.mix(pass, x)?;
+                (mixed, Some(trace))
+            }
+            false => (self.mix_only(pass, x)?, None),
+        };
+        let normed = self.add_and_norm(pass, x, mixed)?;
         let middle = if keep { Some(pass.duplicate(x)?) } else { None };
-        let normed = self.middle_norm.forward(pass, x)?.y;
-        let trace = self.feed_forward.open(pass, &normed)?;
+        let purpose = if keep { Purpose::Both } else { Purpose::Output };
+        let mut trace = self.feed_forward.open(pass, &normed, purpose)?;
         drop(normed);
-        let closed = self.feed_forward.close(pass, &trace)?;
+        let down_hidden = self.feed_forward.close(pass, &mut trace, x)?;
         let inner = mixer.zip(middle).map(|(mixer, middle)| InnerTrace {
             mixer,
             middle,
             feed_forward: trace,
         });
-        self.add(pass, x, closed.y)?;
         Ok(LayerTrace {
             input,
-            down_hidden: closed.hidden,
+            down_hidden,
             inner,
         })
     }
@@ -109,9 +110,7 @@ impl<B: Backend> Layer<B> {
     pub fn forward_cached(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>, state: &mut MixerState<B>) -> Result<()> {
         let normed = self.input_norm.forward(pass, x)?.y;
         let mixed = self.mixer.forward_cached(pass, &normed, state)?;
-        self.add(pass, x, mixed)?;
-        let closed = self.feed(pass, x)?;
-        self.add(pass, x, closed.y)
+        self.feed(pass, x, mixed)
     }
 
     /// Turns `dy`, the gradient of the layer's output, into the gradient of its input, and adds the adapters' gradients.
@@ -132,10 +131,24 @@ impl<B: Backend> Layer<B> {
             down_hidden,
             inner,
         } = trace;
-        let inner = match inner {
-            Some(inner) => inner,
-            None => self.recompute(pass, &input)?,
-        };
+        match inner {
+            Some(inner) => self.backward_from(pass, gradients, (&input, down_hidden, inner), dy, below),
+            // Both passes use the same weights.
+            None => pass.device.sharing(|| {
+                let inner = self.recompute(pass, &input)?;
+                self.backward_from(pass, gradients, (&input, down_hidden, inner), dy, below)
+            }),
+        }
+    }
+
+    fn backward_from(
+        &self,
+        pass: &Pass<'_, B>,
+        gradients: &mut LoraGradients<B>,
+        (input, down_hidden, inner): (&Tensor<B>, Option<Tensor<B>>, InnerTrace<B>),
+        dy: &mut Tensor<B>,
+        below: bool,
+    ) -> Result<()> {
         let mixer_matters = below || pass.adapts_any(&self.mixer.modules());
         self.feed_backward(
             pass,
@@ -149,14 +162,14 @@ impl<B: Backend> Layer<B> {
         if !mixer_matters {
             return Ok(());
         }
-        let normed = self.input_norm.forward(pass, &input)?;
+        let normed = self.input_norm.forward(pass, input)?;
         if !below {
             return self.mixer.backward(pass, gradients, inner.mixer, &normed.y, dy, None);
         }
         let mut dnormed = pass.activation(input.shape())?;
         self.mixer
             .backward(pass, gradients, inner.mixer, &normed.y, dy, Some(&mut dnormed))?;
-        let saved = (&input, &normed.rstd);
+        let saved = (input, &normed.rstd);
         self.input_norm.backward(pass, saved, &dnormed, (dy, Write::Accumulate))
     }
 
@@ -185,9 +198,8 @@ impl<B: Backend> Layer<B> {
     fn recompute(&self, pass: &Pass<'_, B>, input: &Tensor<B>) -> Result<InnerTrace<B>> {
         let (mixed, mixer) = self.mix(pass, input)?;
         let mut middle = pass.duplicate(input)?;
-        self.add(pass, &mut middle, mixed)?;
-        let normed = self.middle_norm.forward(pass, &middle)?.y;
-        let feed_forward = self.feed_forward.open(pass, &normed)?;
+        let normed = self.add_and_norm(pass, &mut middle, mixed)?;
+        let feed_forward = self.feed_forward.open(pass, &normed, Purpose::Backward)?;
         Ok(InnerTrace {
             mixer,
             middle,
@@ -200,14 +212,21 @@ impl<B: Backend> Layer<B> {
         self.mixer.forward(pass, &normed)
     }
 
-    fn feed(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<Projected<B>> {
-        let normed = self.middle_norm.forward(pass, x)?.y;
-        let trace = self.feed_forward.open(pass, &normed)?;
-        drop(normed);
-        self.feed_forward.close(pass, &trace)
+    fn mix_only(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<Tensor<B>> {
+        let normed = self.input_norm.forward(pass, x)?.y;
+        self.mixer.output(pass, &normed)
     }
 
-    fn add(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>, y: Tensor<B>) -> Result<()> {
-        Ok(pass.device.add_assign(x, &y)?)
+    /// Adds what the mixer gave to the residual stream, and then what the feed-forward part makes of it.
+    fn feed(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>, mixed: Tensor<B>) -> Result<()> {
+        let normed = self.add_and_norm(pass, x, mixed)?;
+        let mut trace = self.feed_forward.open(pass, &normed, Purpose::Output)?;
+        drop(normed);
+        self.feed_forward.close(pass, &mut trace, x)?;
+        Ok(())
+    }
+
+    fn add_and_norm(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>, mixed: Tensor<B>) -> Result<Tensor<B>> {
+        Ok(self.middle_norm.forward_adding(pass, x, &mixed)?.y)
     }
 }

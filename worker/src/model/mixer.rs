@@ -68,6 +68,17 @@ impl<B: Backend> Mixer<B> {
         }
     }
 
+    /// As [`Mixer::forward`] for a pass that keeps nothing.
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn output(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<Tensor<B>> {
+        match self {
+            Self::Attention(attention) => Ok(attention.forward(pass, x)?.0),
+            Self::Delta(delta) => delta.output(pass, x),
+        }
+    }
+
     /// An empty memory for one document of up to `capacity` positions.
     ///
     /// # Errors

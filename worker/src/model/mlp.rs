@@ -45,14 +45,29 @@ impl<B: Backend> Mlp<B> {
         })
     }
 
-    /// The way back to the model's width. A recomputing backward pass leaves this out: nobody reads its output there, and
-    /// its `u` was kept.
+    /// The way back to the model's width: what [`Mlp::close_into`] adds.
     ///
     /// # Errors
     /// The backend's own.
     pub fn close(&self, pass: &Pass<'_, B>, trace: &MlpTrace<B>) -> Result<Projected<B>> {
         let activated = activated(pass, trace)?;
         self.down.forward(pass, &activated)
+    }
+
+    /// Adds the output to the residual stream, activation `[T, C]`, and gives the down projection's `u`. A recomputing backward
+    /// pass leaves this out: nobody reads its output there, and its `u` was kept.
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn close_into(
+        &self,
+        pass: &Pass<'_, B>,
+        trace: &MlpTrace<B>,
+        residual: &mut Tensor<B>,
+    ) -> Result<Option<Tensor<B>>> {
+        let closed = self.close(pass, trace)?;
+        pass.device.add_assign(residual, &closed.y)?;
+        Ok(closed.hidden)
     }
 
     /// Adds the adapters' gradients and overwrites `dx`, where given, with the gradient of `x`. `down_hidden` is the `u` that

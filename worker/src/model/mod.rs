@@ -18,7 +18,8 @@
 //! | [`loads`] | how evenly routers spread the tokens of an evaluation |
 //! | [`synthetic`] | checkpoints of seeded random numbers |
 //! | [`synthetic`], [`presets`] | checkpoints of seeded random numbers; released configurations by name |
-//! | [`batch`], [`pass`], [`rope`], [`random`] | packed documents; what layers share; rotations; seeded numbers |
+//! | [`batch`], [`inputs`], [`pass`] | packed documents; their tensors; what the layers of a pass share |
+//! | [`rope`], [`random`] | rotations; seeded numbers |
 //!
 //! # Invariants
 //!
@@ -37,6 +38,7 @@ pub mod delta;
 pub mod experts;
 pub mod feed_forward;
 pub mod fp8;
+pub mod inputs;
 pub mod layer;
 pub mod linear;
 pub mod load;
@@ -60,6 +62,7 @@ pub mod transformer;
 pub use self::batch::{Batch, IGNORED};
 pub use self::config::{Family, ModelConfig};
 pub use self::decode::Decoder;
+pub use self::inputs::{InputShape, Inputs};
 pub use self::load::{Encoding, LoadOptions, LoadProgress, LoadReport, LoadSettings, LoadSource, SnapshotOutcome};
 pub use self::loads::{ExpertLoads, RoutingBalance};
 pub use self::locate::ModelRoots;

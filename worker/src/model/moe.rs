@@ -8,11 +8,14 @@
 //! The router is frozen, but the gradient of its weights flows through it to `x`. There is no auxiliary loss: balancing experts
 //! is for pretraining, and a frozen router could not follow it.
 
-use brightrun_kernels::ops::{LinearBackward, LinearForward, RouteBackward, Routing, SigmoidGateBackward, Write};
+use brightrun_kernels::ops::{
+    CombineResidual, LinearBackward, LinearForward, RouteBackward, Routing, SigmoidGateBackward, Write,
+};
 use brightrun_kernels::{Backend, DType, Tensor, Weight};
 
 use crate::error::Result;
 use crate::model::experts::{Experts, Wide};
+use crate::model::feed_forward::Purpose;
 use crate::model::linear::{Linear, Projected};
 use crate::model::lora::{LoraGradients, ModuleId};
 use crate::model::mlp::{Mlp, MlpTrace};
@@ -85,7 +88,7 @@ impl<B: Backend> Moe<B> {
     ///
     /// # Errors
     /// The backend's own.
-    pub fn open(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<MoeTrace<B>> {
+    pub fn open(&self, pass: &Pass<'_, B>, x: &Tensor<B>, purpose: Purpose) -> Result<MoeTrace<B>> {
         let logits = self.logits(pass, x)?;
         let mut routing = Routing::alloc(pass.device, pass.tokens(), self.experts.count(), self.top)?;
         pass.device.route(&logits, self.renormalise, &mut routing)?;
@@ -97,7 +100,7 @@ impl<B: Backend> Moe<B> {
             None => None,
         };
         Ok(MoeTrace {
-            wide: self.experts.open(pass, x, &routing)?,
+            wide: self.experts.open(pass, x, &routing, purpose)?,
             logits,
             routing,
             shared,
@@ -117,17 +120,24 @@ impl<B: Backend> Moe<B> {
         pass.converted(y, DType::F32)
     }
 
-    /// The output `[T, C]`, and the routed experts' last `u`.
+    /// Adds the output to the residual stream, activation `[T, C]`, and gives the routed experts' last `u`.
     ///
     /// # Errors
     /// The backend's own.
-    pub fn close(&self, pass: &Pass<'_, B>, trace: &MoeTrace<B>) -> Result<Projected<B>> {
-        let mut closed = self.experts.close(pass, &trace.wide, &trace.routing)?;
-        if let Some(shared) = &trace.shared {
-            pass.device
-                .sigmoid_gate_forward(&shared.closed.y, &shared.gate.y, &mut closed.y, Write::Accumulate)?;
-        }
-        Ok(closed)
+    pub fn close(
+        &self,
+        pass: &Pass<'_, B>,
+        trace: &mut MoeTrace<B>,
+        residual: &mut Tensor<B>,
+    ) -> Result<Option<Tensor<B>>> {
+        let (grouped, hidden) = self.experts.close(pass, &mut trace.wide, &trace.routing)?;
+        pass.device.combine_residual(CombineResidual {
+            grouped: &grouped,
+            routing: &trace.routing,
+            shared: trace.shared.as_ref().map(|shared| (&shared.closed.y, &shared.gate.y)),
+            x: residual,
+        })?;
+        Ok(hidden)
     }
 
     /// Adds the adapters' gradients and overwrites `dx`, where given, with the gradient of `x`. `down_hidden` is the `u` that

@@ -1,6 +1,6 @@
 //! A frozen RMS norm.
 
-use brightrun_kernels::ops::{NormBackward, NormForward, NormWeight, Write};
+use brightrun_kernels::ops::{AddNormForward, NormBackward, NormForward, NormWeight, Write};
 use brightrun_kernels::{Backend, DType, Tensor};
 
 use crate::error::Result;
@@ -32,6 +32,25 @@ impl<B: Backend> Norm<B> {
         let mut rstd = pass.device.alloc(DType::F32, [x.shape().rows()])?;
         pass.device.rms_norm_forward(NormForward {
             x,
+            weight: &self.weight,
+            style: self.style,
+            eps: self.eps,
+            y: &mut y,
+            rstd: &mut rstd,
+        })?;
+        Ok(Normed { y, rstd })
+    }
+
+    /// Adds `added` to the residual stream `x`, and normalises the sum.
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn forward_adding(&self, pass: &Pass<'_, B>, x: &mut Tensor<B>, added: &Tensor<B>) -> Result<Normed<B>> {
+        let mut y = pass.activation(x.shape())?;
+        let mut rstd = pass.device.alloc(DType::F32, [x.shape().rows()])?;
+        pass.device.add_rms_norm_forward(AddNormForward {
+            x,
+            added,
             weight: &self.weight,
             style: self.style,
             eps: self.eps,

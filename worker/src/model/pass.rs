@@ -21,7 +21,7 @@ pub struct Pass<'a, B: Backend> {
     /// The adapter, if any.
     pub lora: Option<&'a LoraSet<B>>,
     /// i32 `[T]`: position of each token in its document.
-    pub positions: Tensor<B>,
+    pub positions: &'a Tensor<B>,
     /// Rotations for all those positions.
     pub rope: Arc<RopeTable<B>>,
     /// The packed documents.

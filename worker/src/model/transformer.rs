@@ -1,13 +1,15 @@
 //! The whole model: embedding, layers, head; forward, and forward with backward.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use brightrun_kernels::ops::{LinearCrossEntropy, LinearForward, Precision, Write};
-use brightrun_kernels::{Backend, DType, Tensor, Weight};
+use brightrun_kernels::ops::{LinearCrossEntropy, LinearForward, Precision, RopeTable, Write};
+use brightrun_kernels::{Backend, Tensor, Weight};
 
 use crate::error::{Failure, Result};
 use crate::model::batch::Batch;
 use crate::model::config::ModelConfig;
+use crate::model::inputs::Inputs;
 use crate::model::layer::{Layer, LayerTrace};
 use crate::model::loads::ExpertLoads;
 use crate::model::lora::{LoraGradients, LoraSet, Module};
@@ -81,11 +83,8 @@ impl<B: Backend> Model<B> {
         &self.layers
     }
 
-    /// The surroundings of a pass over `batch`.
-    ///
-    /// # Errors
-    /// `MODEL_TOO_LONG`; the backend's own.
-    pub fn pass<'a>(&'a self, lora: Option<&'a LoraSet<B>>, batch: &'a Batch) -> Result<Pass<'a, B>> {
+    /// Rotations for all positions of a batch.
+    pub(crate) fn rotations(&self, batch: &Batch) -> Result<Arc<RopeTable<B>>> {
         let longest = batch
             .positions
             .iter()
@@ -102,28 +101,32 @@ impl<B: Backend> Model<B> {
             )
             .hint("Lower max_length, or shorten the example"));
         }
-        Ok(Pass {
+        self.rope.table(&self.device, longest)
+    }
+
+    /// The surroundings of a pass over a batch.
+    pub fn pass<'a>(&'a self, lora: Option<&'a LoraSet<B>>, inputs: &'a Inputs<B>) -> Pass<'a, B> {
+        Pass {
             device: &self.device,
             precision: self.precision,
             dtype: self.device.activation_dtype(self.precision),
             lora,
-            positions: self.device.upload_i32([batch.tokens()], &batch.positions)?,
-            rope: self.rope.table(&self.device, longest)?,
-            segments: &batch.segments,
+            positions: &inputs.positions,
+            rope: Arc::clone(&inputs.rope),
+            segments: &inputs.segments,
             loads: None,
-        })
+        }
     }
 
-    pub(crate) fn embed(&self, pass: &Pass<'_, B>, ids: &[i32]) -> Result<Tensor<B>> {
-        let ids = self.device.upload_i32([ids.len()], ids)?;
+    pub(crate) fn embed(&self, pass: &Pass<'_, B>, inputs: &Inputs<B>) -> Result<Tensor<B>> {
         let mut x = pass.activation([pass.tokens(), self.config.hidden])?;
-        self.device.gather_rows(&self.embedding, &ids, &mut x)?;
+        self.device.gather_rows(&self.embedding, &inputs.ids, &mut x)?;
         Ok(x)
     }
 
     /// The residual stream after all layers, without traces.
-    fn hidden(&self, pass: &Pass<'_, B>, batch: &Batch) -> Result<Tensor<B>> {
-        let mut x = self.embed(pass, &batch.input_ids)?;
+    fn hidden(&self, pass: &Pass<'_, B>, inputs: &Inputs<B>) -> Result<Tensor<B>> {
+        let mut x = self.embed(pass, inputs)?;
         for layer in &self.layers {
             layer.forward(pass, &mut x)?;
         }
@@ -150,8 +153,9 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// `MODEL_TOO_LONG`; the backend's own.
     pub fn logits(&self, lora: Option<&LoraSet<B>>, batch: &Batch) -> Result<Vec<f32>> {
-        let pass = self.pass(lora, batch)?;
-        let x = self.hidden(&pass, batch)?;
+        let inputs = self.inputs(batch, 0.0)?;
+        let pass = self.pass(lora, &inputs);
+        let x = self.hidden(&pass, &inputs)?;
         self.project_logits(&pass, &x)
     }
 
@@ -176,14 +180,19 @@ impl<B: Backend> Model<B> {
         if let Some(loads) = loads {
             loads.begin();
         }
-        let pass = Pass {
-            loads,
-            ..self.pass(lora, batch)?
-        };
-        let x = self.hidden(&pass, batch)?;
-        let normed = self.final_norm.forward(&pass, &x)?.y;
-        drop(x);
-        self.losses(&pass, batch, &normed, None)
+        let inputs = self.inputs(batch, 0.0)?;
+        let mut losses = inputs.losses(&self.device)?;
+        self.device.step(|| {
+            let pass = Pass {
+                loads,
+                ..self.pass(lora, &inputs)
+            };
+            let x = self.hidden(&pass, &inputs)?;
+            let normed = self.final_norm.forward(&pass, &x)?.y;
+            drop(x);
+            self.losses(&pass, &inputs, &normed, (&mut losses, None))
+        })?;
+        Ok(self.device.read_f32(&losses)?)
     }
 
     /// The loss of each position, and the gradient of `gradient_scale · Σ losses` **added** to `gradients`.
@@ -197,13 +206,32 @@ impl<B: Backend> Model<B> {
         batch: &Batch,
         settings: BackwardSettings,
     ) -> Result<Vec<f32>> {
-        let pass = self.pass(Some(lora), batch)?;
+        let inputs = self.inputs(batch, settings.gradient_scale)?;
+        let mut losses = inputs.losses(&self.device)?;
+        let budget = settings.activation_budget_bytes;
+        self.device
+            .step(|| self.queue_forward_backward(lora, gradients, (&inputs, &mut losses), budget))?;
+        Ok(self.device.read_f32(&losses)?)
+    }
+
+    /// The ops of [`Model::forward_backward`]: they read the inputs and write the losses, and nothing in them depends on anything
+    /// else of the batch than its shape. Of activations `budget_bytes` may be kept instead of being computed again.
+    ///
+    /// # Errors
+    /// The backend's own.
+    pub fn queue_forward_backward(
+        &self,
+        lora: &LoraSet<B>,
+        gradients: &mut LoraGradients<B>,
+        (inputs, losses): (&Inputs<B>, &mut Tensor<B>),
+        budget_bytes: u64,
+    ) -> Result<()> {
+        let pass = self.pass(Some(lora), inputs);
         let lowest = self.lowest_adapted(&pass);
-        let (x, mut traces) = self.forward_traced(&pass, batch, lowest, settings.activation_budget_bytes)?;
+        let (x, mut traces) = self.forward_traced(&pass, inputs, lowest, budget_bytes)?;
         let normed = self.final_norm.forward(&pass, &x)?;
         let mut dnormed = pass.activation(x.shape())?;
-        let wanted = Some((&mut dnormed, settings.gradient_scale));
-        let losses = self.losses(&pass, batch, &normed.y, wanted)?;
+        self.losses(&pass, inputs, &normed.y, (losses, Some(&mut dnormed)))?;
         let mut gradient = pass.activation(x.shape())?;
         let saved = (&x, &normed.rstd);
         self.final_norm
@@ -213,7 +241,7 @@ impl<B: Backend> Model<B> {
             let Some(trace) = traces.pop() else { break };
             layer.backward(&pass, gradients, trace, &mut gradient, place > lowest)?;
         }
-        Ok(losses)
+        Ok(())
     }
 
     /// The first layer with an adapter: no gradient is needed below it.
@@ -226,7 +254,7 @@ impl<B: Backend> Model<B> {
     fn forward_traced(
         &self,
         pass: &Pass<'_, B>,
-        batch: &Batch,
+        inputs: &Inputs<B>,
         lowest: usize,
         budget_bytes: u64,
     ) -> Result<(Tensor<B>, Vec<LayerTrace<B>>)> {
@@ -236,7 +264,7 @@ impl<B: Backend> Model<B> {
             kept_bytes <= budget_bytes
         };
         let first_kept = self.layers.len() - self.layers.iter().rev().take_while(fits).count();
-        let mut x = self.embed(pass, &batch.input_ids)?;
+        let mut x = self.embed(pass, inputs)?;
         let mut traces = Vec::new();
         for (place, layer) in self.layers.iter().enumerate() {
             if place < lowest {
@@ -251,20 +279,18 @@ impl<B: Backend> Model<B> {
     fn losses(
         &self,
         pass: &Pass<'_, B>,
-        batch: &Batch,
+        inputs: &Inputs<B>,
         x: &Tensor<B>,
-        dx: Option<(&mut Tensor<B>, f32)>,
-    ) -> Result<Vec<f32>> {
-        let labels = self.device.upload_i32([batch.tokens()], &batch.labels)?;
-        let mut losses = self.device.alloc(DType::F32, [batch.tokens()])?;
+        (losses, dx): (&mut Tensor<B>, Option<&mut Tensor<B>>),
+    ) -> Result<()> {
         self.device.linear_cross_entropy(LinearCrossEntropy {
             x,
             head: self.head(),
-            labels: &labels,
+            labels: &inputs.labels,
             precision: pass.precision,
-            losses: &mut losses,
-            dx,
+            losses,
+            dx: dx.map(|dx| (dx, &inputs.gradient_scale)),
         })?;
-        Ok(self.device.read_f32(&losses)?)
+        Ok(())
     }
 }

@@ -69,7 +69,8 @@ impl Gpu {
     }
 
     /// The card that a user means: spaces, dashes and case do not matter, nor does what stands around the name (`NVIDIA H200`);
-    /// where several match the one with the most memory is meant (`A100`).
+    /// where several match the one with the most memory is meant (`A100`). A driver's own name counts by its words
+    /// (`NVIDIA A100-SXM4-80GB`).
     ///
     /// # Errors
     /// `GPU_UNKNOWN` with the names that are known.
@@ -89,11 +90,36 @@ impl Gpu {
             };
             GPUS.iter().filter(matches).max_by_key(|gpu| gpu.memory_mib)
         };
-        exact.or_else(by_part).ok_or_else(|| {
+        exact.or_else(|| Self::by_words(name)).or_else(by_part).ok_or_else(|| {
             let names: Vec<&str> = GPUS.iter().map(|gpu| gpu.name).collect();
             Failure::user("GPU_UNKNOWN", format!("The GPU `{name}` is not known"))
                 .hint(format!("Known are {}", names.join(", ")))
         })
+    }
+
+    /// The card whose model number is among the words of a name, and of several the one with which it has most letters in common.
+    fn by_words(name: &str) -> Option<&'static Self> {
+        let words: Vec<String> = name
+            .to_lowercase()
+            .split(|c: char| !c.is_ascii_alphanumeric())
+            // The form of a module has a generation in drivers' names, and the H100's goes by its memory alone.
+            .map(|word| match word {
+                "sxm2" | "sxm3" | "sxm4" | "sxm5" | "hbm3" => "sxm".to_owned(),
+                other => other.to_owned(),
+            })
+            .collect();
+        let common = |gpu: &&Self| {
+            let own = gpu.name.to_lowercase();
+            let has = |word: &&str| words.iter().any(|other| other == word);
+            let is_same_model = own
+                .split(' ')
+                .find(|word| word.contains(|c: char| c.is_ascii_digit()))
+                .is_some_and(|model| has(&model));
+            is_same_model.then(|| own.split(' ').filter(has).map(str::len).sum::<usize>())
+        };
+        GPUS.iter()
+            .filter(|gpu| common(gpu).is_some())
+            .max_by_key(|gpu| (common(gpu), gpu.memory_mib))
     }
 }
 
@@ -112,6 +138,13 @@ mod tests {
             ("A6000", "RTX A6000"),
             ("rtx4090", "RTX 4090"),
             ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+            ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
+            ("NVIDIA A100-SXM4-80GB", "A100 SXM"),
+            ("NVIDIA A100-SXM4-40GB", "A100 40GB"),
+            ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+            ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+            ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
+            ("NVIDIA L4", "L4"),
         ] {
             assert_eq!(Gpu::named(written).unwrap().name, meant, "{written}");
         }

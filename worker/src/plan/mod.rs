@@ -289,7 +289,25 @@ fn lora_config(spec: &TrainSpec) -> LoraConfig {
 }
 
 fn reserve(gpu: &Gpu) -> u64 {
-    CONTEXT_BYTES + gpu.memory_bytes() / 100
+    reserve_bytes(gpu.memory_bytes())
+}
+
+/// Bytes of a card with this much memory that no tensor can have.
+pub fn reserve_bytes(memory_bytes: u64) -> u64 {
+    CONTEXT_BYTES + memory_bytes / 100
+}
+
+/// What the checkpoint's tensors are, by the text of its `config.json`; FP8 is told by its own section.
+pub fn stored_dtype(config: &str) -> DType {
+    let value: serde_json::Value = serde_json::from_str(config).unwrap_or_default();
+    let name = ["dtype", "torch_dtype"]
+        .iter()
+        .find_map(|key| value.get(*key)?.as_str());
+    match name {
+        Some("float32") => DType::F32,
+        Some("float16") => DType::F16,
+        _ => DType::BF16,
+    }
 }
 
 fn fits(taken: &Footprint, gpu: &Gpu) -> bool {

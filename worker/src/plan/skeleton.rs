@@ -34,7 +34,23 @@ pub enum Contents {
     None,
     /// Seeded small random numbers, one matrix for all experts of a stack: for measuring a layer without a checkpoint.
     Random(u64),
+    /// The same, but such that routers choose as unevenly as trained ones in every layer: a residual stream that all layers leave
+    /// nearly as the embedding made it has one constant element, by which a router sees its experts' popularity.
+    Skewed(u64),
 }
+
+/// Elements of seeded contents.
+const SMALL: f64 = 0.02;
+
+/// What keeps the residual stream nearly as it was: a projection of 2048 such elements gives a tenth of its input.
+const SMALLER: f64 = 0.002;
+
+/// The constant element of each row of a skewed model's embedding, whose others are normal.
+const CONSTANT: f32 = 8.0;
+
+/// How popularity falls with an expert's rank: its logit by this times the rank's logarithm, a Zipf-like law. With normal noise
+/// beside it, 512 experts and 10 choices, the busiest gets several times the mean and some get nothing.
+const SKEW: f32 = 0.8;
 
 /// A model of `config` on `device`, as loading a checkpoint with tensors of dtype `stored` leaves it; `positions` is the longest
 /// document's length.
@@ -67,8 +83,9 @@ pub fn skeleton_with<B: Backend>(
         device,
         noise: match contents {
             Contents::None => None,
-            Contents::Random(seed) => Some(CounterRandom::new(seed, "skeleton")),
+            Contents::Random(seed) | Contents::Skewed(seed) => Some(CounterRandom::new(seed, "skeleton")),
         },
+        is_skewed: matches!(contents, Contents::Skewed(_)),
         encoding: options.encoding,
         // Block-scaled FP8 is decoded to f32 when it is read.
         projections: match config.fp8_block {
@@ -79,7 +96,7 @@ pub fn skeleton_with<B: Backend>(
         modules: Vec::new(),
         weight_bytes: BTreeMap::new(),
     };
-    let embedding = builder.table([config.vocabulary, config.hidden])?;
+    let embedding = builder.embedding(config.vocabulary, config.hidden)?;
     let layers = (0..config.layers)
         .map(|layer| builder.layer(&config, layer))
         .collect::<Result<_>>()?;
@@ -107,6 +124,7 @@ struct Builder<'a, B: Backend> {
     device: &'a B,
     /// What fills the tensors, if anything.
     noise: Option<CounterRandom>,
+    is_skewed: bool,
     encoding: Encoding,
     /// What projections are after they were read.
     projections: DType,
@@ -197,7 +215,7 @@ impl<B: Backend> Builder<'_, B> {
             }),
         };
         Ok(Moe {
-            router: self.table([moe.experts, config.hidden])?,
+            router: self.router(moe.experts, config.hidden)?,
             experts: self.experts(config, moe, &format!("{prefix}.experts"))?,
             top: moe.top,
             renormalise: moe.renormalise,
@@ -277,18 +295,60 @@ impl<B: Backend> Builder<'_, B> {
     }
 
     fn table(&mut self, shape: [usize; 2]) -> Result<Weight<B>> {
-        let dtype = match self.encoding {
+        let tensor = self.tensor(self.table_dtype(), &shape)?;
+        Ok(self.counted(tensor))
+    }
+
+    fn table_dtype(&self) -> DType {
+        match self.encoding {
             Encoding::Bf16 | Encoding::Nf4Experts => DType::BF16,
             Encoding::Nf4 | Encoding::Stored => self.stored,
-        };
-        let weight = Weight::Dense(self.tensor(dtype, &shape)?);
+        }
+    }
+
+    fn counted(&mut self, tensor: Tensor<B>) -> Weight<B> {
+        let weight = Weight::Dense(tensor);
         self.count(weight.encoding(), weight.size_bytes());
-        Ok(weight)
+        weight
+    }
+
+    fn embedding(&mut self, vocabulary: usize, hidden: usize) -> Result<Weight<B>> {
+        if !self.is_skewed {
+            return self.table([vocabulary, hidden]);
+        }
+        self.special([vocabulary, hidden], 1.0, |_| CONSTANT)
+    }
+
+    fn router(&mut self, experts: usize, hidden: usize) -> Result<Weight<B>> {
+        if !self.is_skewed {
+            return self.table([experts, hidden]);
+        }
+        // What the norm before the router makes of the constant element.
+        let width = hidden as f32;
+        let seen = CONSTANT / ((CONSTANT * CONSTANT + width - 1.0) / width).sqrt();
+        // Ranks in an order without a pattern: 193 is prime to the number of experts or only reorders part of them.
+        let popularity = |expert: usize| -SKEW * ((193 * expert % experts + 1) as f32).ln() / seen;
+        self.special([experts, hidden], 1.0 / f64::from(width).sqrt(), popularity)
+    }
+
+    /// Rows of noise whose first element is `first` of the row.
+    fn special(&mut self, shape: [usize; 2], scale: f64, first: impl Fn(usize) -> f32) -> Result<Weight<B>> {
+        let mut values = self.values(shape[0] * shape[1], scale);
+        for (row, elements) in values.chunks_exact_mut(shape[1]).enumerate() {
+            elements[0] = first(row);
+        }
+        let tensor = self.converted(self.table_dtype(), &shape, &values)?;
+        Ok(self.counted(tensor))
     }
 
     fn norm(&mut self, config: &ModelConfig, width: usize) -> Result<Norm<B>> {
+        // A plain norm's weight is near 1; a zero-centred one's near 0, as all contents are.
+        let weight = match self.is_skewed && !config.zero_centred_norms {
+            true => self.ones(width)?,
+            false => self.small(&[width])?,
+        };
         Ok(Norm {
-            weight: self.small(&[width])?,
+            weight,
             style: match config.zero_centred_norms {
                 true => NormWeight::ZeroCentred,
                 false => NormWeight::Plain,
@@ -299,24 +359,48 @@ impl<B: Backend> Builder<'_, B> {
 
     /// A norm's weight, a bias or the like: f32 or bf16, as stored.
     fn small(&mut self, shape: &[usize]) -> Result<Tensor<B>> {
-        let (dtype, name) = match self.stored {
-            DType::BF16 => (DType::BF16, "bf16"),
-            _ => (DType::F32, "f32"),
-        };
+        let (dtype, name) = self.small_dtype();
         let tensor = self.tensor(dtype, shape)?;
         self.count(name, tensor.size_bytes());
         Ok(tensor)
     }
 
+    fn ones(&mut self, width: usize) -> Result<Tensor<B>> {
+        let (dtype, name) = self.small_dtype();
+        let tensor = self.converted(dtype, &[width], &vec![1.0; width])?;
+        self.count(name, tensor.size_bytes());
+        Ok(tensor)
+    }
+
+    fn small_dtype(&self) -> (DType, &'static str) {
+        match self.stored {
+            DType::BF16 => (DType::BF16, "bf16"),
+            _ => (DType::F32, "f32"),
+        }
+    }
+
     fn tensor(&self, dtype: DType, shape: &[usize]) -> Result<Tensor<B>> {
         let shape = brightrun_kernels::Shape::new(shape);
-        let Some(noise) = &self.noise else {
+        if self.noise.is_none() {
             return Ok(self.device.alloc(dtype, shape)?);
+        }
+        let scale = if self.is_skewed { SMALLER } else { SMALL };
+        self.converted(dtype, shape.extents(), &self.values(shape.elements(), scale))
+    }
+
+    /// A short cycle of numbers: what they are does not matter, that they are not zero does. Its length is a prime, so that the
+    /// rows of no matrix are alike.
+    fn values(&self, count: usize, scale: f64) -> Vec<f32> {
+        let Some(noise) = &self.noise else {
+            return vec![0.0; count];
         };
-        // A short cycle of numbers: what they are does not matter, that they are not zero does.
-        let cycle: Vec<f32> = (0..8191).map(|place| 0.02 * noise.normal(place) as f32).collect();
-        let values: Vec<f32> = cycle.iter().copied().cycle().take(shape.elements()).collect();
-        let exact = self.device.upload_f32(shape, &values)?;
+        let cycle: Vec<f32> = (0..8191).map(|place| (scale * noise.normal(place)) as f32).collect();
+        cycle.iter().copied().cycle().take(count).collect()
+    }
+
+    fn converted(&self, dtype: DType, shape: &[usize], values: &[f32]) -> Result<Tensor<B>> {
+        let shape = brightrun_kernels::Shape::new(shape);
+        let exact = self.device.upload_f32(shape, values)?;
         let mut tensor = self.device.alloc(dtype, shape)?;
         self.device.copy(&exact, &mut tensor)?;
         Ok(tensor)

@@ -1,20 +1,25 @@
 //! Is everything in place here, and if not, what to do: found out in seconds, before a job depends on it.
 //!
-//! `brightrun doctor` runs every check, `brightrun doctor --quick` those that ask nobody outside this machine; a worker that RunPod
-//! has started runs the quick ones before its first job and reports itself unfit when one fails.
+//! `brightrun doctor` runs every check, `brightrun doctor --quick` those that ask nobody outside this machine, `brightrun doctor
+//! --live` those that are no burden every few minutes. A worker that RunPod has started runs the quick ones before its first job and
+//! reports itself unfit when one fails; database and clock it looks at beside its first take, and says what is wrong. The
+//! storage is rehearsed at the beginning of each job, too.
 //!
 //! | check | what can be wrong |
 //! |---|---|
 //! | volume | the work folder is on a RunPod volume's path, and nothing is mounted there |
 //! | work folder | it cannot be written, or is nearly full |
 //! | model | a folder, a shard or a shard's end is missing ([`model_files`]) |
-//! | gpu | RunPod says there is one and none is to be seen |
+//! | gpu | one was promised and none can be used; it is smaller than its pool; the driver or the card is too old |
+//! | memory | the model does not fit the GPU with these settings |
+//! | kernels | there is no code for the GPU that its driver can load |
 //! | template | the tokenizer or the chat template is not understood |
 //! | compute | the backend cannot start |
 //! | storage | a small object cannot be written, read back and deleted |
 //! | database | it cannot be reached, or its schema is another version |
 //! | clock | this machine's clock is far from the database's: signatures of storage would be refused |
 
+mod gpu;
 pub mod model_files;
 
 use std::future::Future;
@@ -83,14 +88,41 @@ impl Check {
     }
 }
 
-/// What this machine alone can tell.
-pub async fn quick(config: &Config) -> Vec<Check> {
+/// What a health check may ask every few minutes while a job runs: no model is read and no driver called.
+pub async fn live(config: &Config) -> Vec<Check> {
     vec![
         Check::of("volume", async { volume(&config.worker.work_dir, &mounts()) }).await,
         Check::of("work folder", async { work_folder(&config.worker.work_dir) }).await,
-        Check::of("model", async { model(config) }).await,
-        Check::of("gpu", async { gpu(Path::new("/proc/driver/nvidia")) }).await,
     ]
+}
+
+/// What this machine alone can tell.
+pub async fn quick(config: &Config) -> Vec<Check> {
+    let mut checks = live(config).await;
+    checks.push(Check::of("model", async { model(config) }).await);
+    let has_model = checks.iter().all(|check| check.name != "model" || check.ok);
+    let mut gpus = None;
+    let check = async {
+        let found = gpus_of_machine(config).await?;
+        gpus.insert(found).check()
+    };
+    checks.push(Check::of("gpu", check).await);
+    let Some(gpus) = gpus else { return checks };
+    // Without a model one complaint is enough.
+    if has_model {
+        checks.push(Check::of("memory", async { gpus.check_memory(config) }).await);
+    }
+    checks.push(Check::of("kernels", async { gpus.check_kernels() }).await);
+    checks
+}
+
+/// On a thread of its own: a broken driver may never come back.
+async fn gpus_of_machine(config: &Config) -> Result<gpu::Gpus> {
+    let config = config.clone();
+    let asked = tokio::task::spawn_blocking(move || gpu::Gpus::of_machine(&config));
+    asked
+        .await
+        .map_err(|error| Failure::system("INTERNAL_PANIC", format!("The driver could not be asked: {error}")))
 }
 
 /// Everything: also what needs a moment of computing, the storage and the database.
@@ -102,6 +134,12 @@ pub async fn full(config: &Config, connect: impl Future<Output = Result<Queue>>)
     }
     checks.push(Check::of("compute", async { compute(config) }).await);
     checks.push(Check::of("storage", storage(config)).await);
+    checks.extend(database(connect).await);
+    checks
+}
+
+/// Whether the database answers, is of this program's version, and agrees about the time.
+pub async fn database(connect: impl Future<Output = Result<Queue>>) -> Vec<Check> {
     let mut queue = None;
     let database = async {
         let connected = connect.await?;
@@ -110,7 +148,7 @@ pub async fn full(config: &Config, connect: impl Future<Output = Result<Queue>>)
         queue = Some(connected);
         Ok(place)
     };
-    checks.push(Check::of("database", database).await);
+    let mut checks = vec![Check::of("database", database).await];
     if let Some(queue) = queue {
         checks.push(Check::of("clock", clock(&queue)).await);
     }
@@ -190,34 +228,6 @@ fn template(config: &Config) -> Result<String> {
     Ok("tokenizer and chat template are understood".to_owned())
 }
 
-/// The driver's own table; no library is loaded for it.
-fn gpu(driver: &Path) -> Result<String> {
-    let expected = std::env::var("RUNPOD_GPU_COUNT")
-        .ok()
-        .and_then(|count| count.parse::<usize>().ok());
-    let version = std::fs::read_to_string(driver.join("version")).unwrap_or_default();
-    let entries = std::fs::read_dir(driver.join("gpus")).into_iter().flatten().flatten();
-    let names: Vec<String> = entries
-        .filter_map(|entry| {
-            let information = std::fs::read_to_string(entry.path().join("information")).ok()?;
-            let name = information.lines().find_map(|line| line.strip_prefix("Model:"))?;
-            Some(name.trim().to_owned())
-        })
-        .collect();
-    if names.is_empty() {
-        return match expected {
-            Some(1..) => Err(
-                Failure::system("GPU_MISSING", "RunPod gave this worker a GPU, but no driver shows one")
-                    .at(driver.display().to_string())
-                    .hint("Run the image with NVIDIA's container runtime; on RunPod, have the worker replaced"),
-            ),
-            _ => Ok("none; the CPU computes".to_owned()),
-        };
-    }
-    let version = version.lines().next().unwrap_or("unknown driver").trim().to_owned();
-    Ok(format!("{} ({version})", names.join(", ")))
-}
-
 fn compute(config: &Config) -> Result<String> {
     Ok(Chosen::by(config)?.to_string())
 }
@@ -269,20 +279,6 @@ mod tests {
         for off in [61_000, -61_000] {
             assert_eq!(skew(off).unwrap_err().code, "CLOCK_SKEWED");
         }
-    }
-
-    #[test]
-    fn gpus_are_read_from_the_drivers_table() {
-        let driver = tempfile::tempdir().unwrap();
-        assert_eq!(gpu(driver.path()).unwrap(), "none; the CPU computes");
-        let one = driver.path().join("gpus/0000:01:00.0");
-        std::fs::create_dir_all(&one).unwrap();
-        std::fs::write(one.join("information"), "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ: 1\n").unwrap();
-        std::fs::write(driver.path().join("version"), "NVRM version: 570.1\nGCC\n").unwrap();
-        assert_eq!(
-            gpu(driver.path()).unwrap(),
-            "NVIDIA H100 80GB HBM3 (NVRM version: 570.1)"
-        );
     }
 
     #[test]

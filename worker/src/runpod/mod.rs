@@ -55,33 +55,12 @@
 //!
 //! # Conformance
 //!
-//! Cases of the protocol's list and the tests that cover them. Tests are in `worker/tests/runpod_worker/` unless another file is named.
+//! `docs/reference/runpod-conformance.md` has every case of the protocol's list with the tests that cover it; a test reads that table. Tests
+//! time nothing: intervals are bounded from below, and what is bounded from above (heartbeats within ten per cent of their interval,
+//! 100 ms from a result to the next take, 300 ms from start to ready) is measured by `worker/examples/serverless_bench.rs`.
 //!
-//! | cases | where |
-//! |---|---|
-//! | T01–T18, T21, T22 | `taking` (each test's name begins with its cases) |
-//! | T19, T20 | unit tests of [`routes`] |
-//! | R01–R07 | `result::r01_to_r07…`, the rows of values; rows of streams are S04 and S05 |
-//! | R08–R25 | `result` (R09–R11: `streaming::s04…`, `s05…`, `stopping::c01…`) |
-//! | S01–S06 | `streaming` |
-//! | P01–P04 | `progress` |
-//! | H01–H06 | `heartbeat`; the watchdog: unit test of `heartbeat` |
-//! | H07 | unit test of [`environment`] |
-//! | H08, X01, X05, X06, L01–L03 | `runpod_process.rs`, with real signals and exit codes |
-//! | C01–C06 | `stopping` |
-//! | D01, D02, D04, D05 | `duplicates` |
-//! | X02–X05, X07, F01–F03 | `leaving`; X02, X03, F01 also in `runpod_process.rs` |
-//! | A01–A06 | `runpod_local.rs`; A03 with RunPod's Python client by hand: `tests/support/runpod_client.py` |
-//! | G01 | `runpod_deploy.rs` |
-//! | Z01 | `runpod_process.rs`, with 3,000 jobs and not 10,000 |
-//! | Z02 | property tests of [`job`] |
-//!
-//! **D03** (resume after a crash) is a property of the handler: `tests/journeys/runpod.rs`.
-//!
-//! Not covered, and why: **H01**'s upper bound of ten
-//! per cent and **T17**'s 100 ms are not timed, since tests time nothing; intervals are bounded from below, and T17 counts heartbeats
-//! during fifty jobs. **R21** refuses an oversize output and never spills it to storage: outputs are references here. **S06** refuses and
-//! never splits. **R22** runs for seconds and not for sixty. The **realtime** mode (`RUNPOD_REALTIME_PORT`) does not exist: no current
+//! An oversize output is refused and never spilled to storage (R21), since outputs are references here, and a large chunk is refused and
+//! never split (S06). The **realtime** mode (`RUNPOD_REALTIME_PORT`) does not exist, only its route in the SDK's local API: no current
 //! documentation mentions it. Bundled root certificates are not carried; the image has the system's.
 
 pub mod client;

@@ -6,6 +6,7 @@
 //! |---|---|
 //! | [`run`](mod@run) | the whole of a run: [`run()`](run::run), its request, events and summary |
 //! | [`step`] | one optimizer step: packing, accumulation, clipping, the non-finite stop |
+//! | [`repeat`] | micro-batches recorded once and replayed, where the backend can |
 //! | [`optimizer`], [`schedule`] | AdamW's moments; the learning rate of each step |
 //! | [`data_order`] | which examples a step sees: a pure function of seed and step |
 //! | [`checkpoint`] | everything exact continuation needs, in one file that is whole or absent |
@@ -24,6 +25,7 @@ pub mod eval;
 pub mod example;
 pub mod generate;
 pub mod optimizer;
+pub mod repeat;
 pub mod run;
 pub mod schedule;
 pub mod step;

@@ -235,7 +235,11 @@ impl<'a, B: Backend> Run<'a, B> {
             return Ok(());
         }
         let longest = longest_micro_batch(self.train, self.spec.batch_size, self.spec.micro_batch_tokens);
-        self.trainer.rehearse(&longest)
+        self.trainer.rehearse(&longest)?;
+        if let Some(remark) = self.trainer.model.device().remark() {
+            tracing::info!("{remark}");
+        }
+        Ok(())
     }
 
     fn examples_of(&mut self, step: usize) -> Vec<&'a EncodedExample> {

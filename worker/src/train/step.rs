@@ -6,10 +6,11 @@
 use brightrun_kernels::Backend;
 
 use crate::error::{Blame, Failure, Result};
-use crate::model::{BackwardSettings, Batch, LoraGradients, LoraSet, Model};
+use crate::model::{Batch, LoraGradients, LoraSet, Model};
 use crate::spec::TrainSpec;
 use crate::train::example::EncodedExample;
 use crate::train::optimizer::Optimizer;
+use crate::train::repeat::Repeats;
 
 /// Added to the norm before dividing by it, as torch's `clip_grad_norm_` does.
 const CLIP_EPSILON: f64 = 1e-6;
@@ -39,9 +40,9 @@ pub struct Trainer<'a, B: Backend> {
     /// Its optimizer.
     pub optimizer: Optimizer<B>,
     gradients: LoraGradients<B>,
+    repeats: Repeats<B>,
     max_gradient_norm: f64,
     micro_batch_tokens: usize,
-    activation_budget_bytes: u64,
 }
 
 impl<'a, B: Backend> Trainer<'a, B> {
@@ -53,11 +54,11 @@ impl<'a, B: Backend> Trainer<'a, B> {
         Ok(Self {
             optimizer: Optimizer::new(model.device(), spec, lora)?,
             gradients: LoraGradients::zeros(model.device(), lora)?,
+            repeats: Repeats::new(spec.activation_budget_bytes),
             model,
             lora,
             max_gradient_norm: f64::from(spec.max_gradient_norm),
             micro_batch_tokens: spec.micro_batch_tokens,
-            activation_budget_bytes: spec.activation_budget_bytes,
         })
     }
 
@@ -77,12 +78,12 @@ impl<'a, B: Backend> Trainer<'a, B> {
             return Ok(None);
         };
         let device = self.model.device();
-        let gradient_norm = self.gradients.norm(device)?;
+        let gradient_norm = device.step(|| self.gradients.norm(device))?;
         if !loss.is_finite() || !gradient_norm.is_finite() {
             return Err(non_finite(step, loss, gradient_norm, examples));
         }
         let schedule = (step as u64 + 1, learning_rate, self.clipping(gradient_norm));
-        self.optimizer.apply(device, self.lora, &self.gradients, schedule)?;
+        device.step(|| self.optimizer.apply(device, self.lora, &self.gradients, schedule))?;
         Ok(Some(StepOutcome {
             loss,
             gradient_norm,
@@ -96,16 +97,20 @@ impl<'a, B: Backend> Trainer<'a, B> {
     /// # Errors
     /// The backend's own, out of memory above all.
     pub fn rehearse(&mut self, examples: &[EncodedExample]) -> Result<()> {
-        let settings = self.backward_settings(1);
         let batch = packed(examples);
-        self.model
-            .forward_backward(self.lora, &mut self.gradients, &batch, settings)?;
+        self.repeats
+            .forward_backward(self.model, (&*self.lora, &mut self.gradients), &batch, 1.0)?;
         Ok(())
     }
 
     /// The gradients of the last step, before clipping.
     pub fn gradients(&self) -> &LoraGradients<B> {
         &self.gradients
+    }
+
+    /// How many shapes of micro-batches are replayed from a recording.
+    pub fn recorded(&self) -> usize {
+        self.repeats.recorded()
     }
 
     /// Gradients of all examples; gives the loss and the number of supervised tokens.
@@ -116,26 +121,18 @@ impl<'a, B: Backend> Trainer<'a, B> {
     ) -> Result<Option<(f64, usize)>> {
         self.gradients.clear(self.model.device())?;
         let supervised_tokens: usize = examples.iter().map(|example| example.supervised_tokens()).sum();
-        let settings = self.backward_settings(supervised_tokens);
+        let scale = (1.0 / supervised_tokens as f64) as f32;
         let mut total = 0.0;
         for micro_batch in micro_batches(examples, self.micro_batch_tokens) {
             if !keep_going() {
                 return Ok(None);
             }
             let batch = packed(micro_batch.into_iter().map(|place| examples[place]));
-            let losses = self
-                .model
-                .forward_backward(self.lora, &mut self.gradients, &batch, settings)?;
+            let adapter = (&*self.lora, &mut self.gradients);
+            let losses = self.repeats.forward_backward(self.model, adapter, &batch, scale)?;
             total += losses.iter().map(|loss| f64::from(*loss)).sum::<f64>();
         }
         Ok(Some((total / supervised_tokens as f64, supervised_tokens)))
-    }
-
-    fn backward_settings(&self, supervised_tokens: usize) -> BackwardSettings {
-        BackwardSettings {
-            gradient_scale: (1.0 / supervised_tokens as f64) as f32,
-            activation_budget_bytes: self.activation_budget_bytes,
-        }
     }
 
     fn clipping(&self, norm: f64) -> f64 {

@@ -72,6 +72,7 @@ fn p02_an_update_that_hangs_delays_the_result_only_for_its_own_time() {
 #[test]
 fn p03_of_ten_thousand_updates_few_are_sent_and_the_last_one_wins() {
     let plane = FakeRunPod::start();
+    let begun = std::time::Instant::now();
     let worker = start(&plane, Mock::default(), settings());
     let values: Vec<Value> = (0..10_000).map(|step| json!(step)).collect();
     plane.job("job-1", json!({"progress": values, "wait": true}));
@@ -80,8 +81,13 @@ fn p03_of_ten_thousand_updates_few_are_sent_and_the_last_one_wins() {
             .last()
             .is_some_and(|update| update.json()["output"] == 9999)
     });
-    let sent = progress(&plane).len();
-    assert!(sent <= 3, "{sent} were sent");
+    // On an idle machine they are said within one interval, and three are sent: more only as more time has passed.
+    let intervals = begun.elapsed().as_millis() / settings().pace.progress_every.as_millis();
+    let sent = progress(&plane).len() as u128;
+    assert!(
+        sent <= 3.max(intervals + 1),
+        "{sent} were sent in {intervals} intervals"
+    );
     worker.mock.release(1);
     plane.result("job-1");
 }

@@ -1,16 +1,22 @@
-//! Frozen linear layers with LoRA: `matmul.cu` (bf16, tensor cores) and `matmul_f32.cu`.
+//! Frozen linear layers with LoRA: `matmul.cu` (bf16, tensor cores), `matmul_hopper.cu` (the same on sm_90a) and `matmul_f32.cu`.
 //!
-//! The passes are written once; a [`Product`] is carried out by [`tensor`] or [`exact`], as the precision says. Factors are
+//! The passes are written once; a [`Product`] is carried out by [`tensor`] or [`exact`], as the precision says, or
+//! by [`hopper`] where the table in [`choice`] says so. Factors are
 //! brought to the precision's dtype first where they are not in it already: the small ones of the adapter always, activations
 //! and dense weights only where a caller mixes dtypes. NF4 weights are never decoded to memory, unless their rows are not
 //! multiples of 32 elements.
 
+pub(super) mod choice;
 mod exact;
+pub(super) mod hopper;
+mod library;
 pub(super) mod tensor;
 
+pub use self::library::{PlainForm, PlainProduct};
 pub(super) use self::tensor::Tile;
 
 use std::ops::Deref;
+use std::sync::Arc;
 
 use super::family::Family;
 use super::{Gpu, Runtime};
@@ -27,6 +33,12 @@ pub(super) static TENSOR_FAMILY: Family = Family {
     ops: &[Op::LinearForward, Op::LinearBackward],
 };
 
+pub(super) static HOPPER_FAMILY: Family = Family {
+    source: &super::sources::MATMUL_HOPPER,
+    kernels: hopper::KERNELS,
+    ops: &[],
+};
+
 pub(super) static EXACT_FAMILY: Family = Family {
     source: &super::sources::MATMUL_F32,
     kernels: exact::KERNELS,
@@ -37,6 +49,7 @@ pub(super) static EXACT_FAMILY: Family = Family {
 pub(super) enum Held<'a, R: Runtime> {
     Borrowed(&'a Tensor<Gpu<R>>),
     Made(Tensor<Gpu<R>>),
+    Shared(Arc<Tensor<Gpu<R>>>),
 }
 
 impl<R: Runtime> Deref for Held<'_, R> {
@@ -46,6 +59,7 @@ impl<R: Runtime> Deref for Held<'_, R> {
         match self {
             Self::Borrowed(tensor) => tensor,
             Self::Made(tensor) => tensor,
+            Self::Shared(tensor) => tensor,
         }
     }
 }
@@ -133,9 +147,27 @@ impl<R: Runtime> Gpu<R> {
         }
     }
 
+    /// As [`Gpu::right`], for a layer's product of so many rows.
+    fn right_of_rows<'a>(&self, weight: &'a Weight<Self>, precision: Precision, rows: usize) -> Result<Right<'a, R>> {
+        let right = self.right(weight, precision)?;
+        let Right::Nf4(nf4) = &right else {
+            return Ok(right);
+        };
+        if precision == Precision::F32 || rows < self.inner.shared.rows().linear {
+            return Ok(right);
+        }
+        let decoded = self.shared(&nf4.codes, || {
+            let mut decoded = self.alloc(DType::BF16, [nf4.outputs, nf4.inputs])?;
+            self.dequantize(weight, &mut decoded)?;
+            Ok(decoded)
+        })?;
+        Ok(decoded.map_or(right, |decoded| Right::Dense(Held::Shared(decoded))))
+    }
+
     pub(super) fn product(&self, precision: Precision, product: Product<'_, R>) -> Result<()> {
         match precision {
             Precision::F32 => self.exact_product(product),
+            Precision::Bf16 if self.left_to_a_library(&product)? => Ok(()),
             Precision::Bf16 => self.tensor_product(product),
         }
     }
@@ -206,7 +238,7 @@ impl<R: Runtime> MatmulOps for Gpu<R> {
             self.product(precision, down)?;
             low_rank = Some((scaled, self.held(lora.b, dtype)?));
         }
-        let right = self.right(call.weight, precision)?;
+        let right = self.right_of_rows(call.weight, precision, tokens)?;
         let whole = Product {
             left: &x,
             right: &right,
@@ -252,7 +284,7 @@ impl<R: Runtime> MatmulOps for Gpu<R> {
         let Some(dx) = call.dx else {
             return Ok(());
         };
-        let right = self.right(call.weight, precision)?;
+        let right = self.right_of_rows(call.weight, precision, tokens)?;
         let whole = Product {
             left: &dy,
             right: &right,

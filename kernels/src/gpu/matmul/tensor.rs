@@ -4,6 +4,7 @@ use super::super::elementwise::ACTIVATION;
 use super::super::kernel::Parameter::{F32, I32, I64, In, Out};
 use super::super::sources::MATMUL;
 use super::super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
+use super::choice::{self, Path};
 use super::{Outer, Product, Reads, Right};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -56,29 +57,6 @@ impl Tile {
         Geometry::grid([rows.div_ceil(self.rows), columns.div_ceil(self.columns), parts])
             .with_shared(self.shared_bytes())
     }
-}
-
-/// Which tile does a product: the first line whose bounds hold.
-///
-/// A large tile of a product of few rows or columns would multiply zeros. At 32 rows both are limited by reading the weight,
-/// and the small one has twice the blocks to do it with.
-const TILES: &[(usize, usize, Size)] = &[
-    (32, usize::MAX, Size::Small),
-    (usize::MAX, 64, Size::Small),
-    (usize::MAX, usize::MAX, Size::Large),
-];
-
-#[derive(Clone, Copy)]
-enum Size {
-    Small,
-    Large,
-}
-
-fn size(rows: usize, columns: usize) -> Size {
-    let fits = TILES
-        .iter()
-        .find(|(most_rows, most_columns, _)| rows <= *most_rows && columns <= *most_columns);
-    fits.map_or(Size::Large, |(_, _, size)| *size)
 }
 
 const HALF: Element = Element::Is(DType::BF16);
@@ -218,11 +196,12 @@ pub(in crate::gpu) fn weight_type<R: Runtime>(right: &Right<'_, R>) -> DType {
 impl<R: Runtime> Gpu<R> {
     pub(super) fn tensor_product(&self, product: Product<'_, R>) -> Result<()> {
         let [rows, columns, depth, depth2] = product.sizes;
-        let (kernel, tile) = match (product.reads, size(rows, columns)) {
-            (Reads::Rows, Size::Large) => (&ROWS_LARGE, LARGE),
-            (Reads::Rows, Size::Small) => (&ROWS_SMALL, SMALL),
-            (Reads::Columns, Size::Large) => (&COLUMNS_LARGE, LARGE),
-            (Reads::Columns, Size::Small) => (&COLUMNS_SMALL, SMALL),
+        let (kernel, tile) = match (product.reads, choice::path(self.runtime().machine(), &product)) {
+            (_, Path::Hopper(width)) => return self.hopper_product(product, width),
+            (Reads::Rows, Path::Large) => (&ROWS_LARGE, LARGE),
+            (Reads::Rows, Path::Small) => (&ROWS_SMALL, SMALL),
+            (Reads::Columns, Path::Large) => (&COLUMNS_LARGE, LARGE),
+            (Reads::Columns, Path::Small) => (&COLUMNS_SMALL, SMALL),
         };
         let accumulate = matches!(product.out, Some((_, Write::Accumulate)));
         let out_type = product.out.as_ref().map_or(DType::F32, |(out, _)| out.dtype());

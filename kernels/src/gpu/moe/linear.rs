@@ -52,6 +52,8 @@ pub(super) struct GroupedOuter<'a, R: Runtime> {
     pub(super) order: RowOrder,
     /// f32 `[E, rows, columns]`, or `[E, columns, rows]` if `transposed`.
     pub(super) gradient: &'a mut Tensor<Gpu<R>>,
+    /// Elements from one expert's gradient to the next, and before the part of it that is meant.
+    pub(super) place: [usize; 2],
     pub(super) scale: f32,
     pub(super) transposed: bool,
     pub(super) routing: &'a Routing<Gpu<R>>,
@@ -76,7 +78,7 @@ pub(super) fn most_tiles(rows: usize, experts: usize, height: usize) -> usize {
 }
 
 impl<R: Runtime> Gpu<R> {
-    fn experts<'a>(&self, stack: &'a WeightStack<Self>, precision: Precision) -> Result<Experts<'a, R>> {
+    pub(super) fn experts<'a>(&self, stack: &'a WeightStack<Self>, precision: Precision) -> Result<Experts<'a, R>> {
         Ok(match (stack, precision) {
             (WeightStack::Dense(tensor), Precision::F32) => Experts::Dense(Held::Borrowed(tensor)),
             (WeightStack::Dense(tensor), Precision::Bf16) => Experts::Dense(self.held(tensor, DType::BF16)?),
@@ -85,6 +87,42 @@ impl<R: Runtime> Gpu<R> {
             }
             (WeightStack::Nf4(nf4), _) => Experts::Nf4(nf4),
         })
+    }
+
+    /// As [`Gpu::experts`], for a layer's product of so many rows.
+    fn experts_of_rows<'a>(
+        &self,
+        stack: &'a WeightStack<Self>,
+        precision: Precision,
+        rows: usize,
+    ) -> Result<Experts<'a, R>> {
+        let right = self.experts(stack, precision)?;
+        let Experts::Nf4(nf4) = &right else {
+            return Ok(right);
+        };
+        if precision == Precision::F32 || rows / nf4.experts.max(1) < self.inner.shared.rows().experts {
+            return Ok(right);
+        }
+        let decoded = self.shared(&nf4.codes, || self.decode_stack(nf4))?;
+        Ok(decoded.map_or(right, |decoded| Experts::Dense(Held::Shared(decoded))))
+    }
+
+    /// Two stacks in one form, for a kernel that reads both.
+    pub(super) fn pair_of_rows<'a>(
+        &self,
+        [first, second]: [&'a WeightStack<Self>; 2],
+        precision: Precision,
+        rows: usize,
+    ) -> Result<[Experts<'a, R>; 2]> {
+        let pair = [
+            self.experts_of_rows(first, precision, rows)?,
+            self.experts_of_rows(second, precision, rows)?,
+        ];
+        match &pair {
+            [Experts::Dense(_), Experts::Dense(_)] | [Experts::Nf4(_), Experts::Nf4(_)] => Ok(pair),
+            // There was memory to decode one of them only.
+            _ => Ok([self.experts(first, precision)?, self.experts(second, precision)?]),
+        }
     }
 
     fn grouped(&self, precision: Precision, grouped: Grouped<'_, R>) -> Result<()> {
@@ -129,7 +167,7 @@ impl<R: Runtime> Gpu<R> {
             self.grouped(precision, down)?;
             second = Some((scaled, self.held(lora.b, dtype)?));
         }
-        let right = self.experts(call.weight, precision)?;
+        let right = self.experts_of_rows(call.weight, precision, rows)?;
         let whole = Grouped {
             left: &x,
             order: call.x_order,
@@ -176,6 +214,7 @@ impl<R: Runtime> Gpu<R> {
                 right: &x,
                 order: lora.x_order,
                 gradient: lora.gradient_a,
+                place: [rank * inputs, 0],
                 scale: 1.0,
                 transposed: false,
                 routing: call.routing,
@@ -188,6 +227,7 @@ impl<R: Runtime> Gpu<R> {
                 right: &dy,
                 order: call.dy_order,
                 gradient: lora.gradient_b,
+                place: [rank * outputs, 0],
                 scale: lora.scale,
                 transposed: true,
                 routing: call.routing,
@@ -199,7 +239,7 @@ impl<R: Runtime> Gpu<R> {
         let Some(dx) = call.dx else {
             return Ok(());
         };
-        let right = self.experts(call.weight, precision)?;
+        let right = self.experts_of_rows(call.weight, precision, rows)?;
         let whole = Grouped {
             left: &dy,
             order: call.dy_order,

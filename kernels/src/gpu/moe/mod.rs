@@ -1,4 +1,4 @@
-//! Mixture of experts: routing and grouped rows (`moe.cu`), layers of experts (`grouped.cu`, `grouped_f32.cu`).
+//! Mixture of experts: routing and grouped rows (`moe.cu`), layers of experts (`grouped.cu`, `grouped_hopper.cu`, `grouped_f32.cu`).
 //!
 //! | file | what |
 //! |---|---|
@@ -6,9 +6,13 @@
 //! | `rows` | the activation and the sum of grouped rows |
 //! | `linear` | the passes of a grouped layer, written once for both precisions |
 //! | `tensor`, `exact` | the products of the two precisions |
+//! | `fused` | both wide projections with their activation, the way back through them, the sum behind the last one |
+//! | `hopper` | the same on sm_90a, and when |
 //! | `stack` | one expert's matrix to its place |
 
 mod exact;
+mod fused;
+mod hopper;
 mod linear;
 mod routing;
 mod rows;
@@ -19,7 +23,8 @@ use super::family::Family;
 use super::{Gpu, Kernel, Runtime, sources};
 use crate::error::Result;
 use crate::ops::{
-    GroupedLinearBackward, GroupedLinearForward, MoeOps, Op, RouteBackward, RoutedSwigluBackward, Routing, Write,
+    CombineResidual, GroupedLinearBackward, GroupedLinearForward, GroupedPairBackward, GroupedSwigluForward, MoeOps,
+    Op, RouteBackward, RoutedSwigluBackward, Routing, Write,
 };
 use crate::stack::WeightStack;
 use crate::tensor::Tensor;
@@ -36,6 +41,7 @@ pub(super) static FAMILY: Family = Family {
         &rows::SWIGLU_FORWARD,
         &rows::SWIGLU_BACKWARD,
         &rows::COMBINE,
+        &fused::COMBINE_RESIDUAL,
         &stack::STACK_PART,
         &stack::STACK_VALUE,
     ],
@@ -45,6 +51,7 @@ pub(super) static FAMILY: Family = Family {
         Op::RoutedSwigluForward,
         Op::RoutedSwigluBackward,
         Op::Combine,
+        Op::CombineResidual,
         Op::StackExpert,
     ],
 };
@@ -52,7 +59,18 @@ pub(super) static FAMILY: Family = Family {
 pub(super) static TENSOR_FAMILY: Family = Family {
     source: &sources::GROUPED,
     kernels: tensor::KERNELS,
-    ops: &[Op::GroupedLinearForward, Op::GroupedLinearBackward],
+    ops: &[
+        Op::GroupedLinearForward,
+        Op::GroupedLinearBackward,
+        Op::GroupedSwigluForward,
+        Op::GroupedPairBackward,
+    ],
+};
+
+pub(super) static HOPPER_FAMILY: Family = Family {
+    source: &sources::GROUPED_HOPPER,
+    kernels: hopper::KERNELS,
+    ops: &[],
 };
 
 pub(super) static EXACT_FAMILY: Family = Family {
@@ -119,6 +137,18 @@ impl<R: Runtime> MoeOps for Gpu<R> {
         write: Write,
     ) -> Result<()> {
         self.combine_rows(grouped, routing, y, write)
+    }
+
+    fn grouped_swiglu_forward(&self, call: GroupedSwigluForward<'_, Self>) -> Result<()> {
+        self.open_experts(call)
+    }
+
+    fn grouped_pair_backward(&self, call: GroupedPairBackward<'_, Self>) -> Result<()> {
+        self.back_through_pair(call)
+    }
+
+    fn combine_residual(&self, call: CombineResidual<'_, Self>) -> Result<()> {
+        self.combine_into(call)
     }
 
     fn stack_expert(&self, weight: &Weight<Self>, expert: usize, stack: &mut WeightStack<Self>) -> Result<()> {

@@ -5,6 +5,7 @@ use super::super::kernel::Parameter::{F32, I32, I64, In, Out};
 use super::super::matmul::Tile;
 use super::super::sources::GROUPED;
 use super::super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
+use super::fused;
 use super::linear::{Experts, Grouped, GroupedOuter, Reads, extents, most_tiles, slots};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -16,7 +17,7 @@ use crate::tensor::Tensor;
 pub(super) const NF4_ROW: usize = 32;
 
 /// For layers: an expert's last tile is seldom full, so it is lower than that of an ordinary layer.
-const WIDE: Tile = Tile {
+pub(super) const WIDE: Tile = Tile {
     rows: 64,
     columns: 128,
     warps: 4,
@@ -24,7 +25,7 @@ const WIDE: Tile = Tile {
 };
 
 /// For products as narrow as an adapter's rank.
-const NARROW: Tile = Tile {
+pub(super) const NARROW: Tile = Tile {
     rows: 32,
     columns: 64,
     warps: 4,
@@ -86,6 +87,8 @@ static OUTER: Kernel = Kernel {
         ("right_slots", In(INTEGER)),
         ("offsets", In(INTEGER)),
         ("gradient", Out(SINGLE)),
+        ("stride", I64),
+        ("first", I64),
         ("top", I32),
         ("rows", I32),
         ("columns", I32),
@@ -133,6 +136,9 @@ pub(super) const KERNELS: &[&Kernel] = &[
     &OUTER,
     &TILES,
     &DECODE,
+    &fused::SWIGLU_WIDE,
+    &fused::PAIR_WIDE,
+    &fused::PAIR_NARROW,
 ];
 
 /// The experts' pointers, as all products take them: elements or codes, scales, nested codes, their map, offsets.
@@ -194,6 +200,9 @@ impl<R: Runtime> Gpu<R> {
     }
 
     pub(super) fn tensor_grouped(&self, grouped: Grouped<'_, R>) -> Result<()> {
+        if let Some(width) = super::hopper::width(self.runtime().machine(), &grouped) {
+            return self.hopper_grouped(grouped, width);
+        }
         let [rows, columns, depth, depth2] = grouped.sizes;
         // What has a copy in bf16 is an adapter's first product.
         let narrow = grouped.copy.is_some();
@@ -245,6 +254,8 @@ impl<R: Runtime> Gpu<R> {
             Argument::Optional(slots(outer.order, outer.routing)),
             Argument::In(&outer.routing.offsets),
             Argument::Out(outer.gradient),
+            Argument::Size(outer.place[0]),
+            Argument::Size(outer.place[1]),
             Argument::Size(top),
             Argument::Size(rows),
             Argument::Size(columns),

@@ -194,6 +194,9 @@ impl Drop for Taken<'_, '_> {
 /// Where a piece shall lie in the end. A place is taken by the one read that fills it.
 pub type Place<'a> = Mutex<Option<&'a mut [u8]>>;
 
+/// What is done with a stretch's bytes; whether they lie in their place already.
+pub type Work<'a> = dyn Fn(&Stretch, &[u8], bool) -> Result<()> + Sync + 'a;
+
 /// A place, for the one that fills it: there is one stretch for each piece.
 pub fn claimed<'a>(place: &Place<'a>) -> Option<&'a mut [u8]> {
     place.lock().unwrap_or_else(PoisonError::into_inner).take()
@@ -230,7 +233,7 @@ pub fn stream_into(
     stretches: &[Stretch],
     places: &[Place<'_>],
     limits: Limits,
-    work: &(dyn Fn(&Stretch, &[u8], bool) -> Result<()> + Sync),
+    work: &Work<'_>,
     done: &mut dyn FnMut(&Stretch),
 ) -> Result<()> {
     let queue = Queue {

@@ -47,6 +47,8 @@ pub struct LocalOptions {
     pub compatibility: Compatibility,
     /// Key that clients must send, as a bearer token or bare.
     pub token: Option<Secret>,
+    /// The endpoint's id, which [`Compatibility::Sdk`] serves `/{id}/realtime` for.
+    pub endpoint: Option<String>,
     /// Removes credentials from errors.
     pub redactor: Redactor,
     /// Pause between tries of a webhook; ten seconds in the cloud.
@@ -59,6 +61,7 @@ impl Default for LocalOptions {
             slots: 1,
             compatibility: Compatibility::Cloud,
             token: None,
+            endpoint: None,
             redactor: Redactor::default(),
             webhook_pause: Duration::from_secs(10),
         }
@@ -89,7 +92,7 @@ impl LocalApi {
                 store.start(&stop);
                 routes::router(store, options.token)
             }
-            Compatibility::Sdk => sdk::router(handler, options.redactor)?,
+            Compatibility::Sdk => sdk::router(handler, options.redactor, options.endpoint.as_deref())?,
         };
         Ok(Self {
             router,

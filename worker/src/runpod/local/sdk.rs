@@ -41,15 +41,20 @@ struct Asked {
     webhook: Option<String>,
 }
 
-/// The server's routes.
-pub(crate) fn router(handler: Arc<dyn Handler>, redactor: Redactor) -> Result<Router> {
+/// The server's routes; with an endpoint's id also `/{id}/realtime`, which answers with a result's bare body.
+pub(crate) fn router(handler: Arc<dyn Handler>, redactor: Redactor, endpoint: Option<&str>) -> Result<Router> {
     let server = Server {
         handler,
         redactor,
         http: Http::for_worker(None)?,
         stored: Mutex::default(),
     };
-    Ok(Router::new()
+    let mut router = Router::new();
+    // A path of the router's own language has braces, an endpoint's id has none.
+    if let Some(endpoint) = endpoint.filter(|id| !id.is_empty() && !id.contains(['/', '{', '}', '*', ':'])) {
+        router = router.route(&format!("/{endpoint}/realtime"), post(realtime));
+    }
+    Ok(router
         .route(
             "/",
             get(|| async { Html("<title>Runpod | Development Worker API</title>") }),
@@ -123,6 +128,27 @@ async fn stream(State(server): State<Arc<Server>>, Path(id): Path<String>) -> Re
     Json(json!({"id": id, "status": "COMPLETED", "stream": chunks})).into_response()
 }
 
+/// Runs `{"id", "input"}` at once; any input is taken.
+async fn realtime(State(server): State<Arc<Server>>, body: Bytes) -> Response {
+    let value: Value = match serde_json::from_slice(&body) {
+        Ok(value) => value,
+        Err(_) => {
+            let problem = unprocessable("json_invalid", &["body"], "JSON decode error", &json!({}));
+            return detail(StatusCode::UNPROCESSABLE_ENTITY, problem);
+        }
+    };
+    let (id, input) = (value.get("id").and_then(Value::as_str), value.get("input"));
+    let (Some(id), Some(input)) = (id, input) else {
+        let missing = if id.is_none() { "id" } else { "input" };
+        let problem = unprocessable("missing", &["body", missing], "Field required", &value);
+        return detail(StatusCode::UNPROCESSABLE_ENTITY, problem);
+    };
+    match server.run(id, input.clone()).await {
+        Ok(ran) => Json(ran.outcome.body).into_response(),
+        Err(failure) => Json(json!({"error": failure.to_string()})).into_response(),
+    }
+}
+
 impl Server {
     fn take(&self, id: &str) -> Option<Asked> {
         self.stored.lock().unwrap_or_else(PoisonError::into_inner).remove(id)
@@ -164,13 +190,15 @@ impl Server {
         let Some(url) = webhook else { return };
         let http = self.http.clone();
         tokio::spawn(async move {
+            // What follows the question mark may be a token.
+            let place = url.split('?').next().unwrap_or_default();
             match http
                 .post_json(&url, Bytes::from(body.to_string()), WEBHOOK_TIMEOUT)
                 .await
             {
                 Ok(answer) if answer.status < 300 => {}
-                Ok(answer) => tracing::warn!("WEBHOOK | Request to {url} failed: status {}", answer.status),
-                Err(silence) => tracing::warn!("WEBHOOK | Request to {url} failed: {silence}"),
+                Ok(answer) => tracing::warn!("WEBHOOK | Request to {place} failed: status {}", answer.status),
+                Err(silence) => tracing::warn!("WEBHOOK | Request to {place} failed: {silence}"),
             }
         });
     }

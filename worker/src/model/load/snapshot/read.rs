@@ -37,6 +37,9 @@ struct Piece<'a> {
     hash: &'a str,
 }
 
+/// What is done with the bytes of the piece of this number; whether they lie in their place already.
+type PieceWork<'a> = dyn Fn(usize, &[u8], bool) -> Result<()> + Sync + 'a;
+
 impl Snapshot {
     /// Opens a snapshot and checks head, table, and that every section lies inside the file with the length its form asks for.
     ///
@@ -146,7 +149,7 @@ impl Snapshot {
         places: &[Place<'_>],
         limits: Limits,
         progress: &mut dyn FnMut(LoadProgress),
-        work: &(dyn Fn(usize, &[u8], bool) -> Result<()> + Sync),
+        work: &PieceWork<'_>,
     ) -> Result<u64> {
         let file = self.file.try_clone();
         let inputs = [Input {

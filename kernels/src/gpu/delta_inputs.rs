@@ -1,0 +1,113 @@
+//! What lies between DeltaNet's input projections and its delta rule: `delta_inputs.cu`.
+
+use super::elementwise::{ACTIVATION, PACK};
+use super::family::Family;
+use super::kernel::Parameter::{F32, I32, In, Out};
+use super::layouts::Table;
+use super::sources::DELTA_INPUTS;
+use super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
+use crate::contract::{self, DeltaSizes};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::ops::{DeltaInputsForward, Op, delta_parts};
+
+pub(super) static FAMILY: Family = Family {
+    source: &DELTA_INPUTS,
+    kernels: &[&INPUTS],
+    ops: &[Op::DeltaInputsForward],
+};
+
+const THREADS: u32 = 128;
+/// Rows that a thread walks down.
+const STRIP: usize = 32;
+const TAPS: usize = 4;
+const A: Element = Element::Type(0);
+const W: Element = Element::Type(1);
+const SINGLE: Element = Element::Is(DType::F32);
+
+static INPUTS: Kernel = Kernel {
+    source: &DELTA_INPUTS,
+    stem: "delta_inputs",
+    types: &[ACTIVATION, &[DType::F32, DType::BF16]],
+    threads: THREADS,
+    parameters: &[
+        ("fused", In(A)),
+        ("ba", In(A)),
+        ("query_taps", In(W)),
+        ("key_taps", In(W)),
+        ("value_taps", In(W)),
+        ("a_log", In(SINGLE)),
+        ("bias", In(SINGLE)),
+        ("offsets", In(Element::Is(DType::I32))),
+        ("q", Out(A)),
+        ("k", Out(A)),
+        ("v", Out(A)),
+        ("z", Out(A)),
+        ("decay", Out(SINGLE)),
+        ("beta", Out(SINGLE)),
+        ("key_heads", I32),
+        ("value_heads", I32),
+        ("key_dim", I32),
+        ("value_dim", I32),
+        ("tokens", I32),
+        ("documents", I32),
+        ("gate_blocks", I32),
+        ("eps", F32),
+    ],
+};
+
+/// Whether heads are whole packs, and those of keys so many lanes as sum by halves.
+fn is_regular(sizes: DeltaSizes, taps: usize) -> bool {
+    let lanes = sizes.key_dim / PACK;
+    taps == TAPS
+        && sizes.key_dim.is_multiple_of(PACK)
+        && sizes.value_dim.is_multiple_of(PACK)
+        && lanes.is_power_of_two()
+        && lanes <= 32
+}
+
+impl<R: Runtime> Gpu<R> {
+    /// [`DeltaOps::delta_inputs_forward`](crate::ops::DeltaOps::delta_inputs_forward); heads that are not regular go through the
+    /// separate kernels.
+    pub(super) fn prepare_delta(&self, call: DeltaInputsForward<'_, Self>) -> Result<()> {
+        let sizes = contract::delta_inputs_forward(&call)?;
+        let dtypes = call.taps.map(|taps| taps.dtype());
+        if !is_regular(sizes, call.taps[0].shape().row()) || dtypes != [dtypes[0]; 3] {
+            return delta_parts::inputs_forward(self, call);
+        }
+        let offsets = self.layout(Table::Offsets, [call.segments; 2])?;
+        let a_log = self.held(call.a_log, DType::F32)?;
+        let bias = self.held(call.dt_bias, DType::F32)?;
+        let channels = 2 * (sizes.key_heads * sizes.key_dim + sizes.value_heads * sizes.value_dim);
+        let gate_blocks = sizes.value_heads.div_ceil(THREADS as usize);
+        let blocks = gate_blocks + (channels / PACK).div_ceil(THREADS as usize);
+        let [query_taps, key_taps, value_taps] = call.taps;
+        let types = [call.fused.dtype(), dtypes[0]];
+        let arguments = [
+            Argument::In(call.fused),
+            Argument::In(call.ba),
+            Argument::In(query_taps),
+            Argument::In(key_taps),
+            Argument::In(value_taps),
+            Argument::In(&a_log),
+            Argument::In(&bias),
+            Argument::In(&offsets),
+            Argument::Out(call.q),
+            Argument::Out(call.k),
+            Argument::Out(call.v),
+            Argument::Out(call.z),
+            Argument::Out(call.decay),
+            Argument::Out(call.beta),
+            Argument::Size(sizes.key_heads),
+            Argument::Size(sizes.value_heads),
+            Argument::Size(sizes.key_dim),
+            Argument::Size(sizes.value_dim),
+            Argument::Size(sizes.tokens),
+            Argument::Size(call.segments.len()),
+            Argument::Size(gate_blocks),
+            Argument::F32(call.eps),
+        ];
+        let grid = Geometry::grid([blocks, sizes.tokens.div_ceil(STRIP), 1]);
+        self.launch(&INPUTS, &types, grid, &arguments)
+    }
+}

@@ -1,0 +1,131 @@
+//! Which kernel does a product of bf16 factors: a table, and the limits of Hopper's kernels.
+
+use super::super::map::MAP_GRANULE;
+use super::super::{Machine, Runtime};
+use super::hopper::Width;
+use super::tensor::weight_type;
+use super::{Product, Reads};
+use crate::dtype::DType;
+
+/// What does a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Path {
+    /// `product_*_small` of `matmul.cu`.
+    Small,
+    /// `product_*_large` of `matmul.cu`.
+    Large,
+    /// `matmul_hopper.cu`, with so many tokens a tile.
+    Hopper(Width),
+}
+
+/// A line of the table: the products it is for, and what does them.
+struct Line {
+    /// Only where Hopper's instructions are and the product is within its kernels' limits.
+    hopper: bool,
+    most_rows: usize,
+    most_columns: usize,
+    path: Path,
+}
+
+const fn line(hopper: bool, most_rows: usize, most_columns: usize, path: Path) -> Line {
+    Line {
+        hopper,
+        most_rows,
+        most_columns,
+        path,
+    }
+}
+
+const ANY: usize = usize::MAX;
+
+/// The first line whose bounds hold decides.
+///
+/// A large tile of a product of few rows or columns would multiply zeros. At 32 rows both portable tiles are limited by reading the
+/// weight, and the small one has twice the blocks to do it with. On Hopper a wide tile decodes a weight once for 256 tokens; but at
+/// 512 tokens of 2048 × 12288 it has 192 tiles for 132 multiprocessors, two rounds of which the second is half empty, where
+/// middle ones have 384: three full rounds. By count, not measured.
+const LINES: &[Line] = &[
+    line(false, 32, ANY, Path::Small),
+    line(false, ANY, 64, Path::Small),
+    line(true, 64, ANY, Path::Hopper(Width::Narrow)),
+    line(true, 512, ANY, Path::Hopper(Width::Middle)),
+    line(true, ANY, ANY, Path::Hopper(Width::Wide)),
+    line(false, ANY, ANY, Path::Large),
+];
+
+/// What does a product on a machine.
+pub(super) fn path<R: Runtime>(machine: Machine, product: &Product<'_, R>) -> Path {
+    let [rows, columns, ..] = product.sizes;
+    look_up(machine.is_hopper() && is_within_limits(product), rows, columns)
+}
+
+fn look_up(hopper: bool, rows: usize, columns: usize) -> Path {
+    let fits = LINES
+        .iter()
+        .find(|line| (hopper || !line.hopper) && rows <= line.most_rows && columns <= line.most_columns);
+    fits.map_or(Path::Large, |line| line.path)
+}
+
+/// Whether Hopper's kernels can do a product at all.
+fn is_within_limits<R: Runtime>(product: &Product<'_, R>) -> bool {
+    let [rows, columns, depth, depth2] = product.sizes;
+    let is_half = matches!(&product.out, Some((out, _)) if out.dtype() == DType::BF16);
+    let row = if product.reads == Reads::Rows { depth } else { columns };
+    let depth2 = product.second.map_or(0, |_| depth2);
+    is_half && product.copy.is_none() && fits_hopper([rows, columns], [depth, depth2], weight_type(product.right), row)
+}
+
+/// Whether the copy engine can bring the factors and whole packs take the result away: rows of activations, weights and results
+/// begin at 16 bytes, NF4 blocks do not cross rows, and rows are counted in 32 bits. A product of nothing is not within the limits.
+pub(in crate::gpu) fn fits_hopper(sizes: [usize; 2], depths: [usize; 2], weight: DType, weight_row: usize) -> bool {
+    let halves = MAP_GRANULE / 2;
+    let granule = if weight == DType::U8 { NF4_BLOCK } else { halves };
+    let [rows, columns] = sizes;
+    let whole = [columns, depths[0], depths[1]]
+        .iter()
+        .all(|extent| extent.is_multiple_of(halves));
+    let something = rows > 0 && columns > 0 && depths[0] > 0;
+    whole && something && weight_row.is_multiple_of(granule) && i32::try_from(rows).is_ok()
+}
+
+/// Elements that share a scale.
+const NF4_BLOCK: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hopper_does_what_is_neither_small_nor_beyond_its_limits() {
+        let wide = Path::Hopper(Width::Wide);
+        assert_eq!(look_up(true, 4_096, 12_288), wide);
+        assert_eq!(look_up(true, 512, 12_288), Path::Hopper(Width::Middle));
+        assert_eq!(look_up(true, 33, 65), Path::Hopper(Width::Narrow));
+        // The adapter's first products, and few tokens.
+        assert_eq!(look_up(true, 4_096, 16), Path::Small);
+        assert_eq!(look_up(true, 32, 12_288), Path::Small);
+        assert_eq!(look_up(false, 4_096, 12_288), Path::Large);
+    }
+
+    #[test]
+    fn rows_that_the_copy_engine_cannot_begin_at_are_beyond_the_limits() {
+        let layer = |sizes, depths, weight, row| fits_hopper(sizes, depths, weight, row);
+        assert!(layer([100, 200], [64, 16], DType::U8, 64));
+        assert!(layer([100, 200], [72, 0], DType::BF16, 72));
+        assert!(
+            !layer([100, 200], [72, 0], DType::U8, 72),
+            "a block of codes crosses rows"
+        );
+        assert!(!layer([100, 200], [68, 0], DType::BF16, 68), "rows begin at 8 bytes");
+        assert!(!layer([100, 200], [64, 4], DType::BF16, 64), "so do the adapter's");
+        assert!(!layer([100, 201], [64, 0], DType::BF16, 64), "so do the result's");
+        assert!(
+            !layer([100, 200], [0, 0], DType::BF16, 64),
+            "there is nothing to multiply"
+        );
+        assert!(
+            !layer([1 << 31, 200], [64, 0], DType::BF16, 64),
+            "coordinates have 32 bits"
+        );
+    }
+}
