@@ -36,7 +36,7 @@ pub fn breaches(entries: &[Entry], remains: &Remains) -> Vec<String> {
     found.extend(stale_writes(entries));
     found.extend(log_is_a_life(remains));
     found.extend(one_end_each(entries, remains));
-    found.extend(order_within_a_priority(entries));
+    found.extend(order_within_a_priority(entries, remains));
     found.extend(limits(remains));
     found.extend(lane(entries, remains));
     found
@@ -194,15 +194,23 @@ pub fn lonely_claims(entries: &[Entry]) -> Vec<&Entry> {
     lonely
 }
 
-/// Every job that was ready at once, by the end of its enqueue.
-fn waiting(entries: &[Entry]) -> Vec<Waiting<'_>> {
+/// Every job that was ready at once, by the end of its enqueue. One that was first granted to somebody who never heard of it, because the
+/// connection broke, only seems to wait: it is left out.
+fn waiting<'a>(entries: &'a [Entry], remains: &Remains) -> Vec<Waiting<'a>> {
+    let mut granted_first: HashMap<Uuid, Option<i64>> = HashMap::new();
+    for line in remains.log.iter().filter(|line| line.event == "claimed") {
+        granted_first.entry(line.job).or_insert(line.token);
+    }
+    let is_first = |job: &Uuid, token: i64| granted_first.get(job) == Some(&Some(token));
     let mut first_claim: HashMap<Uuid, &Entry> = HashMap::new();
     let mut cancelled: HashMap<Uuid, u64> = HashMap::new();
     for entry in entries {
         match &entry.call {
-            Call::Claim { granted } => granted.iter().for_each(|(job, _)| {
-                first_claim.entry(*job).or_insert(entry);
-            }),
+            Call::Claim { granted } => {
+                for (job, _) in granted.iter().filter(|(job, token)| is_first(job, *token)) {
+                    first_claim.insert(*job, entry);
+                }
+            }
             Call::Cancel { job } => {
                 cancelled.entry(*job).or_insert(entry.asked);
             }
@@ -238,8 +246,8 @@ fn waiting(entries: &[Entry]) -> Vec<Waiting<'_>> {
 }
 
 /// A claim that had the queue to itself took nothing while something better had been waiting.
-fn order_within_a_priority(entries: &[Entry]) -> Vec<String> {
-    let all = waiting(entries);
+fn order_within_a_priority(entries: &[Entry], remains: &Remains) -> Vec<String> {
+    let all = waiting(entries, remains);
     let mut arriving = all.iter().peekable();
     let mut here: Vec<&Waiting> = Vec::new();
     let mut found = Vec::new();
