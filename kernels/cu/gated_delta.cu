@@ -38,7 +38,7 @@
 // `Product` (product.cuh): factors in the activations' type (bf16: tensor cores), sums in f32.
 //
 // A chunk waits for the one before it, so the scans are as long as their slowest step is late. `staged`, at bf16 and heads to 128:
-// all that a chunk reads (94 KB at 128) is copied to shared memory while the chunk before it is worked on, each tensor's rows as
+// all that a chunk reads (66 KB at 128) is copied to shared memory while the chunk before it is worked on, each tensor's rows as
 // soon as the last ones are used up; only k's, which the state's update reads last, are waited for. `direct` reads where it lies.
 //
 // A by blocks: the inverses of the four 16 × 16 blocks of the diagonal by substitution, a thread a column; then twice the size by
@@ -293,17 +293,19 @@ DEVICE void delta_solve(const A* k, const f32* decay, const f32* beta, const i32
 
 // ---- the scans -----------------------------------------------------------------------------------------------------
 
-// What a block of the scans has: a document, a head, and columns of its state.
+// What a block of the scans has: a document, a head, and columns of its state. A: the type of its products' factors.
+template <class A>
 struct Scan {
+    static constexpr i32 STAGE = PRODUCT_STAGE_OF<A, COLUMNS>;
     i32 head, column, start, end, chunk;
     f32 *stage, *state, *values;
 
     DEVICE Scan(f32* memory, const i32* documents, Heads heads)
         : head(i32(blockIdx.y)), column(i32(blockIdx.z) * COLUMNS), start(documents[3 * blockIdx.x]),
           end(documents[3 * blockIdx.x + 1]), chunk(documents[3 * blockIdx.x + 2]), stage(memory),
-          state(stage + PRODUCT_STAGE<COLUMNS> + Gates::FLOATS), values(state + heads.key_dim * COLUMN_ROW) {}
+          state(stage + STAGE + Gates::FLOATS), values(state + heads.key_dim * COLUMN_ROW) {}
 
-    DEVICE f32* gates() const { return stage + PRODUCT_STAGE<COLUMNS>; }
+    DEVICE f32* gates() const { return stage + STAGE; }
     // Room for a chunk's rows, aligned to 16 bytes.
     DEVICE f32* staged(Heads) const { return values + CHUNK * COLUMN_ROW; }
 
@@ -338,7 +340,7 @@ template <bool OUTPUT, bool STAGED, class A>
 DEVICE void delta_scan(const A* q, const A* k, const A* v, const f32* decay, const f32* beta, const f32* solved,
                        const A* products, const i32* documents, f32* last_state, A* out, A* states, Heads heads, f32 scale) {
     DYNAMIC_SHARED(memory);
-    Scan scan(reinterpret_cast<f32*>(memory), documents, heads);
+    Scan<A> scan(reinterpret_cast<f32*>(memory), documents, heads);
     Gates gates(scan.gates());
     i64 state_size = i64(heads.key_dim) * heads.value_dim;
     f32* own_state = last_state;
@@ -416,7 +418,7 @@ template <bool STAGED, class A>
 DEVICE void delta_reverse(const A* q, const A* k, const f32* decay, const f32* beta, const f32* solved, const A* products,
                           const A* dout, const i32* documents, A* dstates, A* dresidual, A* dv, Heads heads, f32 scale) {
     DYNAMIC_SHARED(memory);
-    Scan scan(reinterpret_cast<f32*>(memory), documents, heads);
+    Scan<A> scan(reinterpret_cast<f32*>(memory), documents, heads);
     Gates gates(scan.gates());
     i64 state_size = i64(heads.key_dim) * heads.value_dim;
     scan.begin(heads, nullptr);

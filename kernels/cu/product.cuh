@@ -11,7 +11,7 @@
 // rows that `load_matrices` reads at once lie in different banks. Sums are f32; each element's terms are added in the order of the
 // depth, whatever the block.
 //
-// Shared memory: `stage`, PRODUCT_STAGE<N> floats, aligned to 16 bytes; free again at the next barrier after `add`.
+// Shared memory: `stage`, PRODUCT_STAGE<N> floats (PRODUCT_STAGE_OF where the type is known), aligned to 16 bytes; free again at the next barrier after `add`.
 
 #pragma once
 #include "common.cuh"
@@ -47,6 +47,11 @@ DEVICE void tile_place(i32 i, i32 rows, i32 steps, i32& row, i32& depth) {
         row = i % rows, depth = i / rows;
     }
 }
+
+// What a product of one type of factors needs of PRODUCT_STAGE<N>, in floats.
+template <class Factor, i32 N>
+constexpr i32 PRODUCT_STAGE_OF =
+    ON_TENSOR_CORES<Factor> ? (PRODUCT_ROWS + N) * PRODUCT_HALF_ROW / 2 : PRODUCT_STAGE<N>;
 
 template <class Factor, i32 N>
 struct Product {

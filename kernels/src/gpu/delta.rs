@@ -218,7 +218,12 @@ impl<R: Runtime> Chunks<R> {
             sizes.value_heads,
             sizes.value_dim.div_ceil(COLUMNS),
         ];
-        let own = bytes(stage(COLUMNS) + GATES + (sizes.key_dim + DELTA_CHUNK) * (COLUMNS + 1));
+        let stage = if dtype == DType::BF16 {
+            half_stage(COLUMNS)
+        } else {
+            stage(COLUMNS)
+        };
+        let own = bytes(stage + GATES + (sizes.key_dim + DELTA_CHUNK) * (COLUMNS + 1));
         let triangle = bytes(DELTA_CHUNK * pitch(DELTA_CHUNK, size_of::<f32>()));
         let halves = rows
             .iter()
@@ -239,6 +244,11 @@ impl<R: Runtime> Chunks<R> {
 /// Floats in shared memory that `Product` of so many columns works with.
 const fn stage(columns: usize) -> usize {
     (64 + columns) * 33
+}
+
+/// The same of a product of bf16 factors.
+const fn half_stage(columns: usize) -> usize {
+    (64 + columns) * 40 / 2
 }
 
 /// Elements from one row of a chunk to the next in shared memory: 16 bytes more than the row, so that rows lie in other banks.
