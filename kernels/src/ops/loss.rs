@@ -32,7 +32,7 @@ pub struct LinearCrossEntropy<'a, D: Device> {
 /// Cross-entropy.
 pub trait LossOps: Device {
     /// Per-position losses and, if asked for, the gradient of the hidden state. Softmax in f32. Rows that are not supervised
-    /// cost nothing and get a zero gradient.
+    /// get a zero gradient, and cost nothing where the host knows which they are.
     ///
     /// # Errors
     /// Shapes or dtypes outside the contract; a label that is neither −100 nor below `V`.
