@@ -11,30 +11,12 @@
 // Numerics: frozen weights are widened exactly; each sum is one chain in the order of the depth, the second term's after the first's.
 
 #include "product.cuh"
+#include "factor.cuh"
 #include "grouped.cuh"
 
 constexpr i32 THREADS = 256;
 static_assert(THREADS == PRODUCT_THREADS, "a block's threads are those of its products");
 constexpr i32 TILE = PRODUCT_ROWS;
-
-// One expert's matrix: element (index, depth) lies at index · stride + depth · deep.
-template <class W>
-struct Factor {
-    const W* values;
-    Nf4Scales scales;
-    i64 count, stride, deep;
-
-    DEVICE f32 at(i64 index, i64 depth) const {
-        if (index >= count) return 0.0f;
-        i64 place = index * stride + depth * deep;
-        if constexpr (sizeof(W) == 1) {
-            u32 code = values[place / 2] >> (place % 2 ? 0 : 4) & 15;
-            return rounded<bf16>(NF4_VALUES[code] * scales.of(place / NF4_BLOCK));
-        } else {
-            return to_f32(values[place]);
-        }
-    }
-};
 
 // tile += rows · factor, for `columns` from `n` on.
 template <class W>

@@ -13,31 +13,12 @@
 // Numerics: each sum is one chain of fused multiply-adds over k in rising order, then over r: it depends on nothing but the
 // depth, so a row's result does not depend on the rows beside it.
 
-#include "nf4.cuh"
+#include "factor.cuh"
 
 constexpr i32 THREADS = 256;
 constexpr i32 TILE = 64;
 constexpr i32 DEPTH = 16;
 constexpr i32 PITCH = TILE + 4;  // rows 4 apart in banks
-
-// A factor: element (index, depth) lies at index · stride + depth · deep.
-template <class W>
-struct Factor {
-    const W* values;
-    Nf4Scales scales;
-    i64 count, stride, deep;
-
-    DEVICE f32 at(i64 index, i64 depth) const {
-        if (index >= count) return 0.0f;
-        i64 place = index * stride + depth * deep;
-        if constexpr (sizeof(W) == 1) {
-            u32 code = values[place / 2] >> (place % 2 ? 0 : 4) & 15;
-            return rounded<bf16>(NF4_VALUES[code] * scales.of(place / NF4_BLOCK));
-        } else {
-            return to_f32(values[place]);
-        }
-    }
-};
 
 // 64 × 16 elements of a factor to shared memory, depth outermost there. Neighbouring threads read neighbouring memory.
 template <class W>

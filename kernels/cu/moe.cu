@@ -260,6 +260,22 @@ DEVICE void routed_swiglu_backward(const A* gate, const A* up, const f32* weight
     if (lane_index() == 0) dweights[slot] = sum;
 }
 
+// sum += the elements from `first` on of a token's grouped rows, in the order of its slots.
+template <class A>
+DEVICE void add_rows_of(i64 token, const A* grouped, const i32* rows_of, Pack& sum, i32 tokens, i32 top, i32 first, i32 width,
+                        i32* faults, i32 fault) {
+    for (i32 j = 0; j < top; j++) {
+        i32 row = rows_of[token * top + j];
+        if (row < 0 || row >= i64(tokens) * top) {
+            report_fault(faults, fault, row);
+            continue;
+        }
+        Pack pack = load_pack(grouped + i64(row) * width, first, width, width % PACK == 0);
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++) sum.at[i] += pack.at[i];
+    }
+}
+
 template <class A>
 DEVICE void combine(const A* grouped, const i32* rows_of, A* y, i32 tokens, i32 top, i32 width, i32 accumulate, i32* faults,
                     i32 fault) {
@@ -271,16 +287,7 @@ DEVICE void combine(const A* grouped, const i32* rows_of, A* y, i32 tokens, i32 
     y += token * width;
     Pack sum = {};
     if (accumulate) sum = load_pack(y, first, width, aligned);
-    for (i32 j = 0; j < top; j++) {
-        i32 row = rows_of[token * top + j];
-        if (row < 0 || row >= i64(tokens) * top) {
-            report_fault(faults, fault, row);
-            continue;
-        }
-        Pack pack = load_pack(grouped + i64(row) * width, first, width, aligned);
-#pragma unroll
-        for (i32 i = 0; i < PACK; i++) sum.at[i] += pack.at[i];
-    }
+    add_rows_of(token, grouped, rows_of, sum, tokens, top, first, width, faults, fault);
     store_pack(y, first, width, aligned, sum);
 }
 
@@ -294,16 +301,7 @@ DEVICE void combine_residual(const A* grouped, const i32* rows_of, const A* shar
     if (token >= tokens) return;
     bool aligned = width % PACK == 0;
     Pack sum = {};
-    for (i32 j = 0; j < top; j++) {
-        i32 row = rows_of[token * top + j];
-        if (row < 0 || row >= i64(tokens) * top) {
-            report_fault(faults, fault, row);
-            continue;
-        }
-        Pack pack = load_pack(grouped + i64(row) * width, first, width, aligned);
-#pragma unroll
-        for (i32 i = 0; i < PACK; i++) sum.at[i] += pack.at[i];
-    }
+    add_rows_of(token, grouped, rows_of, sum, tokens, top, first, width, faults, fault);
     if (shared != nullptr) {
         f32 open = logistic(to_f32(gate[token]));
         Pack pack = load_pack(shared + token * width, first, width, aligned);

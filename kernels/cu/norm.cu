@@ -38,6 +38,21 @@ DEVICE Pack load_factors(const W* weight, i32 first, i32 width, bool aligned, i3
     return factor;
 }
 
+// y = x · rstd · f for a row whose squares the group's threads have summed, each its own; *rstd is set.
+template <i32 GROUP, class A, class W>
+DEVICE void normalise(const A* x, const W* weight, A* y, f32* rstd, f32 squares, i32 member, i32 width, bool aligned, f32 eps,
+                      i32 zero_centred) {
+    f32 r = 1.0f / sqrtf(group_sum<GROUP>(squares) / f32(width) + eps);
+    if (member == 0) *rstd = r;
+    for (i32 first = member * PACK; first < width; first += GROUP * PACK) {
+        Pack pack = load_pack(x, first, width, aligned);
+        Pack factor = load_factors(weight, first, width, aligned, zero_centred);
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++) pack.at[i] = pack.at[i] * r * factor.at[i];
+        store_pack(y, first, width, aligned, pack);
+    }
+}
+
 template <i32 GROUP, class A, class W>
 DEVICE void rms_norm_forward(const A* x, const W* weight, A* y, f32* rstd, i64 rows, i32 width, f32 eps, i32 zero_centred) {
     i64 row;
@@ -51,15 +66,7 @@ DEVICE void rms_norm_forward(const A* x, const W* weight, A* y, f32* rstd, i64 r
 #pragma unroll
         for (i32 i = 0; i < PACK; i++) squares += pack.at[i] * pack.at[i];
     }
-    f32 r = 1.0f / sqrtf(group_sum<GROUP>(squares) / f32(width) + eps);
-    if (member == 0) rstd[row] = r;
-    for (i32 first = member * PACK; first < width; first += GROUP * PACK) {
-        Pack pack = load_pack(x, first, width, aligned);
-        Pack factor = load_factors(weight, first, width, aligned, zero_centred);
-#pragma unroll
-        for (i32 i = 0; i < PACK; i++) pack.at[i] = pack.at[i] * r * factor.at[i];
-        store_pack(y, first, width, aligned, pack);
-    }
+    normalise<GROUP>(x, weight, y, rstd + row, squares, member, width, aligned, eps, zero_centred);
 }
 
 // x ← x + added, and the norm of what was stored. Each thread reads again what it wrote itself.
@@ -81,15 +88,7 @@ DEVICE void add_rms_norm_forward(A* x, const A* added, const W* weight, A* y, f3
         }
         store_pack(x, first, width, aligned, pack);
     }
-    f32 r = 1.0f / sqrtf(group_sum<GROUP>(squares) / f32(width) + eps);
-    if (member == 0) rstd[row] = r;
-    for (i32 first = member * PACK; first < width; first += GROUP * PACK) {
-        Pack pack = load_pack(x, first, width, aligned);
-        Pack factor = load_factors(weight, first, width, aligned, zero_centred);
-#pragma unroll
-        for (i32 i = 0; i < PACK; i++) pack.at[i] = pack.at[i] * r * factor.at[i];
-        store_pack(y, first, width, aligned, pack);
-    }
+    normalise<GROUP>(x, weight, y, rstd + row, squares, member, width, aligned, eps, zero_centred);
 }
 
 template <i32 GROUP, class A, class W>

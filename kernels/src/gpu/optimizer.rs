@@ -121,31 +121,14 @@ impl<R: Runtime> OptimizerOps for Gpu<R> {
     ) -> Result<()> {
         contract::adamw_step(parameter, gradient, m, v, settings)?;
         let count = gradient.shape().elements();
-        let [
-            scale,
-            keep,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            rate,
-            root2,
-            epsilon,
-        ] = numbers(settings).map(Argument::F32);
-        let arguments = [
+        let mut arguments = vec![
             Argument::Out(parameter),
             Argument::In(gradient),
             Argument::Out(m),
             Argument::Out(v),
             Argument::Size(count),
-            scale,
-            keep,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            rate,
-            root2,
-            epsilon,
         ];
+        arguments.extend(numbers(settings).map(Argument::F32));
         self.launch(&ADAMW_STEP, &[], packs(count), &arguments)
     }
 
@@ -159,17 +142,7 @@ impl<R: Runtime> OptimizerOps for Gpu<R> {
     ) -> Result<()> {
         contract::adamw_8bit_step(parameter, gradient, (m, v), settings)?;
         let count = gradient.shape().elements();
-        let [
-            scale,
-            keep,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            rate,
-            root2,
-            epsilon,
-        ] = numbers(settings).map(Argument::F32);
-        let arguments = [
+        let mut arguments = vec![
             Argument::Out(parameter),
             Argument::In(gradient),
             Argument::Out(&mut m.codes),
@@ -178,15 +151,8 @@ impl<R: Runtime> OptimizerOps for Gpu<R> {
             Argument::Out(&mut v.absmax),
             Argument::In(self.moment_maps()?),
             Argument::Size(count),
-            scale,
-            keep,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            rate,
-            root2,
-            epsilon,
         ];
+        arguments.extend(numbers(settings).map(Argument::F32));
         self.launch(&ADAMW_8BIT_STEP, &[], Geometry::cover(count, MOMENT_BLOCK), &arguments)
     }
 }

@@ -65,6 +65,7 @@ pub(crate) static CROSS_ENTROPY: Source = source!("cross_entropy");
 pub const HEADERS: &[(&str, &str)] = &[
     ("common.cuh", include_str!("../../cu/common.cuh")),
     ("nf4.cuh", include_str!("../../cu/nf4.cuh")),
+    ("factor.cuh", include_str!("../../cu/factor.cuh")),
     ("attention.cuh", include_str!("../../cu/attention.cuh")),
     ("documents.cuh", include_str!("../../cu/documents.cuh")),
     ("product.cuh", include_str!("../../cu/product.cuh")),

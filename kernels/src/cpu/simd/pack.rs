@@ -314,11 +314,11 @@ mod avx512 {
                     // A cache line has the codes of this panel and the next; the line after it is wanted soon.
                     _mm_prefetch::<_MM_HINT_T0>(codes[0].wrapping_add(64).cast());
                     _mm_prefetch::<_MM_HINT_T0>(codes[1].wrapping_add(64).cast());
-                    for eighth in 0..4 {
+                    for quarter in 0..4 {
                         // SAFETY: a fourth of a block is 8 bytes of codes in each row, and 32 values of both; the caller vouches for them.
                         unsafe {
-                            let [first, second] = [codes[0].add(8 * eighth), codes[1].add(8 * eighth)];
-                            look_up_pairs(first, second, values, out.add(32 * eighth));
+                            let [first, second] = [codes[0].add(8 * quarter), codes[1].add(8 * quarter)];
+                            look_up_pairs(first, second, values, out.add(32 * quarter));
                         }
                     }
                 }
