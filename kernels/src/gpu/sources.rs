@@ -60,6 +60,7 @@ pub(crate) static MATMUL_HOPPER: Source = source!("matmul_hopper", HOPPER);
 pub(crate) static GROUPED_HOPPER: Source = source!("grouped_hopper", HOPPER);
 pub(crate) static MATMUL_F32: Source = source!("matmul_f32");
 pub(crate) static CROSS_ENTROPY: Source = source!("cross_entropy");
+pub(crate) static CROSS_ENTROPY_HOPPER: Source = source!("cross_entropy_hopper", HOPPER);
 
 /// What the sources include, by name.
 pub const HEADERS: &[(&str, &str)] = &[
@@ -70,6 +71,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("documents.cuh", include_str!("../../cu/documents.cuh")),
     ("product.cuh", include_str!("../../cu/product.cuh")),
     ("grouped.cuh", include_str!("../../cu/grouped.cuh")),
+    ("cross_entropy.cuh", include_str!("../../cu/cross_entropy.cuh")),
     ("tile.cuh", include_str!("../../cu/tile.cuh")),
     ("hopper.cuh", include_str!("../../cu/hopper.cuh")),
     ("hopper_tile.cuh", include_str!("../../cu/hopper_tile.cuh")),

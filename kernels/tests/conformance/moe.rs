@@ -36,6 +36,8 @@ pub const CROWDS: &[Crowd] = &[
     crowd(150, 4, 2),
     crowd(3, 200, 2),
     crowd(33, 512, 10),
+    // So many rows an expert that Hopper's kernels take their wide tiles.
+    crowd(640, 2, 1),
 ];
 
 impl Crowd {

@@ -32,8 +32,17 @@ struct Shape {
     crowded: bool,
 }
 
-/// I, F, R: whole tiles and one more, less than a tile, odd, and a rank beyond a tile.
-const LAYERS: &[(usize, usize, usize)] = &[(64, 65, 0), (33, 7, 3), (130, 64, 8), (192, 24, 65)];
+/// I, F, R: whole tiles and one more, less than a tile, odd, and a rank beyond a tile; then what Hopper's kernels take, with tails in
+/// every direction and a rank beyond a stage.
+const LAYERS: &[(usize, usize, usize)] = &[
+    (64, 65, 0),
+    (33, 7, 3),
+    (130, 64, 8),
+    (192, 24, 65),
+    (128, 72, 16),
+    (64, 136, 0),
+    (72, 24, 72),
+];
 
 fn shapes<B: Traits>(run: &mut Run<'_, B>) -> Vec<Shape> {
     let mut shapes = Vec::new();
