@@ -106,7 +106,10 @@ pub(super) fn width_within_limits<R: Runtime>(
         return None;
     }
     let (experts, _) = extents(routing);
-    let each = rows.div_ceil(experts.max(1));
+    look_up(rows.div_ceil(experts.max(1)), order)
+}
+
+fn look_up(each: usize, order: RowOrder) -> Option<Width> {
     let widths = match order {
         RowOrder::Token => GATHERED,
         RowOrder::Grouped => WIDTHS,
@@ -176,5 +179,22 @@ impl<R: Runtime> Gpu<R> {
             geometry.with_shared(width.shared_bytes(weight)),
             &arguments,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_are_as_wide_as_experts_fill_them_and_wide_ones_are_not_gathered() {
+        for (each, grouped, gathered) in [
+            (20, Width::Narrow, Width::Narrow),
+            (80, Width::Middle, Width::Middle),
+            (320, Width::Wide, Width::Middle),
+        ] {
+            assert_eq!(look_up(each, RowOrder::Grouped), Some(grouped));
+            assert_eq!(look_up(each, RowOrder::Token), Some(gathered));
+        }
     }
 }
