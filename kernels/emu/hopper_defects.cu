@@ -5,6 +5,7 @@
 #include "hopper.cuh"
 
 constexpr i32 THREADS = WARP_GROUP;
+constexpr i32 TWO_GROUPS = 256;
 constexpr i32 SIDE = 64;
 constexpr i32 TILE_BYTES = SIDE * SIDE * 2;
 
@@ -123,16 +124,16 @@ DEVICE void meeting(f32* out, i32 pieces) {
     f32* staging = reinterpret_cast<f32*>(memory);
     i32 thread = i32(threadIdx.x), group = thread / WARP_GROUP;
     for (i32 piece = 0; piece < pieces; piece++) {
-        if (MEETING != NOT_LEFT) numbered_barrier(1, 2 * WARP_GROUP);
+        if (MEETING != NOT_LEFT) numbered_barrier(1, TWO_GROUPS);
         staging[thread] = f32(1000 * piece + thread);
         if (MEETING == MET_ALONE) numbered_barrier(2 + group, WARP_GROUP);
-        if (MEETING == MET || MEETING == NOT_LEFT) numbered_barrier(1, 2 * WARP_GROUP);
-        out[piece * 2 * WARP_GROUP + thread] = staging[2 * WARP_GROUP - 1 - thread];
+        if (MEETING == MET || MEETING == NOT_LEFT) numbered_barrier(1, TWO_GROUPS);
+        out[piece * TWO_GROUPS + thread] = staging[TWO_GROUPS - 1 - thread];
     }
 }
 
 #define MEETING(name, MISTAKE) \
-    ENTRY(2 * WARP_GROUP) name(f32* __restrict__ out, i32 pieces) { meeting<MISTAKE>(out, pieces); }
+    ENTRY(TWO_GROUPS) name(f32* __restrict__ out, i32 pieces) { meeting<MISTAKE>(out, pieces); }
 MEETING(groups_meet, MET)
 MEETING(groups_do_not_meet, NOT_MET)
 MEETING(groups_meet_alone, MET_ALONE)
