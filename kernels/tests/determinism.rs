@@ -7,9 +7,9 @@ use brightrun_kernels::emu::{Emulated, emulated, emulated_as};
 use brightrun_kernels::ops::{
     ActivationOps, AdamW, AttentionBackward, AttentionForward, AttentionOps, DELTA_CHUNK, DeltaBackward, DeltaForward,
     DeltaOps, Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward,
-    GroupedLoraForward, GroupedPairBackward, GroupedSwigluForward, LinearBackward, LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, LossOps,
-    MatmulOps, MoeOps, NormBackward, NormForward, NormOps, NormWeight, OptimizerOps, Precision, QuantizeOps,
-    RopeDirection, RopeOps, RopeTable, Routing, RowOrder, Write,
+    GroupedLoraForward, GroupedPairBackward, GroupedSwigluForward, LinearBackward, LinearCrossEntropy, LinearForward,
+    LoraBackward, LoraForward, LossOps, MatmulOps, MoeOps, NormBackward, NormForward, NormOps, NormWeight,
+    OptimizerOps, Precision, QuantizeOps, RopeDirection, RopeOps, RopeTable, Routing, RowOrder, Write,
 };
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Error, Nf4Scales, Segments, Shape, Tensor, Weight, WeightStack};
@@ -116,7 +116,11 @@ fn layers_on_hopper_have_the_same_bits_in_any_order_of_blocks() {
 }
 
 /// A stack of random experts in NF4.
-fn experts<D: Device + QuantizeOps + MoeOps>(device: &D, [count, outputs, inputs]: [usize; 3], seed: u64) -> WeightStack<D> {
+fn experts<D: Device + QuantizeOps + MoeOps>(
+    device: &D,
+    [count, outputs, inputs]: [usize; 3],
+    seed: u64,
+) -> WeightStack<D> {
     let matrix = |expert: usize| {
         let values = random(device, &[outputs, inputs], seed + expert as u64);
         Weight::Nf4(device.quantize_nf4(&values, true).unwrap())
@@ -142,8 +146,7 @@ fn both_wide_projections_on_hopper_have_the_same_bits_in_any_order_of_blocks() {
         let a = random(device, &[count, rank, inputs], 5);
         let b = random(device, &[count, 2 * width, rank], 6);
         let mut hidden = device.alloc(DType::F32, [tokens * top, rank]).unwrap();
-        let [mut gate_y, mut up_y, mut y] =
-            [(); 3].map(|()| device.alloc(DType::BF16, [tokens * top, width]).unwrap());
+        let [mut gate_y, mut up_y, mut y] = [(); 3].map(|()| device.alloc(DType::BF16, [tokens * top, width]).unwrap());
         let call = GroupedSwigluForward {
             x: &x,
             routing: &routing,

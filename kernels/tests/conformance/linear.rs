@@ -49,8 +49,8 @@ const SHAPES: &[(usize, usize, usize, usize, bool, bool)] = &[
     (530, 128, 136, 16, true, true),
     (600, 72, 264, 0, false, false),
     // So few tiles for their depth that it is cut into parts: of y, of dx, of the adapter's products.
-    (33, 2_112, 40, 24, true, true),
-    (33, 64, 2_112, 8, false, true),
+    (33, 2_112, 72, 24, true, true),
+    (33, 128, 2_112, 8, false, true),
 ];
 
 /// Every shape with every encoding, precision and dtype of activations that the backend can afford.

@@ -73,7 +73,10 @@ impl Path {
         match self {
             Self::Small => Cut { full: 528, least: 256 },
             Self::Large => Cut { full: 264, least: 512 },
-            Self::Hopper(_) => Cut { full: 132, least: 1_024 },
+            Self::Hopper(_) => Cut {
+                full: 132,
+                least: 1_024,
+            },
         }
     }
 

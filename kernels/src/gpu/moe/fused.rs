@@ -128,6 +128,9 @@ pub(super) static COMBINE_RESIDUAL: Kernel = kernel(
     ],
 );
 
+/// Room for gate and up.
+type Wide<'a, R> = (&'a mut Tensor<Gpu<R>>, &'a mut Tensor<Gpu<R>>);
+
 /// Both wide projections and their activation, once what the adapter's first product gives is there.
 pub(super) struct Opened<'a, R: Runtime> {
     /// By token, in bf16.
@@ -138,7 +141,7 @@ pub(super) struct Opened<'a, R: Runtime> {
     pub(super) second: Option<LowRank<'a, R>>,
     pub(super) routing: &'a Routing<Gpu<R>>,
     /// Gate and up, and the activation: what is wanted of them.
-    pub(super) wide: Option<(&'a mut Tensor<Gpu<R>>, &'a mut Tensor<Gpu<R>>)>,
+    pub(super) wide: Option<Wide<'a, R>>,
     pub(super) y: Option<&'a mut Tensor<Gpu<R>>>,
     /// `M`, `F`, `I`, and `R` of the second term, or 0.
     pub(super) sizes: [usize; 4],

@@ -73,11 +73,7 @@ pub(super) const KERNELS: &[&Kernel] = &[
 /// few rows an expert that is most of them, and weights are then what is waited for. Wide ones are worth it where `1 / (1 + 128 / rows)`
 /// of their rate is more than `1 / (1 + 64 / rows)` of the middle ones': from 192 rows on in bf16 (1.0 against 0.80 of the tensor
 /// cores' rate, by count), from 119 in NF4 (0.85 against 0.63). A copying warp has no lanes for as many rows that lie apart.
-const WIDTHS: &[(usize, Width)] = &[
-    (64, Width::Narrow),
-    (256, Width::Middle),
-    (usize::MAX, Width::Wide),
-];
+const WIDTHS: &[(usize, Width)] = &[(64, Width::Narrow), (256, Width::Middle), (usize::MAX, Width::Wide)];
 const GATHERED: &[(usize, Width)] = &[(64, Width::Narrow), (usize::MAX, Width::Middle)];
 
 /// How wide tiles Hopper's kernels do a product in, if they do it.

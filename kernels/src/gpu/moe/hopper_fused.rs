@@ -127,7 +127,10 @@ impl<R: Runtime> Gpu<R> {
             up_map,
             up_offsets,
             // Without a second term its map is not looked at.
-            Argument::Map(token_map(opened.second.map_or(opened.x, |(left, _)| left), width.tokens())),
+            Argument::Map(token_map(
+                opened.second.map_or(opened.x, |(left, _)| left),
+                width.tokens(),
+            )),
             Argument::Optional(opened.second.map(|(_, right)| right)),
             Argument::In(&tiles),
             Argument::In(&opened.routing.offsets),
