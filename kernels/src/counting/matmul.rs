@@ -7,7 +7,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
     GroupedLinearBackward, GroupedLinearForward, LinearBackward, LinearCrossEntropy, LinearForward, LossOps, MatmulOps,
-    MoeOps, Op, RouteBackward, RoutedSwigluBackward, Routing, Write,
+    MoeOps, Op, Precision, RouteBackward, RoutedSwigluBackward, Routing, Write,
 };
 use crate::stack::WeightStack;
 use crate::tensor::Tensor;
@@ -21,6 +21,31 @@ fn product(rows: usize, inner: usize, columns: usize) -> u64 {
 /// Operations of an adapter's two products for `rows` rows.
 fn through_adapter(rows: usize, sizes: (usize, usize), rank: usize) -> u64 {
     product(rows, rank, sizes.0 + sizes.1)
+}
+
+impl Counting {
+    /// Bytes into which a layer's weight is decoded for a product of so many rows, apart from what a scope shares.
+    fn decoded(&self, weight: &Weight<Self>, precision: Precision, rows: usize) -> u64 {
+        let bytes = decoded_bytes(weight);
+        let one = self.habits.decoded(weight.extents().1, precision, bytes);
+        if let (Weight::Nf4(nf4), Precision::Bf16, Some(least), 0) = (weight, precision, self.habits.shares_from, one) {
+            self.shared(&nf4.codes, (rows, least.linear), bytes);
+        }
+        one
+    }
+
+    /// As [`Counting::decoded`], of routed experts.
+    fn decoded_of_experts(&self, weight: &WeightStack<Self>, precision: Precision, rows: usize) -> u64 {
+        let bytes = decoded_stack(weight);
+        let (experts, _, inputs) = weight.extents();
+        let one = self.habits.decoded(inputs, precision, bytes);
+        if let (WeightStack::Nf4(nf4), Precision::Bf16, Some(least), 0) =
+            (weight, precision, self.habits.shares_from, one)
+        {
+            self.shared(&nf4.codes, (rows / experts.max(1), least.experts), bytes);
+        }
+        one
+    }
 }
 
 impl MatmulOps for Counting {
@@ -38,7 +63,7 @@ impl MatmulOps for Counting {
             decoded_bytes: decoded_bytes(call.weight),
         };
         let hidden = if rank > 0 { self.habits.own(tokens, rank) } else { 0 };
-        let decoded = self.habits.decoded(work.decoded_bytes);
+        let decoded = self.decoded(call.weight, call.precision, tokens);
         self.did(work, &[self.habits.left(tokens, inputs), hidden, decoded]);
         Ok(())
     }
@@ -60,14 +85,14 @@ impl MatmulOps for Counting {
             let scratch = [turned, self.habits.left(rank, tokens), gradient, gradient];
             self.did(Work::moving(Op::LinearBackward, 0), &[&always[..], &scratch].concat());
         }
-        let mut last = 0;
+        let [mut last, mut decoded] = [0; 2];
         if let Some((dx, _)) = &call.dx {
             work.flops += product(tokens, inputs, outputs) + product(tokens, rank, inputs);
             work.bytes += bytes_of(&[dx]) + call.weight.size_bytes() as u64;
             work.decoded_bytes = decoded_bytes(call.weight);
             last = if rank > 0 { self.habits.left(tokens, rank) } else { 0 };
+            decoded = self.decoded(call.weight, call.precision, tokens);
         }
-        let decoded = self.habits.decoded(work.decoded_bytes);
         self.did(work, &[always[0], always[1], last, decoded]);
         Ok(())
     }
@@ -91,7 +116,7 @@ impl LossOps for Counting {
             decoded_bytes: decoded_bytes(call.head),
         };
         let always = [floats(rows * outputs), floats(rows * inputs)];
-        let decoded = self.habits.decoded(work.decoded_bytes);
+        let decoded = self.habits.decoded(inputs, call.precision, work.decoded_bytes);
         let largest = self.habits.left(rows, inputs).max(floats(rows));
         self.did(work, &[always[0], always[1], largest, decoded]);
         Ok(())
@@ -138,7 +163,8 @@ impl MoeOps for Counting {
             bytes: bytes_of(&[call.x, call.y]) + used(call.weight.size_bytes() as u64, &sizes),
             decoded_bytes: used(decoded_stack(call.weight), &sizes),
         };
-        self.did(work, &[self.habits.decoded(decoded_stack(call.weight))]);
+        let decoded = self.decoded_of_experts(call.weight, call.precision, rows);
+        self.did(work, &[decoded]);
         Ok(())
     }
 
@@ -155,7 +181,7 @@ impl MoeOps for Counting {
             work.flops += product(rows, sizes.inputs, sizes.outputs) + product(rows, rank, sizes.inputs);
             work.bytes += bytes_of(&[dx]) + used(call.weight.size_bytes() as u64, &sizes);
             work.decoded_bytes = used(decoded_stack(call.weight), &sizes);
-            decoded = self.habits.decoded(decoded_stack(call.weight));
+            decoded = self.decoded_of_experts(call.weight, call.precision, rows);
         }
         self.did(work, &[floats(rows * rank), decoded]);
         Ok(())

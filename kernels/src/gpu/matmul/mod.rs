@@ -13,6 +13,7 @@ mod library;
 pub(super) mod tensor;
 
 pub use self::library::{PlainForm, PlainProduct};
+pub(crate) use self::tensor::NF4_ROW;
 pub(super) use self::tensor::Tile;
 
 use std::ops::Deref;

@@ -13,7 +13,7 @@ use crate::tensor::Tensor;
 use crate::weight::{Nf4Scales, Nf4Weight};
 
 /// A fused NF4 product wants rows that are a multiple of this long: a thread decodes so many elements at once.
-pub(super) const NF4_ROW: usize = 32;
+pub(crate) const NF4_ROW: usize = 32;
 
 /// A tile of `tile.cuh`, by the same numbers as in `matmul.cu`.
 #[derive(Clone, Copy)]
