@@ -189,17 +189,21 @@ DEVICE u64 encoded(const Map& map, const Pack& pack, i32 least, f32& absmax) {
     absmax = warp_max(absmax);
     f32 divisor = absmax == 0.0f ? 1.0f : absmax;
     f32 share[PACK];
-    i32 node[PACK];
+    i32 place[PACK];  // bytes from the beginning of a level
 #pragma unroll
-    for (i32 i = 0; i < PACK; i++) share[i] = __fdiv_rn(pack.at[i], divisor), node[i] = 1;
+    for (i32 i = 0; i < PACK; i++) share[i] = __fdiv_rn(pack.at[i], divisor), place[i] = 0;
 #pragma unroll
-    for (i32 nodes = 1; nodes < CODES; nodes *= 2)
+    for (i32 level = 1; level < CODES; level *= 2)
 #pragma unroll
-        for (i32 i = 0; i < PACK; i++) node[i] = 2 * node[i] + (share[i] > map.tree[node[i]] ? 1 : 0);
+        for (i32 i = 0; i < PACK; i++) {
+            const u8* nodes = reinterpret_cast<const u8*>(map.tree + level);
+            i32 right = share[i] > *reinterpret_cast<const f32*>(nodes + place[i]) ? i32(sizeof(f32)) : 0;
+            place[i] = opaque(2 * place[i] + right);  // one number, not an address and an index beside each other
+        }
     u64 codes = 0;
 #pragma unroll
     for (i32 i = 0; i < PACK; i++) {
-        i32 code = node[i] - CODES;
+        i32 code = i32(u32(place[i]) / sizeof(f32));
         codes |= u64(u32(pack.at[i] > 0.0f && code < least ? least : code)) << 8 * i;
     }
     return codes;

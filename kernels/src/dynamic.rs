@@ -87,7 +87,11 @@ fn last_of(map: &[f32; 256], code: usize) -> f32 {
 /// The place of a number among all of its type, in their order.
 fn rank(x: f32) -> i64 {
     let bits = i64::from(x.to_bits());
-    if x.is_sign_negative() { (1 << 31) - 1 - bits } else { bits }
+    if x.is_sign_negative() {
+        (1 << 31) - 1 - bits
+    } else {
+        bits
+    }
 }
 
 fn unranked(rank: i64) -> f32 {
@@ -108,9 +112,25 @@ mod tests {
     fn the_tree_finds_the_nearest_code_of_any_number() {
         for map in [signed(), unsigned()] {
             let tree = tree(&map);
-            let at_the_borders = tree.iter().flat_map(|border| [-1, 0, 1].map(|by| unranked(rank(*border) + by)));
-            let anywhere = Random::new(3).normal(50_000).into_iter().flat_map(|x| [x, x * 1e-3, x * 1e-6]);
-            let ends = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e-40];
+            let at_the_borders = tree
+                .iter()
+                .flat_map(|border| [-1, 0, 1].map(|by| unranked(rank(*border) + by)));
+            let anywhere = Random::new(3)
+                .normal(50_000)
+                .into_iter()
+                .flat_map(|x| [x, x * 1e-3, x * 1e-6]);
+            let ends = [
+                0.0,
+                -0.0,
+                1.0,
+                -1.0,
+                2.0,
+                -2.0,
+                f32::INFINITY,
+                f32::NEG_INFINITY,
+                f32::NAN,
+                1e-40,
+            ];
             for x in at_the_borders.chain(anywhere).chain(ends).chain(map) {
                 assert_eq!(found_in(&tree, x), usize::from(nearest(&map, x)), "{x:e}");
             }

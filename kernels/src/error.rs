@@ -52,7 +52,9 @@ pub enum Error {
         reason: String,
     },
     /// Memory could not be had.
-    #[error("the {backend} backend is out of memory: asked for {requested_bytes} bytes for {wanted} with {in_use_bytes} in use")]
+    #[error(
+        "the {backend} backend is out of memory: asked for {requested_bytes} bytes for {wanted} with {in_use_bytes} in use"
+    )]
     OutOfMemory {
         /// The backend's name.
         backend: &'static str,

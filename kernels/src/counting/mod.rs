@@ -6,12 +6,13 @@
 //! that may drift from the first: it is the model, run without numbers. A step of 80 billion parameters takes milliseconds.
 //!
 //! [`Habits`] say what the counted backend would do where the contract leaves it free: the dtype of activations, the rounding
-//! of sizes, and the working memory of each op. [`Habits::cpu`] is the CPU backend to the byte, which a test of whole training
-//! steps guards. [`Habits::gpu`] describes kernels of the usual kind and is an estimate.
+//! of sizes, and the working memory of each op. [`Habits::cpu`] is the CPU backend to the byte, and [`Habits::gpu`] the GPU
+//! backend to a few hundredths; tests of whole training steps guard both.
 //!
 //! What depends on data cannot be counted: every position is taken as supervised, and routing as even.
 
 mod elementwise;
+mod gpu;
 mod matmul;
 mod mixing;
 mod scratch;

@@ -140,6 +140,7 @@ impl Compiler {
         }
         let output = Command::new(&self.program)
             .current_dir(build)
+            .env_remove("LD_PRELOAD") // a sanitizer is for what runs the kernels
             .args(flags)
             .arg("-o")
             .arg(std::path::absolute(library)?)

@@ -150,7 +150,9 @@ struct Place([u64; 16]);
 
 fn place(value: &Value<'_, Memory>) -> Place {
     let word = match value {
-        Value::Memory(span) | Value::Addresses { table: span, .. } => span.as_ref().map_or(0, |span| address(span) as u64),
+        Value::Memory(span) | Value::Addresses { table: span, .. } => {
+            span.as_ref().map_or(0, |span| address(span) as u64)
+        }
         Value::I32(value) => u64::from(value.cast_unsigned()),
         Value::I64(value) => value.cast_unsigned(),
         Value::F32(value) => u64::from(value.to_bits()),

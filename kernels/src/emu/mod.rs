@@ -133,7 +133,8 @@ impl Emulation {
                 let blocks: usize = launch.grid.iter().map(|extent| *extent as usize).product();
                 let (last, period) = self.last_blocks.unwrap_or((1, 1));
                 let period = period.min(blocks).max(1);
-                self.engine.launch(library, launch, self.threads, (period, last.min(period)))
+                self.engine
+                    .launch(library, launch, self.threads, (period, last.min(period)))
             }
             None => Ok(()),
         }

@@ -68,8 +68,8 @@ use crate::error::{Error, Result};
 use crate::ops::{Device, MemoryStats, Op, Precision, Recorded, Support};
 use crate::tensor::{Segments, Shape, Tensor};
 
-pub(crate) use self::addresses::{Addresses, Row};
 use self::addresses::Tables;
+pub(crate) use self::addresses::{Addresses, Row};
 pub(crate) use self::family::FAMILIES;
 #[cfg(test)]
 pub(crate) use self::family::Family;
@@ -78,9 +78,10 @@ use self::faults::Faults;
 pub(crate) use self::kernel::Parameter;
 pub(crate) use self::kernel::{Argument, Element, Geometry, Kernel};
 use self::layouts::Layouts;
+pub(crate) use self::loss::{LossExtents, loss_extents};
 pub(crate) use self::map::Map;
 pub use self::map::{Swizzle, TensorMap};
-pub(crate) use self::matmul::NF4_ROW;
+pub(crate) use self::matmul::{NF4_ROW, OUTER_PART};
 pub use self::matmul::{PlainForm, PlainProduct};
 pub use self::memory::Buffer;
 use self::memory::Pool;

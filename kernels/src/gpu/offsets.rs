@@ -11,8 +11,8 @@ use crate::dtype::DType;
 use crate::emu::{Emulated, Emulation, emulated};
 use crate::error::Error;
 use crate::ops::{
-    Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, LinearBackward, LinearForward, MatmulOps, MoeOps,
-    Precision, QuantizeOps, Routing, RowOrder, Write,
+    Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, LinearBackward, LinearForward, MatmulOps,
+    MoeOps, Precision, QuantizeOps, Routing, RowOrder, Write,
 };
 use crate::stack::{Nf4Stack, Nf4StackScales, WeightStack};
 use crate::tensor::{Shape, Tensor};
@@ -105,10 +105,7 @@ impl Case {
                 results: ((1 << 31) / near.depth + 200).next_multiple_of(64),
                 ..near
             },
-            Far::Experts => Extents {
-                results: WIDE,
-                ..near
-            },
+            Far::Experts => Extents { results: WIDE, ..near },
         }
     }
 
@@ -170,8 +167,16 @@ impl Case {
     fn frozen(self, device: &Emulated, extents: Extents, numbers: &[f32]) -> WeightStack<Emulated> {
         let Extents { results, depth, .. } = extents;
         let near = self.near().results;
-        let experts = if self.far == Far::Experts && results > near { EXPERTS } else { 1 };
-        let (rows, columns) = if self.backward { (depth, results) } else { (results, depth) };
+        let experts = if self.far == Far::Experts && results > near {
+            EXPERTS
+        } else {
+            1
+        };
+        let (rows, columns) = if self.backward {
+            (depth, results)
+        } else {
+            (results, depth)
+        };
         let element = |row: usize, column: usize| match self.backward {
             true => numbers[column * depth + row],
             false => numbers[row * depth + column],
@@ -195,7 +200,8 @@ impl Case {
                 let mut codes = untouched(device, DType::U8, [experts, size / 2]);
                 let mut absmax = untouched(device, DType::F32, [experts, size / NF4_BLOCK]);
                 let width = values(0).len();
-                let source = device.upload_f32([here, width], &pieces.by_ref().flat_map(|(_, v)| v).collect::<Vec<_>>());
+                let source =
+                    device.upload_f32([here, width], &pieces.by_ref().flat_map(|(_, v)| v).collect::<Vec<_>>());
                 let quantised = device.quantize_nf4(&source.unwrap(), false).unwrap();
                 let all = device.read(&quantised.codes).unwrap();
                 for row in 0..here {
@@ -265,7 +271,11 @@ impl Case {
     ) {
         let (experts, ..) = weight.extents();
         let mut logits = vec![0.0; END * experts];
-        logits.iter_mut().skip(experts - 1).step_by(experts).for_each(|last| *last = 9.0);
+        logits
+            .iter_mut()
+            .skip(experts - 1)
+            .step_by(experts)
+            .for_each(|last| *last = 9.0);
         let logits = device.upload_f32([END, experts], &logits).unwrap();
         let mut routing = Routing::alloc(device, END, experts, 1).unwrap();
         device.route(&logits, true, &mut routing).unwrap();
@@ -327,7 +337,9 @@ fn check(capability: (u32, u32), precision: Precision, weights: [Kept; 2]) {
             ((9, 0), Far::Experts) => WIDE / 128,
             _ => usize::MAX,
         };
-        let Some(device) = device(capability, period) else { return };
+        let Some(device) = device(capability, period) else {
+            return;
+        };
         for (kept, backward) in weights.into_iter().flat_map(|kept| [(kept, false), (kept, true)]) {
             let case = Case {
                 precision,

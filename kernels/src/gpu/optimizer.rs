@@ -323,7 +323,13 @@ impl<R: Runtime> Gpu<R> {
             return Ok(maps);
         }
         let values = [dynamic::signed(), dynamic::unsigned()];
-        let tables = [values[0], values[1], dynamic::tree(&values[0]), dynamic::tree(&values[1])].concat();
+        let tables = [
+            values[0],
+            values[1],
+            dynamic::tree(&values[0]),
+            dynamic::tree(&values[1]),
+        ]
+        .concat();
         let mut maps = self.alloc_lasting(DType::F32, [tables.len()])?;
         self.write(&mut maps, bytemuck::cast_slice(&tables))?;
         Ok(self.inner.moment_maps.get_or_init(|| maps))

@@ -196,7 +196,12 @@ fn every_row_of_addresses_has_the_fields_of_its_struct() {
     for kernel in FAMILIES.iter().flat_map(|family| family.kernels) {
         for (_, parameter) in kernel.parameters {
             let Parameter::Addresses(row) = parameter else { continue };
-            assert_eq!(fields(kernel.source, row.name), written(row.fields, &[]), "{}", row.name);
+            assert_eq!(
+                fields(kernel.source, row.name),
+                written(row.fields, &[]),
+                "{}",
+                row.name
+            );
             let [pointers @ .., (_, Parameter::I64)] = row.fields else {
                 panic!("the count of {} comes last", row.name);
             };

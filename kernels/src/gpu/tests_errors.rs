@@ -93,8 +93,13 @@ fn data_on_the_device_that_breaks_a_contract_is_named_by_the_next_read() {
     let positions = device.upload_i32([1], &[10]).unwrap();
     let mut x = device.zeros(DType::F32, [1, 1, 8]).unwrap();
     device.rope(&mut x, &positions, &rope, RopeDirection::Forward).unwrap();
-    assert_eq!(said(device.read(&x)), "rope: `positions` has 10, which is beyond the table");
-    let source = device.upload_f32([2, 64], &[[1.0; 127].as_slice(), &[f32::NAN]].concat()).unwrap();
+    assert_eq!(
+        said(device.read(&x)),
+        "rope: `positions` has 10, which is beyond the table"
+    );
+    let source = device
+        .upload_f32([2, 64], &[[1.0; 127].as_slice(), &[f32::NAN]].concat())
+        .unwrap();
     assert_eq!(
         said(device.quantize_nf4(&source, false)),
         "quantize_nf4: `source` has an element that is not finite, from element 64 on"

@@ -225,7 +225,9 @@ fn a_kernel_that_leaves_a_tensor_of_a_table_is_named_with_the_distance() {
     ];
     let addresses = device.addresses("zero_many", &ROW, rows).unwrap();
     let arguments = [Argument::Addresses(&addresses), Argument::In(addresses.chunks())];
-    let error = device.launch(&ZERO, &[], Geometry::cover(2, 1), &arguments).unwrap_err();
+    let error = device
+        .launch(&ZERO, &[], Geometry::cover(2, 1), &arguments)
+        .unwrap_err();
     assert_eq!(
         error.to_string(),
         "zero_many: zero_many in optimizer.cu, grid [2, 1, 1] of 256 threads: block (1, 0, 0), thread (12, 0, 0): touched memory 0 \

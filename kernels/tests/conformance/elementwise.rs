@@ -353,7 +353,11 @@ fn factors<B: Traits>(device: &B) -> Vec<Factor<B>> {
         };
         let zeros = || device.zeros(DType::F32, [*size]).unwrap();
         let blocks = || BlockMoment::zeros(device, Shape::from([*size])).unwrap();
-        let moments = if i % 2 == 0 { Ok([zeros(), zeros()]) } else { Err([blocks(), blocks()]) };
+        let moments = if i % 2 == 0 {
+            Ok([zeros(), zeros()])
+        } else {
+            Err([blocks(), blocks()])
+        };
         ([random(1), random(2)], moments)
     };
     sizes.iter().enumerate().map(factor).collect()
@@ -399,7 +403,10 @@ fn many_parameters_at_once_have_the_bits_of_one_by_one() {
             }
             assert!(contents(device, &many) == contents(device, &single), "step {step}");
         }
-        assert!(contents(device, &many) != contents(device, &factors(device)), "something was updated");
+        assert!(
+            contents(device, &many) != contents(device, &factors(device)),
+            "something was updated"
+        );
         run.case("adamw_step_many", 0);
     });
 }

@@ -13,8 +13,8 @@ mod library;
 pub(super) mod tensor;
 
 pub use self::library::{PlainForm, PlainProduct};
-pub(crate) use self::tensor::NF4_ROW;
 pub(super) use self::tensor::Tile;
+pub(crate) use self::tensor::{NF4_ROW, PART as OUTER_PART};
 
 use std::ops::Deref;
 use std::sync::Arc;

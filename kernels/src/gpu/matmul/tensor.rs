@@ -139,7 +139,7 @@ pub(super) const KERNELS: &[&Kernel] = &[
 ];
 
 /// Tokens of a part of an outer product. It decides the order of the sum, so it is a constant.
-const PART: usize = 512;
+pub(crate) const PART: usize = 512;
 
 /// A weight's pointers, as all products take them: elements or codes, scales, nested codes, their map, offset.
 pub(in crate::gpu) fn weight_arguments<'a, R: Runtime>(right: &'a Right<'_, R>) -> [Argument<'a, R>; 5] {
