@@ -24,7 +24,9 @@ const CHECKS: &[&str] = &[
 /// Set to anything, engine and kernels are built with the address sanitizer, whose library must be preloaded.
 pub const SANITIZE: &str = "BRIGHTRUN_EMULATION_SANITIZE";
 
+/// Optimised less: with every access checked, the compiler otherwise takes longer than the kernels that it makes faster.
 const SANITIZER: &[&str] = &[
+    "-O1",
     "-fsanitize=address",
     "-fno-omit-frame-pointer",
     "-DBRIGHTRUN_EMU_SANITIZED",

@@ -41,6 +41,9 @@ pub(crate) enum Field<'a, R: Runtime> {
     Count(usize),
 }
 
+/// A field as it lies in memory, and the memory it names.
+type Word<'a, R> = (u64, Option<Span<'a, <R as Runtime>::Memory>>);
+
 /// The rows of a launch, on the device.
 pub(crate) struct Addresses<'a, R: Runtime> {
     row: &'static Row,
@@ -144,11 +147,7 @@ impl<R: Runtime> Gpu<R> {
     }
 
     /// A field as it lies in memory, and the memory it names.
-    fn word<'a>(
-        &self,
-        parameter: Parameter,
-        field: Field<'a, R>,
-    ) -> Result<(u64, Option<Span<'a, R::Memory>>), String> {
+    fn word<'a>(&self, parameter: Parameter, field: Field<'a, R>) -> Result<Word<'a, R>, String> {
         let (wanted, tensor): (Element, &'a Tensor<Self>) = match (parameter, field) {
             (Parameter::I64, Field::Count(count)) => return Ok((count as u64, None)),
             (Parameter::In(element), Field::In(tensor)) => (element, tensor),
