@@ -49,7 +49,7 @@ pub use self::moe::{
     GroupedPairBackward, GroupedSwigluForward, MoeOps, RouteBackward, RoutedSwigluBackward, Routing, RowOrder,
 };
 pub use self::norm::{AddNormForward, NormBackward, NormForward, NormOps, NormWeight};
-pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, OptimizerOps};
+pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, MomentsMut, OptimizerOps, Trained};
 pub use self::quantize::QuantizeOps;
 pub use self::recording::{Recorded, Recording};
 pub use self::rope::{RopeDirection, RopeOps, RopeTable};
