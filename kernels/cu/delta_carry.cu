@@ -20,9 +20,9 @@
 // gradient of the state behind each chunk; A f32 [T, Hv, 64]; g, β f32 [T, Hv]; `fades` f32 [chunks, Hv, 65], f of a chunk's rows and
 // e^{c_n}. `chunks`, `documents` and the sharing of heads as there.
 //
-// Work of the carry, for D = Dk = Dv: 2 D² multiply-adds a token and head. Bytes a token and head: W, U, u, a half of K (shared by the
-// heads of a group) and D/64 · D of states: 11 D at 128, and 13 D backward. With 32 heads of 128 that is 45 KB a token, 0.67 µs a
-// chunk at 4.3 TB/s.
+// Work of the carry, for D = Dk = Dv: 2 D² multiply-adds a token and head. Bytes a token and head at D = 128: W, U, u, a half of K
+// (which the heads of a group share) and two rows of states, 11 D; backward also two rows of G, 15 D. With 32 heads that is 45 KB a
+// token, 0.67 µs a chunk at 4.3 TB/s.
 //
 // Decomposition. `delta_carry`: a block has a document, a head and 32 columns of the state; each of its four warps keeps a quarter
 // of the state's rows in registers, as sums of products. A copy in bf16 is in shared memory, where the first product reads it: each
@@ -45,36 +45,39 @@ constexpr i32 FADES = CHUNK + 1;
 
 // Elements from one row to the next of a tile in shared memory: 16 bytes more than it has, so that eight rows of one column of
 // chunks of 16 bytes lie in eight groups of banks.
-constexpr i32 pitch(i32 width) { return width + PACK; }
-constexpr i32 COLUMN_PITCH = pitch(COLUMNS), STRIP_PITCH = pitch(STRIP);
+template <i32 WIDTH>
+constexpr i32 PITCH = WIDTH + PACK;
+constexpr i32 COLUMN_PITCH = PITCH<COLUMNS>, STRIP_PITCH = PITCH<STRIP>;
 
 // ---- fragments -----------------------------------------------------------------------------------------------------
 
-// A tile in shared memory; rows begin at multiples of 16 bytes.
+// A tile in shared memory, rows WIDTH elements apart. A lane's place in it is found once; what is constant costs nothing.
+template <i32 WIDTH>
 struct Tile {
     bf16* at;
-    i32 pitch;
 
-    DEVICE bf16* place(i32 row, i32 column) const { return at + row * pitch + column; }
+    static constexpr DEVICE i32 bytes(i32 row, i32 column) { return (row * WIDTH + column) * i32(sizeof(bf16)); }
+    DEVICE bf16* place(i32 row, i32 column) const { return at + row * WIDTH + column; }
+    DEVICE SharedAddress address(i32 row, i32 column) const { return shared_place(at) + bytes(row, column); }
     // 16 × 16 elements as a left factor, from this row and depth on: the tile's rows are the factor's.
     DEVICE void left(u32 (&a)[4], i32 row, i32 depth) const {
         i32 lane = lane_index();
-        load_matrices(a, place(row + lane % 16, depth + lane / 16 * 8));
+        load_matrices(a, address(lane % 16, lane / 16 * 8) + bytes(row, depth));
     }
     // The same where the tile's rows run along the depth.
     DEVICE void left_turned(u32 (&a)[4], i32 row, i32 depth) const {
         i32 lane = lane_index();
-        load_matrices_transposed(a, place(depth + lane % 8 + lane / 16 * 8, row + lane / 8 % 2 * 8));
+        load_matrices_transposed(a, address(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8) + bytes(depth, row));
     }
     // 16 × 16 elements as a right factor, two fragments of eight columns: the tile's rows are the factor's columns.
     DEVICE void right(u32 (&b)[4], i32 column, i32 depth) const {
         i32 lane = lane_index();
-        load_matrices(b, place(column + lane % 8 + lane / 16 * 8, depth + lane / 8 % 2 * 8));
+        load_matrices(b, address(lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8) + bytes(column, depth));
     }
     // The same where the tile's rows run along the depth.
     DEVICE void right_turned(u32 (&b)[4], i32 column, i32 depth) const {
         i32 lane = lane_index();
-        load_matrices_transposed(b, place(depth + lane % 16, column + lane / 16 * 8));
+        load_matrices_transposed(b, address(lane % 16, lane / 16 * 8) + bytes(depth, column));
     }
 };
 
@@ -113,7 +116,8 @@ struct Sums {
         multiply_add(at[2 * n + 1], a, second);
     }
     // += a · the tile's columns, its rows from `depth` on along the depth.
-    DEVICE void add_columns(const u32 (&a)[4], const Tile& right, i32 depth) {
+    template <i32 WIDTH>
+    DEVICE void add_columns(const u32 (&a)[4], const Tile<WIDTH>& right, i32 depth) {
 #pragma unroll
         for (i32 n = 0; n < N / 2; n++) {
             u32 b[4];
@@ -128,16 +132,35 @@ DEVICE f32 high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 DEVICE u32 pair_at(const bf16* at) { return *reinterpret_cast<const u32*>(at); }
 DEVICE void set_pair(bf16* at, f32 left, f32 right) { *reinterpret_cast<u32*>(at) = bf16_pair(left, right); }
 
-// Begins to copy ROWS × WIDTH elements to a tile, columns from `skipped` on; those that are not there become zero.
-template <i32 ROWS, i32 WIDTH, class T>
-DEVICE void bring(const Tile& tile, const HeadRows<T>& from, i32 skipped) {
-    constexpr i32 PACKS = WIDTH / PACK;
+// What this thread copies of a head's rows, of which there are ROWS in a tile: the same columns of every STEP-th.
+template <i32 ROWS, i32 WIDTH>
+struct Feed {
+    static constexpr i32 PACKS = WIDTH / PACK, STEP = THREADS / PACKS;
+    const bf16* from;
+    i64 stride;
+    bool inside;
+
+    static DEVICE i32 row() { return i32(threadIdx.x) / PACKS; }
+    static DEVICE i32 column() { return i32(threadIdx.x) % PACKS * PACK; }
+    // Of columns from `skipped` on.
+    template <class T>
+    DEVICE Feed(const HeadRows<T>& rows, i32 skipped)
+        : from(rows.at + row() * rows.stride + skipped + column()), stride(rows.stride), inside(skipped + column() < rows.width) {}
+    // Begins to copy `count` rows, `further` rows on; the tile's other elements become zero.
+    DEVICE void bring(const Tile<PITCH<WIDTH>>& tile, i64 further, i32 count) const {
+        const bf16* at = from + further * stride;
+        SharedAddress to = tile.address(row(), column());
 #pragma unroll
-    for (i32 i = i32(threadIdx.x); i < ROWS * PACKS; i += THREADS) {
-        i32 row = i / PACKS, column = i % PACKS * PACK;
-        bool exists = from.has(row, skipped + column);
-        copy_async(tile.place(row, column), exists ? from.at + row * from.stride + skipped + column : from.at, exists ? 16 : 0);
+        for (i32 first = 0; first < ROWS; first += STEP) {
+            copy_async(to + tile.bytes(first, 0), at, inside && row() + first < count);
+            at += STEP * stride;
+        }
     }
+};
+
+template <i32 ROWS, i32 WIDTH, class T>
+DEVICE void bring(const Tile<PITCH<WIDTH>>& tile, const HeadRows<T>& from, i32 skipped) {
+    Feed<ROWS, WIDTH>(from, skipped).bring(tile, 0, from.count);
 }
 
 // All threads call it: what they have begun to copy is there, and what they have written.
@@ -184,8 +207,8 @@ DEVICE void store(Sums<N>& sums, const HeadRows<bf16>& to, i32 first_row, i32 sk
 DEVICE void factors(const bf16* k, const bf16* v, const f32* decay, const f32* beta, const f32* solved, const i32* chunks, bf16* w,
                     bf16* values, f32* fades, Heads heads) {
     DYNAMIC_SHARED(memory);
-    Tile with_decay{reinterpret_cast<bf16*>(memory), STRIP_PITCH};
-    Tile without{with_decay.place(CHUNK, 0), STRIP_PITCH}, strip{without.place(CHUNK, 0), STRIP_PITCH};
+    Tile<STRIP_PITCH> with_decay{reinterpret_cast<bf16*>(memory)}, without{with_decay.place(CHUNK, 0)};
+    Tile<STRIP_PITCH> strip{without.place(CHUNK, 0)};
     Gates gates(reinterpret_cast<f32*>(strip.place(CHUNK, 0)));
     Place place(chunks, heads);
     if (place.rows == 0) return;  // a place for documents of another batch
@@ -202,7 +225,7 @@ DEVICE void factors(const bf16* k, const bf16* v, const f32* decay, const f32* b
         set_pair(with_decay.place(row, j), left * gates.from_start[j], right * gates.from_start[j + 1]);
     }
     i32 own = warp_index() * WARP_ROWS;
-    auto multiply = [&](const Tile& matrix, const HeadRows<const bf16>& from, const HeadRows<bf16>& to) {
+    auto multiply = [&](const Tile<STRIP_PITCH>& matrix, const HeadRows<const bf16>& from, const HeadRows<bf16>& to) {
         for (i32 skipped = 0; skipped < from.width; skipped += STRIP) {
             __syncthreads();  // the last strip's readers are done
             bring<CHUNK, STRIP>(strip, from, skipped);
@@ -226,8 +249,8 @@ template <i32 KEY>
 DEVICE void pulls(const bf16* q, const bf16* k, const f32* decay, const f32* beta, const bf16* dout, const i32* chunks, bf16* values,
                   bf16* dstates, Heads heads, f32 scale) {
     DYNAMIC_SHARED(memory);
-    Tile query{reinterpret_cast<bf16*>(memory), pitch(KEY)}, key{query.place(CHUNK, 0), pitch(KEY)};
-    Tile strip{key.place(CHUNK, 0), STRIP_PITCH}, faded{strip.place(CHUNK, 0), STRIP_PITCH};
+    Tile<PITCH<KEY>> query{reinterpret_cast<bf16*>(memory)}, key{query.place(CHUNK, 0)};
+    Tile<STRIP_PITCH> strip{key.place(CHUNK, 0)}, faded{strip.place(CHUNK, 0)};
     Gates gates(reinterpret_cast<f32*>(faded.place(CHUNK, 0)));
     Place place(chunks, heads);
     if (place.rows == 0) return;
@@ -303,8 +326,23 @@ DEVICE void pulls(const bf16* q, const bf16* k, const f32* decay, const f32* bet
 // What a lane needs of a chunk besides the factors: asked for a chunk early.
 template <i32 TILES>
 struct Increment {
-    u32 value[COLUMNS / 8][2], state[TILES][COLUMNS / 8][2];
+    u32 value[2][COLUMNS / 8], state[2 * TILES][COLUMNS / 8];
     f32 fade[2], whole;
+};
+
+// A warp's rows of the state.
+template <i32 TILES>
+struct State {
+    Sums<COLUMNS / 8> at[TILES];
+
+    // Calls `visit(row of the state, column of the block, left, right)` for each two neighbours that this lane has.
+    template <class Visit>
+    DEVICE void each(Visit visit) {
+        i32 own = warp_index() * WARP_ROWS * TILES;
+#pragma unroll
+        for (i32 m = 0; m < TILES; m++)
+            at[m].each([&](i32 row, i32 j, f32& left, f32& right) { visit(own + m * WARP_ROWS + row, j, left, right); });
+    }
 };
 
 // BACK: from the last chunk to the first. KEY: the keys' length, or the next of 64 and 128.
@@ -312,72 +350,72 @@ template <bool BACK, i32 KEY>
 DEVICE void carry(const bf16* k, const bf16* w, const f32* fades, const i32* documents, f32* last_state, bf16* values, bf16* states,
                   Heads heads) {
     constexpr i32 TILES = KEY / CHUNK;  // of 16 rows of the state, that a warp has
-    constexpr i32 PITCH = pitch(KEY), FACTOR = CHUNK * PITCH;
+    constexpr i32 PARTS = COLUMNS / 8;
+    using Factor = Tile<PITCH<KEY>>;
+    constexpr i32 FACTOR = CHUNK * PITCH<KEY>;
     DYNAMIC_SHARED(memory);
-    Tile state_tile{reinterpret_cast<bf16*>(memory), COLUMN_PITCH}, value_tile{state_tile.place(KEY, 0), COLUMN_PITCH};
+    Tile<COLUMN_PITCH> state_tile{reinterpret_cast<bf16*>(memory)}, value_tile{state_tile.place(KEY, 0)};
     bf16* factors = value_tile.place(CHUNK, 0);  // two chunks' X and Y
     i32 head = i32(blockIdx.y), column = i32(blockIdx.z) * COLUMNS;
-    i32 start = documents[3 * blockIdx.x], end = documents[3 * blockIdx.x + 1], first_chunk = documents[3 * blockIdx.x + 2];
+    i32 start = documents[3 * blockIdx.x], end = documents[3 * blockIdx.x + 1];
     i32 steps = (end - start + CHUNK - 1) / CHUNK;
     if (steps == 0) return;
-    i32 own = warp_index() * WARP_ROWS;              // of the chunk
-    i32 own_state = warp_index() * WARP_ROWS * TILES;  // of the state
+    i64 chunks = documents[3 * blockIdx.x + 2];
     auto chunk_of = [&](i32 step) { return BACK ? steps - 1 - step : step; };
-    auto first_of = [&](i32 chunk) { return start + chunk * CHUNK; };
-    auto count_of = [&](i32 chunk) { return min(CHUNK, end - first_of(chunk)); };
-    auto own_values = [&](i32 chunk) {
-        return HeadRows<bf16>(values, first_of(chunk), count_of(chunk), heads.value_heads, head, heads.value_dim);
-    };
-    auto place_of = [&](i32 chunk) { return i64(first_chunk + chunk) * heads.value_heads + head; };
-    auto states_of = [&](i32 chunk) {
-        bf16* at = states + place_of(chunk) * heads.key_dim * heads.value_dim;
-        return HeadRows<bf16>(at, 0, heads.key_dim, 1, 0, heads.value_dim);
-    };
+    auto rows_of = [&](i32 chunk) { return min(CHUNK, end - start - chunk * CHUNK); };
+
+    HeadRows<const bf16> of_w(w, start, end - start, heads.value_heads, head, heads.key_dim);
+    HeadRows<const bf16> of_k(k, start, end - start, heads.key_heads, heads.key_head(head), heads.key_dim);
+    Feed<CHUNK, KEY> feed_x(BACK ? of_k : of_w, 0), feed_y(BACK ? of_w : of_k, 0);
     auto begin = [&](i32 step) {
-        Tile x{factors + step % 2 * 2 * FACTOR, PITCH}, y{x.at + FACTOR, PITCH};
-        i32 first = first_of(chunk_of(step)), rows = count_of(chunk_of(step));
-        HeadRows<const bf16> of_w(w, first, rows, heads.value_heads, head, heads.key_dim);
-        HeadRows<const bf16> of_k(k, first, rows, heads.key_heads, heads.key_head(head), heads.key_dim);
-        bring<CHUNK, KEY>(BACK ? y : x, of_w, 0);
-        bring<CHUNK, KEY>(BACK ? x : y, of_k, 0);
-    };
-    auto fetch = [&](i32 step) {
-        Increment<TILES> increment = {};
-        i32 chunk = chunk_of(step), row = lane_index() / 4, right = column + lane_index() % 4 * 2;
-        HeadRows<bf16> of_values = own_values(chunk), of_states = states_of(chunk);
-        const f32* of_fades = fades + place_of(chunk) * FADES;
-#pragma unroll
-        for (i32 half = 0; half < 2; half++) {
-            i32 i = row + 8 * half;
-            increment.fade[half] = of_fades[own + i];
-#pragma unroll
-            for (i32 n = 0; n < COLUMNS / 8; n++) {
-                i32 j = right + 8 * n;
-                if (of_values.has(own + i, j)) increment.value[n][half] = pair_at(of_values.at + (own + i) * of_values.stride + j);
-                if constexpr (BACK) {
-#pragma unroll
-                    for (i32 m = 0; m < TILES; m++) {
-                        i32 d = own_state + m * WARP_ROWS + i;
-                        if (of_states.has(d, j)) increment.state[m][n][half] = pair_at(of_states.at + d * of_states.stride + j);
-                    }
-                }
-            }
-        }
-        increment.whole = of_fades[CHUNK];
-        return increment;
+        i32 chunk = chunk_of(step), rows = rows_of(chunk);
+        Factor x{factors + step % 2 * 2 * FACTOR}, y{x.place(CHUNK, 0)};
+        feed_x.bring(x, i64(chunk) * CHUNK, rows);
+        feed_y.bring(y, i64(chunk) * CHUNK, rows);
     };
 
-    Sums<COLUMNS / 8> state[TILES];
-    f32* whole_state = last_state;
-    if (whole_state != nullptr) whole_state += (i64(blockIdx.x) * heads.value_heads + head) * heads.key_dim * heads.value_dim;
-    // Calls `visit(row, column, left, right)` for the state's elements of this lane, as they lie in the tensor.
-    auto each_of_state = [&](auto visit) {
+    i32 own = warp_index() * WARP_ROWS, own_state = own * TILES;  // this warp's rows of a chunk, and of the state
+    i32 row = own + lane_index() / 4, state_row = own_state + lane_index() / 4, right = lane_index() % 4 * 2;
+    i32 parts = (heads.value_dim - column) / 8;  // so many eights of columns exist
+    i64 stride = i64(heads.value_heads) * heads.value_dim, state_size = i64(heads.key_dim) * heads.value_dim;
+    bf16* of_values = values + (i64(start) + row) * stride + i64(head) * heads.value_dim + column + right;
+    bf16* of_states = states + (chunks * heads.value_heads + head) * state_size;
+    const f32* of_fades = fades + (chunks * heads.value_heads + head) * FADES;
+    i64 chunk_states = heads.value_heads * state_size, chunk_fades = i64(heads.value_heads) * FADES;
+    auto fetch = [&](i32 step) {
+        Increment<TILES> increment = {};
+        i32 chunk = chunk_of(step), rows = rows_of(chunk);
+        const bf16* value = of_values + chunk * CHUNK * stride;
+        const bf16* state = of_states + chunk * chunk_states + i64(state_row) * heads.value_dim + column + right;
+        const f32* fade = of_fades + chunk * chunk_fades;
 #pragma unroll
-        for (i32 m = 0; m < TILES; m++)
-            state[m].each([&](i32 row, i32 j, f32& left, f32& right) { visit(own_state + m * WARP_ROWS + row, j, left, right); });
+        for (i32 half = 0; half < 2; half++) {
+            increment.fade[half] = fade[row + 8 * half];
+#pragma unroll
+            for (i32 n = 0; n < PARTS; n++)
+                if (n < parts && row + 8 * half < rows) increment.value[half][n] = pair_at(value + 8 * half * stride + 8 * n);
+        }
+        increment.whole = fade[CHUNK];
+        if constexpr (BACK) {
+#pragma unroll
+            for (i32 m = 0; m < 2 * TILES; m++)
+#pragma unroll
+                for (i32 n = 0; n < PARTS; n++)
+                    if (n < parts && state_row + 8 * m < heads.key_dim)
+                        increment.state[m][n] = pair_at(state + i64(8 * m) * heads.value_dim + 8 * n);
+        }
+        return increment;
     };
+    // The copies of the state that are stored: 16 bytes a thread of each COPIED-th row.
+    constexpr i32 COPIED = THREADS / (COLUMNS / PACK);
+    i32 copied_row = i32(threadIdx.x) / (COLUMNS / PACK), copied_column = i32(threadIdx.x) % (COLUMNS / PACK) * PACK;
+    bf16* of_copies = of_states + i64(copied_row) * heads.value_dim + column + copied_column;
+
+    State<TILES> state;
+    f32* whole_state = last_state;
+    if (whole_state != nullptr) whole_state += (i64(blockIdx.x) * heads.value_heads + head) * state_size;
     auto inside = [&](i32 d, i32 j) { return d < heads.key_dim && column + j < heads.value_dim; };
-    each_of_state([&](i32 d, i32 j, f32& left, f32& right) {
+    state.each([&](i32 d, i32 j, f32& left, f32& right) {
         left = 0.0f, right = 0.0f;
         if (whole_state == nullptr || !inside(d, j)) return;
         const f32* from = whole_state + i64(d) * heads.value_dim + column + j;
@@ -386,25 +424,22 @@ DEVICE void carry(const bf16* k, const bf16* w, const f32* fades, const i32* doc
     begin(0);
     Increment<TILES> next = fetch(0);
     for (i32 step = 0; step < steps; step++) {
-        i32 chunk = chunk_of(step);
-        each_of_state([&](i32 d, i32 j, f32 left, f32 right) { set_pair(state_tile.place(d, j), left, right); });
+        i32 chunk = chunk_of(step), rows = rows_of(chunk);
+        state.each([&](i32 d, i32 j, f32 left, f32 right) { set_pair(state_tile.place(d, j), left, right); });
         arrive();
         Increment<TILES> increment = next;
         if (step + 1 < steps) {
             begin(step + 1);
             next = fetch(step + 1);
         }
-        HeadRows<bf16> of_states = states_of(chunk);
 #pragma unroll
-        for (i32 i = i32(threadIdx.x); i < KEY * COLUMNS / PACK; i += THREADS) {
-            i32 d = i / (COLUMNS / PACK), j = i % (COLUMNS / PACK) * PACK;
-            if (inside(d, j))
-                *reinterpret_cast<uint4*>(of_states.at + d * of_states.stride + column + j) =
-                    *reinterpret_cast<const uint4*>(state_tile.place(d, j));
-        }
+        for (i32 d = 0; d < KEY; d += COPIED)
+            if (inside(copied_row + d, copied_column))
+                *reinterpret_cast<uint4*>(of_copies + chunk * chunk_states + i64(d) * heads.value_dim) =
+                    *reinterpret_cast<const uint4*>(state_tile.place(copied_row + d, copied_column));
 
-        Tile x{factors + step % 2 * 2 * FACTOR, PITCH}, y{x.at + FACTOR, PITCH};
-        Sums<COLUMNS / 8> value;
+        Factor x{factors + step % 2 * 2 * FACTOR}, y{x.place(CHUNK, 0)};
+        Sums<PARTS> value;
         value.clear();
 #pragma unroll
         for (i32 depth = 0; depth < KEY; depth += 16) {
@@ -412,30 +447,28 @@ DEVICE void carry(const bf16* k, const bf16* w, const f32* fades, const i32* doc
             x.left(a, own, depth);
             value.add_columns(a, state_tile, depth);
         }
-        HeadRows<bf16> of_values = own_values(chunk);
-        i32 row = lane_index() / 4, right = lane_index() % 4 * 2;
+        bf16* to = of_values + chunk * CHUNK * stride;
 #pragma unroll
-        for (i32 n = 0; n < COLUMNS / 8; n++)
+        for (i32 half = 0; half < 2; half++)
 #pragma unroll
-            for (i32 half = 0; half < 2; half++) {
-                i32 i = own + row + 8 * half, j = right + 8 * n;
-                f32 fade = increment.fade[half], low = low_of(increment.value[n][half]), high = high_of(increment.value[n][half]);
+            for (i32 n = 0; n < PARTS; n++) {
+                f32 fade = increment.fade[half], low = low_of(increment.value[half][n]), high = high_of(increment.value[half][n]);
                 f32 factor = BACK ? fade : -1.0f, passed = BACK ? -1.0f : fade;
                 low += factor * value.at[n][2 * half], high += factor * value.at[n][2 * half + 1];
-                if (of_values.has(i, column + j)) set_pair(of_values.at + i * of_values.stride + column + j, low, high);
-                set_pair(value_tile.place(i, j), passed * low, passed * high);
+                if (n < parts && row + 8 * half < rows) set_pair(to + 8 * half * stride + 8 * n, low, high);
+                set_pair(value_tile.place(row + 8 * half, right + 8 * n), passed * low, passed * high);
             }
         if (step + 1 == steps && whole_state == nullptr) return;
         __syncthreads();  // the state's readers are done, and the values' writers
 #pragma unroll
         for (i32 m = 0; m < TILES; m++)
 #pragma unroll
-            for (i32 n = 0; n < COLUMNS / 8; n++)
+            for (i32 n = 0; n < PARTS; n++)
 #pragma unroll
                 for (i32 i = 0; i < 4; i++) {
-                    u32 pair = increment.state[m][n][i / 2];
+                    u32 pair = increment.state[2 * m + i / 2][n];
                     f32 added = i % 2 == 0 ? low_of(pair) : high_of(pair);
-                    state[m].at[n][i] = increment.whole * state[m].at[n][i] + (BACK ? added : 0.0f);
+                    state.at[m].at[n][i] = increment.whole * state.at[m].at[n][i] + (BACK ? added : 0.0f);
                 }
 #pragma unroll
         for (i32 depth = 0; depth < CHUNK; depth += 16)
@@ -443,10 +476,10 @@ DEVICE void carry(const bf16* k, const bf16* w, const f32* fades, const i32* doc
             for (i32 m = 0; m < TILES; m++) {
                 u32 a[4];
                 y.left_turned(a, own_state + m * WARP_ROWS, depth);
-                state[m].add_columns(a, value_tile, depth);
+                state.at[m].add_columns(a, value_tile, depth);
             }
     }
-    each_of_state([&](i32 d, i32 j, f32 left, f32 right) {
+    state.each([&](i32 d, i32 j, f32 left, f32 right) {
         if (!inside(d, j)) return;
         f32* to = whole_state + i64(d) * heads.value_dim + column + j;
         to[0] = left, to[1] = right;
@@ -459,8 +492,8 @@ template <i32 KEY>
 DEVICE void outputs(const bf16* q, const bf16* k, const bf16* values, const bf16* states, const f32* decay, const f32* beta,
                     const i32* chunks, bf16* out, Heads heads, f32 scale) {
     DYNAMIC_SHARED(memory);
-    Tile query{reinterpret_cast<bf16*>(memory), pitch(KEY)}, key{query.place(CHUNK, 0), pitch(KEY)};
-    Tile strip{key.place(CHUNK, 0), STRIP_PITCH}, state{strip.place(CHUNK, 0), STRIP_PITCH};
+    Tile<PITCH<KEY>> query{reinterpret_cast<bf16*>(memory)}, key{query.place(CHUNK, 0)};
+    Tile<STRIP_PITCH> strip{key.place(CHUNK, 0)}, state{strip.place(CHUNK, 0)};
     Gates gates(reinterpret_cast<f32*>(state.place(KEY, 0)));
     Place place(chunks, heads);
     if (place.rows == 0) return;
@@ -517,7 +550,7 @@ DEVICE void outputs(const bf16* q, const bf16* k, const bf16* values, const bf16
 // du becomes dr in its place; dv.
 DEVICE void residuals(const f32* beta, const f32* solved, const i32* chunks, bf16* values, bf16* dv, Heads heads) {
     DYNAMIC_SHARED(memory);
-    Tile matrix{reinterpret_cast<bf16*>(memory), STRIP_PITCH}, strip{matrix.place(CHUNK, 0), STRIP_PITCH};
+    Tile<STRIP_PITCH> matrix{reinterpret_cast<bf16*>(memory)}, strip{matrix.place(CHUNK, 0)};
     Place place(chunks, heads);
     if (place.rows == 0) return;
     HeadRows<const f32> inverse = place.of_heads(solved, heads, CHUNK), strength = place.of_heads(beta, heads, 1);
@@ -547,14 +580,14 @@ DEVICE void residuals(const f32* beta, const f32* solved, const i32* chunks, bf1
     }
 }
 
-ENTRY(THREADS)
+ENTRY(THREADS, 4)
 delta_factors_bf16(const bf16* __restrict__ k, const bf16* __restrict__ v, const f32* __restrict__ decay,
                    const f32* __restrict__ beta, const f32* __restrict__ solved, const i32* __restrict__ chunks,
                    bf16* __restrict__ w, bf16* __restrict__ values, f32* __restrict__ fades, i32 key_heads, i32 value_heads,
                    i32 key_dim, i32 value_dim) {
     factors(k, v, decay, beta, solved, chunks, w, values, fades, Heads{key_heads, value_heads, key_dim, value_dim});
 }
-ENTRY(THREADS)
+ENTRY(THREADS, 4)
 delta_residuals_bf16(const f32* __restrict__ beta, const f32* __restrict__ solved, const i32* __restrict__ chunks,
                      bf16* __restrict__ values, bf16* __restrict__ dv, i32 key_heads, i32 value_heads, i32 key_dim,
                      i32 value_dim) {
@@ -563,7 +596,7 @@ delta_residuals_bf16(const f32* __restrict__ beta, const f32* __restrict__ solve
 
 // Of keys of up to so many elements.
 #define CARRY(KEY)                                                                                                           \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 3)                                                                                                        \
     delta_pulls_keys##KEY##_bf16(const bf16* __restrict__ q, const bf16* __restrict__ k, const f32* __restrict__ decay,      \
                                  const f32* __restrict__ beta, const bf16* __restrict__ dout,                                \
                                  const i32* __restrict__ chunks, bf16* __restrict__ values, bf16* __restrict__ dstates,      \
@@ -571,7 +604,7 @@ delta_residuals_bf16(const f32* __restrict__ beta, const f32* __restrict__ solve
         pulls<KEY>(q, k, decay, beta, dout, chunks, values, dstates, Heads{key_heads, value_heads, key_dim, value_dim},      \
                    scale);                                                                                                   \
     }                                                                                                                        \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 2)                                                                                                        \
     delta_carry_forward_keys##KEY##_bf16(const bf16* __restrict__ k, const bf16* __restrict__ w,                             \
                                          const f32* __restrict__ fades, const i32* __restrict__ documents,                   \
                                          f32* __restrict__ state, bf16* __restrict__ values, bf16* __restrict__ states,      \
@@ -579,7 +612,7 @@ delta_residuals_bf16(const f32* __restrict__ beta, const f32* __restrict__ solve
         carry<false, KEY>(k, w, fades, documents, state, values, states,                                                     \
                           Heads{key_heads, value_heads, key_dim, value_dim});                                                \
     }                                                                                                                        \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 2)                                                                                                        \
     delta_carry_back_keys##KEY##_bf16(const bf16* __restrict__ k, const bf16* __restrict__ w,                                \
                                       const f32* __restrict__ fades, const i32* __restrict__ documents,                      \
                                       bf16* __restrict__ values, bf16* __restrict__ dstates, i32 key_heads,                  \
@@ -587,7 +620,7 @@ delta_residuals_bf16(const f32* __restrict__ beta, const f32* __restrict__ solve
         carry<true, KEY>(k, w, fades, documents, nullptr, values, dstates,                                                   \
                          Heads{key_heads, value_heads, key_dim, value_dim});                                                 \
     }                                                                                                                        \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 3)                                                                                                        \
     delta_outputs_keys##KEY##_bf16(const bf16* __restrict__ q, const bf16* __restrict__ k,                                   \
                                    const bf16* __restrict__ values, const bf16* __restrict__ states,                         \
                                    const f32* __restrict__ decay, const f32* __restrict__ beta,                              \

@@ -451,7 +451,7 @@ DEVICE void delta_gradients(const A* q, const A* k, const A* v, const f32* decay
                     i32 value_dim) {                                                                                         \
         delta_solve<A>(k, decay, beta, chunks, solved, Heads{key_heads, value_heads, key_dim, value_dim});                   \
     }                                                                                                                        \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 1)                                                                                                        \
     delta_gradients_##A(const A* __restrict__ q, const A* __restrict__ k, const A* __restrict__ v,                           \
                         const f32* __restrict__ decay, const f32* __restrict__ beta, const A* __restrict__ states,           \
                         const A* __restrict__ dstates, const A* __restrict__ corrected, const A* __restrict__ dresidual,     \
@@ -465,7 +465,7 @@ GATED_DELTA(f32)
 GATED_DELTA(bf16)
 
 #define SCANS(A)                                                                                                              \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 1)                                                                                                        \
     delta_forward_##A(const A* __restrict__ q, const A* __restrict__ k, const A* __restrict__ v,                             \
                       const f32* __restrict__ decay, const f32* __restrict__ beta, const f32* __restrict__ solved,           \
                       const A* __restrict__ products, const i32* __restrict__ documents, f32* __restrict__ state,            \
@@ -473,7 +473,7 @@ GATED_DELTA(bf16)
         delta_scan<true, A>(q, k, v, decay, beta, solved, products, documents, state, out, nullptr,                          \
                             Heads{key_heads, value_heads, key_dim, value_dim}, scale);                                       \
     }                                                                                                                        \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 1)                                                                                                        \
     delta_states_##A(const A* __restrict__ k, const A* __restrict__ v, const f32* __restrict__ decay,                        \
                      const f32* __restrict__ beta, const f32* __restrict__ solved, const i32* __restrict__ documents,        \
                      A* __restrict__ states, A* __restrict__ corrected, i32 key_heads, i32 value_heads, i32 key_dim,         \
@@ -481,7 +481,7 @@ GATED_DELTA(bf16)
         delta_scan<false, A>(nullptr, k, v, decay, beta, solved, nullptr, documents, nullptr, corrected, states,             \
                              Heads{key_heads, value_heads, key_dim, value_dim}, 1.0f);                                       \
     }                                                                                                                        \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 1)                                                                                                        \
     delta_reverse_##A(const A* __restrict__ q, const A* __restrict__ k, const f32* __restrict__ decay,                       \
                       const f32* __restrict__ beta, const f32* __restrict__ solved, const A* __restrict__ products,          \
                       const A* __restrict__ dout, const i32* __restrict__ documents, A* __restrict__ dstates,                \

@@ -28,62 +28,62 @@ pub(super) static PRODUCTS: Kernel = kernel(
 pub(super) static FORWARD: Kernel = kernel(
     "delta_forward",
     &[
-    ("q", In(A)),
-    ("k", In(A)),
-    ("v", In(A)),
-    ("decay", In(SINGLE)),
-    ("beta", In(SINGLE)),
-    ("solved", In(SINGLE)),
-    ("products", In(A)),
-    ("documents", In(INTEGER)),
-    ("state", Out(SINGLE)),
-    ("out", Out(A)),
-    ("key_heads", I32),
-    ("value_heads", I32),
-    ("key_dim", I32),
-    ("value_dim", I32),
-    ("scale", F32),
-],
+        ("q", In(A)),
+        ("k", In(A)),
+        ("v", In(A)),
+        ("decay", In(SINGLE)),
+        ("beta", In(SINGLE)),
+        ("solved", In(SINGLE)),
+        ("products", In(A)),
+        ("documents", In(INTEGER)),
+        ("state", Out(SINGLE)),
+        ("out", Out(A)),
+        ("key_heads", I32),
+        ("value_heads", I32),
+        ("key_dim", I32),
+        ("value_dim", I32),
+        ("scale", F32),
+    ],
 );
 
 pub(super) static STATES: Kernel = kernel(
     "delta_states",
     &[
-    ("k", In(A)),
-    ("v", In(A)),
-    ("decay", In(SINGLE)),
-    ("beta", In(SINGLE)),
-    ("solved", In(SINGLE)),
-    ("documents", In(INTEGER)),
-    ("states", Out(A)),
-    ("corrected", Out(A)),
-    ("key_heads", I32),
-    ("value_heads", I32),
-    ("key_dim", I32),
-    ("value_dim", I32),
-],
+        ("k", In(A)),
+        ("v", In(A)),
+        ("decay", In(SINGLE)),
+        ("beta", In(SINGLE)),
+        ("solved", In(SINGLE)),
+        ("documents", In(INTEGER)),
+        ("states", Out(A)),
+        ("corrected", Out(A)),
+        ("key_heads", I32),
+        ("value_heads", I32),
+        ("key_dim", I32),
+        ("value_dim", I32),
+    ],
 );
 
 pub(super) static REVERSE: Kernel = kernel(
     "delta_reverse",
     &[
-    ("q", In(A)),
-    ("k", In(A)),
-    ("decay", In(SINGLE)),
-    ("beta", In(SINGLE)),
-    ("solved", In(SINGLE)),
-    ("products", In(A)),
-    ("dout", In(A)),
-    ("documents", In(INTEGER)),
-    ("dstates", Out(A)),
-    ("dresidual", Out(A)),
-    ("dv", Out(A)),
-    ("key_heads", I32),
-    ("value_heads", I32),
-    ("key_dim", I32),
-    ("value_dim", I32),
-    ("scale", F32),
-],
+        ("q", In(A)),
+        ("k", In(A)),
+        ("decay", In(SINGLE)),
+        ("beta", In(SINGLE)),
+        ("solved", In(SINGLE)),
+        ("products", In(A)),
+        ("dout", In(A)),
+        ("documents", In(INTEGER)),
+        ("dstates", Out(A)),
+        ("dresidual", Out(A)),
+        ("dv", Out(A)),
+        ("key_heads", I32),
+        ("value_heads", I32),
+        ("key_dim", I32),
+        ("value_dim", I32),
+        ("scale", F32),
+    ],
 );
 
 impl<R: Runtime> Chunks<R> {
@@ -135,12 +135,7 @@ impl<R: Runtime> Gpu<R> {
     }
 
     /// Writes the output and, if given, the state.
-    pub(super) fn scan_delta(
-        &self,
-        call: DeltaForward<'_, Self>,
-        chunks: &Chunks<R>,
-        sizes: DeltaSizes,
-    ) -> Result<()> {
+    pub(super) fn scan_delta(&self, call: DeltaForward<'_, Self>, chunks: &Chunks<R>, sizes: DeltaSizes) -> Result<()> {
         let products = self.delta_products((call.q, call.k), (call.decay, call.beta), chunks, sizes)?;
         let [key_heads, value_heads, key_dim, value_dim] = heads(sizes);
         let arguments = [
