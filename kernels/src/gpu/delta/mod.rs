@@ -15,7 +15,8 @@ use crate::contract::{self, DeltaSizes};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
-    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps, Op,
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsBackward,
+    DeltaInputsForward, DeltaOps, Op,
 };
 use crate::tensor::{Segments, Tensor};
 
@@ -240,6 +241,10 @@ impl<R: Runtime> DeltaOps for Gpu<R> {
 
     fn delta_inputs_forward(&self, call: DeltaInputsForward<'_, Self>) -> Result<()> {
         self.prepare_delta(call)
+    }
+
+    fn delta_inputs_backward(&self, call: DeltaInputsBackward<'_, Self>) -> Result<()> {
+        self.prepare_delta_back(call)
     }
 
     fn delta_gates_forward(&self, call: DeltaGatesForward<'_, Self>) -> Result<()> {
