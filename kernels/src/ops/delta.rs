@@ -230,9 +230,9 @@ pub trait DeltaOps: Device {
     /// Shapes or dtypes outside the contract.
     fn delta_gates_backward(&self, call: DeltaGatesBackward<'_, Self>) -> Result<()>;
 
-    /// Everything between the input projections and the delta rule: the projections cut
-    /// apart ([`GateOps::copy_columns`]), [`ConvolutionOps::convolution_forward`] of q, k and v, [`GateOps::l2_norm_forward`] of
-    /// the heads of q and k, and [`DeltaOps::delta_gates_forward`].
+    /// Everything between the input projections and the delta rule: the projections cut apart ([`GateOps::copy_columns`]),
+    /// [`ConvolutionOps::convolution_forward`] of q, k and v, [`GateOps::l2_norm_forward`] of the heads of q and k, and
+    /// [`DeltaOps::delta_gates_forward`].
     ///
     /// # Errors
     /// Shapes or dtypes outside the contract.
