@@ -31,7 +31,13 @@ TOKENS = 4096
 RANK = 16
 GOALS = {"E1": 1, "E2": 4, "E3": 4}
 # Ours by the names of its command line, theirs by PEFT's; routed experts have adapters in E3 only.
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkvz", "in_proj_ba", "out_proj"]
+DELTA = ["in_proj_qkvz", "in_proj_ba", "out_proj"]
+TARGETS = {
+    # The first layer has no attention, and ours refuses a target that matches nothing.
+    "E1": DELTA,
+    "E2": ["q_proj", "k_proj", "v_proj", "o_proj", *DELTA],
+    "E3": ["q_proj", "k_proj", "v_proj", "o_proj", *DELTA, "experts"],
+}
 # Kernels of which one must have run for a fast path to count as active.
 FAST = {
     "flash-linear-attention": ("chunk_gated_delta", "chunk_delta", "chunk_fwd", "chunk_bwd"),
@@ -124,14 +130,14 @@ def experts4bit(torch, model):
     return model
 
 
-def step_of(torch, model):
+def step_of(torch, model, targets):
     """A call that does one step of transformers + PEFT; it gives the loss."""
     peft = package("peft")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     own = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-    lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[name for name in TARGETS if name in present])
+    lora = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=[name for name in targets if name in present and name != "experts"])
     vocabulary = model.config.vocab_size
     model = peft.get_peft_model(model, lora).train()
     for parameter in own:  # adapters that PEFT did not make
@@ -153,7 +159,7 @@ def step_of(torch, model):
 
 def peers(torch, goal, config, layers):
     made = lambda experts, change=None: lambda: step_of(
-        torch, (change or (lambda _, model: model))(torch, build(torch, config, layers, experts)))
+        torch, (change or (lambda _, model: model))(torch, build(torch, config, layers, experts)), TARGETS[goal])
     if goal == "E3":
         yield "experts4bit-qlora, fused training (E3)", made("eager", experts4bit)
         yield "unsloth (E3)", lambda: installed_only("unsloth")
@@ -198,7 +204,7 @@ def timed(step):
 
 def compare(arguments, torch, goal, layers):
     """One comparison. Peers come one after the other, since two models of this width do not fit beside each other for long."""
-    targets = TARGETS + ["experts"] if goal == "E3" else TARGETS
+    targets = TARGETS[goal]
     line = {"goal": goal, "layers": layers, "tokens": TOKENS, "rank": RANK, "targets": targets, "peers": {}}
     try:
         ours = Ours(arguments.program, arguments.model, layers, arguments.device, targets)

@@ -72,7 +72,15 @@ fn pack(folder: &Path) -> PathBuf {
     std::fs::create_dir(&pack).unwrap();
     symlink(env!("CARGO_BIN_EXE_brightrun"), pack.join("brightrun")).unwrap();
     symlink(root().join("benches/gpu"), pack.join("peers")).unwrap();
-    symlink(root().join("demo/sample.jsonl"), pack.join("sample.jsonl")).unwrap();
+    let line = |number: usize| {
+        let turn = |role: &str, text: String| format!("{{\"role\": \"{role}\", \"content\": \"{text}\"}}");
+        let turns = [
+            turn("user", format!("say {number}")),
+            turn("assistant", format!("it is {number}")),
+        ];
+        format!("{{\"messages\": [{}]}}\n", turns.join(", "))
+    };
+    std::fs::write(pack.join("sample.jsonl"), (0..8).map(line).collect::<String>()).unwrap();
     let texts = vec!["A short text from which few tokens are learnt, for a model that is small.".to_owned(); 4];
     let model = Miniature {
         hidden: 32,

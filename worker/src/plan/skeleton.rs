@@ -122,7 +122,13 @@ pub fn skeleton_with<B: Backend>(
         layers,
         final_norm,
         head,
-        rope: RopeCache::uncomputed(config.rotary, device, positions)?,
+        rope: match contents {
+            Contents::None => RopeCache::uncomputed(config.rotary, device, positions)?,
+            // What a step computes with must be numbers.
+            Contents::Random(_) | Contents::Skewed(_) => {
+                RopeCache::new(config.rope_theta, config.rotary, options.rope_frequencies)
+            }
+        },
         modules: builder.modules,
         weight_bytes: builder.weight_bytes,
         fingerprint: String::new(),
