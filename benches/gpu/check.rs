@@ -3,9 +3,9 @@
 //! A timing counts only with this. The conformance suite judges every op on the same device at shapes made to break it; here it is
 //! shown that at the shapes that are timed the kernels compute what they are timed for.
 
+use brightrun_kernels::Result;
 use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::ops::Precision;
-use brightrun_kernels::Result;
 use serde_json::{Value, json};
 
 use crate::clock::Clock;

@@ -238,7 +238,8 @@ def bench(run):
     words = [sys.executable, run.program("peers/peers.py"), "--bench", run.program("bench"), "--out", run.scratch, "--seconds",
              str(int(max(run.seconds_left() - 20, 10))), "--only", run.only_cases]
     if run.is_trial:
-        words += ["--peer-device", "cpu", "--bench-argument", "--device", "--bench-argument", run.device]
+        words += ["--peer-device", "cpu", "--bench-argument=--device", "--bench-argument=" + run.device, "--bench-argument=--shrink",
+                  "--bench-argument=4096"]
     lines, problem = passed_on(run, words)
     absent = [f"{line['case']}: {line['ours']['absent']}" for line in lines if "case" in line and "absent" in line["ours"]]
     return problem or ("ours did not run: " + "; ".join(absent) if absent else None)

@@ -2,7 +2,7 @@
 """The GPU bench beside its peers: bitsandbytes, torch, PEFT, flash-linear-attention, Liger, and what transformers does by default.
 
     cargo build --release -p brightrun-kernels --bench gpu
-    python benches/gpu/peers.py --bench target/release/deps/gpu-… --out FOLDER [--only K5] [--seconds 500]
+    python benches/gpu/peers.py --bench target/release/deps/gpu-… --out FOLDER [--only K5,K7] [--seconds 500]
 
 All sides run in turns on one GPU (A B C A B C …), each timed by the device's own events over the same number of calls; a process waits
 while the other measures. Warm-up and compilation are apart. A peer whose package is missing is named as absent, and so is one whose
@@ -30,8 +30,8 @@ from peer import Absent, differences, experts, layers, loss, memory, mixers, pac
 
 ROUNDS = 5
 PER_ROUND = 4
-# Elements whose NF4 codes are compared with bitsandbytes' own.
-CODES = 1 << 22
+# Elements whose NF4 codes are compared with bitsandbytes' own, and so many in a trial.
+CODES, TRIAL_CODES = 1 << 22, 1 << 14
 
 PEERS = {
     "Copy": memory.copy, "Dequantize": memory.dequantize, "Quantize": memory.quantize, "QuantizeFp8": memory.quantize_fp8,
@@ -260,9 +260,10 @@ def compare(line):
 
 def compared_codes(ours, torch):
     """Q4: the codes and scales of one matrix, ours and bitsandbytes' on the same device."""
-    line = {"codes": CODES, "ours": ours.ask(f"codes {CODES}")}
+    elements = CODES if peer.DEVICE[0] == "cuda" else TRIAL_CODES
+    line = {"codes": elements, "ours": ours.ask(f"codes {elements}")}
     try:
-        line["bitsandbytes"] = memory.nf4_digests(torch, CODES)
+        line["bitsandbytes"] = memory.nf4_digests(torch, elements)
         line["equal"] = line["ours"] == line["bitsandbytes"]
     except Absent as reason:
         line["bitsandbytes"] = {"absent": str(reason)}
@@ -306,7 +307,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", required=True, help="the bench program, or the socket of one")
     parser.add_argument("--out", required=True, help="folder for bench.jsonl")
-    parser.add_argument("--only", default="", help="cases whose name has one of these, with commas between")
+    parser.add_argument("--only", default="", help="goals, or how names of cases begin, with commas between")
     parser.add_argument("--seconds", type=float, default=540, help="no case is begun after so long")
     parser.add_argument("--peer-device", default="cuda", help="where peers run; cpu tries them out where there is no GPU")
     parser.add_argument("--bench-argument", action="append", default=[], help="handed to the bench program")
@@ -329,7 +330,7 @@ def main():
         say(compared_codes(ours, torch))
         cases = {case["name"]: case for case in ours.ask("list")["cases"]}
         for name, case in cases.items():
-            if not any(word in name for word in wanted):
+            if not any(name.startswith(word + " ") or name == word or not word for word in wanted):
                 continue
             if time.monotonic() - begin > arguments.seconds:
                 left_out.append(name)

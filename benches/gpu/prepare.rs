@@ -3,8 +3,8 @@
 use brightrun_kernels::ops::{
     AdamW, AttentionBackward, AttentionForward, BlockMoment, ConvolutionBackward, DELTA_CHUNK, DeltaBackward,
     DeltaForward, DeltaInputsForward, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, LinearBackward,
-    LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, NormForward, NormWeight, Precision, Routing, RowOrder,
-    Write,
+    LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, NormForward, NormWeight, Precision, Routing,
+    RowOrder, Write,
 };
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Result, Tensor, Weight, WeightStack};

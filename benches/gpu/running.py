@@ -85,6 +85,7 @@ class Run:
                 for line in process.stdout:
                     output.append(line)
                     log.write(line)
+                    log.flush()
                     if on_line:
                         on_line(line)
                 status = process.wait()

@@ -155,7 +155,12 @@ fn digests<B: Clock>(backend: &B, elements: usize) -> Result<Value> {
     let mut source = backend.alloc(DType::BF16, shape)?;
     backend.copy(&exact, &mut source)?;
     let weight = backend.quantize_nf4(&source, false)?;
-    let digest = |bytes: &[u8]| Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let digest = |bytes: &[u8]| {
+        Sha256::digest(bytes)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect::<String>()
+    };
     let codes = digest(&backend.read(&weight.codes)?);
     match &weight.scales {
         Nf4Scales::Flat(absmax) => Ok(json!({ "codes": codes, "absmax": digest(&backend.read(absmax)?) })),

@@ -192,7 +192,11 @@ impl Heads {
     }
 
     fn delta_flops(self) -> f64 {
-        product(&[self.tokens, self.heads, 6 * self.dim * self.dim + 4 * DELTA_CHUNK * self.dim])
+        product(&[
+            self.tokens,
+            self.heads,
+            6 * self.dim * self.dim + 4 * DELTA_CHUNK * self.dim,
+        ])
     }
 
     fn gate_bytes(self) -> f64 {

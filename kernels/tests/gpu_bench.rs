@@ -55,7 +55,11 @@ fn every_case_computes_in_bf16_what_it_does_in_float32() {
         let checked = check::check(&device, case.work).unwrap_or_else(|error| panic!("{}: {error}", case.name));
         let mean = checked["mean"].as_f64().unwrap_or(f64::NAN);
         // Factors rounded to 8 bits, and moments to the 8 bits of their map.
-        let bound = if matches!(case.work, Work::Adamw8bit { .. }) { 0.1 } else { 0.02 };
+        let bound = if matches!(case.work, Work::Adamw8bit { .. }) {
+            0.1
+        } else {
+            0.02
+        };
         assert!(mean <= bound, "{}: {checked}", case.name);
     }
 }

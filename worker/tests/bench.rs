@@ -41,7 +41,10 @@ fn measured<B: Backend>(device: &B, request: &BenchRequest) -> (BenchModel, Vec<
 fn steps_of_every_length_are_measured_on_a_model_without_a_checkpoint() {
     let device = Cpu::new(Some(2)).unwrap();
     let (model, steps, begun) = measured(&device, &request(vec![128, 512]));
-    assert_eq!((model.layers, model.device_bytes_before, begun), (4, None, vec![128, 512]));
+    assert_eq!(
+        (model.layers, model.device_bytes_before, begun),
+        (4, None, vec![128, 512])
+    );
     assert!(model.weight_bytes > 0 && model.trainable_parameters > 0);
     assert_eq!(steps.iter().map(|step| step.tokens).collect::<Vec<_>>(), [128, 512]);
     for step in &steps {
@@ -54,7 +57,10 @@ fn steps_of_every_length_are_measured_on_a_model_without_a_checkpoint() {
         let routing = step.routing.unwrap();
         assert!(routing.max_over_mean > 1.3 && routing.entropy < 0.99, "{routing:?}");
     }
-    assert!(steps[1].flops > 4 * steps[0].flops, "attention grows faster than tokens");
+    assert!(
+        steps[1].flops > 4 * steps[0].flops,
+        "attention grows faster than tokens"
+    );
 }
 
 /// The step that a GPU is measured with: the same kernels, and from the second on a replay.

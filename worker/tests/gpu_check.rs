@@ -22,7 +22,7 @@ mod work;
 
 use std::io::BufReader;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -139,10 +139,12 @@ fn a_run_goes_through_its_parts_and_ends_with_the_table_of_goals() {
         "--device",
         "emulated",
         "--only",
-        "conformance,golden,determinism,memcheck,bench,model,longest,layers",
+        "conformance,golden,determinism,memcheck,bench,model,memory,longest,layers",
         "--cases",
-        "K1,K3 linear T64,bandwidth rms_norm",
+        "K1,K3,bandwidth rms_norm",
     ]);
+    // A client that never came must not be waited for.
+    drop(UnixStream::connect(pack.join("bench")));
     server.join().unwrap();
     let told = format!(
         "{}{}{}",
@@ -151,7 +153,17 @@ fn a_run_goes_through_its_parts_and_ends_with_the_table_of_goals() {
         std::fs::read_to_string(out.join("log.txt")).unwrap_or_default()
     );
     let lines = lines(&out);
-    for part in ["devices", "conformance", "golden", "determinism", "bench", "model", "longest"] {
+    let passed = [
+        "devices",
+        "conformance",
+        "golden",
+        "determinism",
+        "bench",
+        "model",
+        "memory",
+        "longest",
+    ];
+    for part in passed {
         assert_eq!(verdict(&lines, part), Some(true), "{part}: {told}");
     }
     // What only a device has is absent, and the run says so by its status.
@@ -162,13 +174,27 @@ fn a_run_goes_through_its_parts_and_ends_with_the_table_of_goals() {
     measured_cases_count(&lines);
     let table: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(out.join("goals.json")).unwrap()).unwrap();
     let row = |goal: &str| table.iter().find(|row| row["goal"] == goal).unwrap();
-    assert_eq!((&row("Q1")["verdict"], row("Q1")["value"].as_f64()), (&Value::from("pass"), Some(2.5e-7)));
+    assert_eq!(
+        (&row("Q1")["verdict"], row("Q1")["value"].as_f64()),
+        (&Value::from("pass"), Some(2.5e-7))
+    );
     assert_eq!(row("Q3")["verdict"], "moonshot");
-    assert!(row("K1")["value"].as_f64().unwrap() > 0.0, "a share of a copy: {}", row("K1"));
+    assert!(
+        row("K1")["value"].as_f64().unwrap() > 0.0,
+        "a share of a copy: {}",
+        row("K1")
+    );
     // A peer that is not there is named, and its goal is not passed.
     assert_eq!(row("K3")["verdict"], "not measured");
-    assert!(row("K3")["note"].as_str().unwrap().contains("bitsandbytes"), "{}", row("K3"));
-    assert_eq!((&row("E1")["verdict"], &row("K9")["verdict"]), (&"not measured".into(), &"not measured".into()));
+    assert!(
+        row("K3")["note"].as_str().unwrap().contains("bitsandbytes"),
+        "{}",
+        row("K3")
+    );
+    assert_eq!(
+        (&row("E1")["verdict"], &row("K9")["verdict"]),
+        (&"not measured".into(), &"not measured".into())
+    );
 }
 
 /// Every case has times in turns with what is beside it, numerics, and how much memory it took.
@@ -180,10 +206,15 @@ fn measured_cases_count(lines: &[Value]) {
         assert!(case["ours"]["check"]["mean"].as_f64().unwrap() < 0.02, "{case}");
         assert!(case["ours"]["working_bytes"].is_u64(), "{case}");
     }
-    let beside = cases.iter().filter(|case| case["beside"]["gigabytes_per_second"].as_f64().is_some());
+    let beside = cases
+        .iter()
+        .filter(|case| case["beside"]["gigabytes_per_second"].as_f64().is_some());
     assert_eq!(beside.count(), 2, "{cases:?}");
     let model = lines.iter().find(|line| line["measurement"] == "speed").unwrap();
-    assert!(model["is_recorded"] == true && model["flops"].as_u64().unwrap() > 0, "{model}");
+    assert!(
+        model["is_recorded"] == true && model["flops"].as_u64().unwrap() > 0,
+        "{model}"
+    );
 }
 
 #[test]
@@ -212,7 +243,6 @@ fn without_a_device_every_part_is_absent_by_name_and_the_status_says_so() {
         assert!(part["problem"].as_str().unwrap().starts_with("no device: "), "{part}");
     }
     let table = std::fs::read_to_string(out.join("goals.md")).unwrap();
-    assert!(!table.contains("| pass |") && !table.contains("| moonshot | bench"), "{table}");
     assert!(table.contains("0 moonshot, 0 pass, 0 missed"), "{table}");
 }
 
@@ -237,9 +267,18 @@ fn a_timing_counts_only_with_numerics_near_float32() {
         let row = table.into_iter().find(|row| row["goal"] == "K3").unwrap();
         (row["verdict"].as_str().unwrap().to_owned(), row["note"].to_string())
     };
-    let (near, far) = ("{\"mean\": 0.004, \"largest\": 0.03}", "{\"mean\": 0.4, \"largest\": 3.0}");
+    let (near, far) = (
+        "{\"mean\": 0.004, \"largest\": 0.03}",
+        "{\"mean\": 0.4, \"largest\": 3.0}",
+    );
     assert_eq!(verdicts(near, near).0, "pass");
-    for (ours, theirs) in [(far, near), ("null", near), (near, far), (near, "null"), ("{\"mean\": null}", near)] {
+    for (ours, theirs) in [
+        (far, near),
+        ("null", near),
+        (near, far),
+        (near, "null"),
+        ("{\"mean\": null}", near),
+    ] {
         let (verdict, note) = verdicts(ours, theirs);
         assert_eq!(verdict, "not measured", "{ours} {theirs} {note}");
     }

@@ -111,7 +111,11 @@ impl Cost {
 /// its own (the left factor, or its codes).
 fn group_product(instruction: &str, opcode: &str) -> Cost {
     let extents = opcode.split('.').nth(1).unwrap_or("");
-    let columns: f64 = extents.split('x').nth(1).and_then(|text| text.parse().ok()).unwrap_or(0.0);
+    let columns: f64 = extents
+        .split('x')
+        .nth(1)
+        .and_then(|text| text.parse().ok())
+        .unwrap_or(0.0);
     let operands = instruction.split_once(' ').map_or("", |(_, rest)| rest);
     let left = operands.split(',').nth(1).map_or("", str::trim);
     let (tokens, left_bytes) = (16.0 * columns * 2.0, 64.0 * 16.0 * 2.0);

@@ -147,7 +147,12 @@ pub fn render(readings: &Readings) -> String {
 fn row(target: &str, machine: &Machine, entry: &Entry, tensor: Tensor, read: &Read) -> String {
     let threads = entry.threads as usize;
     let cycles = Cycles::of(loop_cost(entry.kernel, read), machine, tensor, threads);
-    let (blocks, _) = occupancy(target, &read.resources, threads, launched_bytes(&entry.name, entry.kernel));
+    let (blocks, _) = occupancy(
+        target,
+        &read.resources,
+        threads,
+        launched_bytes(&entry.name, entry.kernel),
+    );
     let [most, least] = cycles.shares();
     let shape = shapes::of(entry.kernel, &entry.name);
     format!(
@@ -221,7 +226,10 @@ fn the_busiest_part_decides_and_nothing_overlaps_at_worst() {
     let ampere = machine("sm_80").unwrap();
     let cycles = Cycles::of(cost, &ampere, Tensor::Warp, 128);
     // 128 tensor instructions of four warps are 1 048 576 multiply-adds.
-    assert_eq!((cycles.tensor, cycles.issue, cycles.logic, cycles.shared), (1024.0, 300.0, 200.0, 800.0));
+    assert_eq!(
+        (cycles.tensor, cycles.issue, cycles.logic, cycles.shared),
+        (1024.0, 300.0, 200.0, 800.0)
+    );
     assert_eq!(cycles.limit(), "tensor");
     let [most, least] = cycles.shares();
     assert!((most - 1.0).abs() < 1e-9 && (least - 1024.0 / 2124.0).abs() < 1e-9);

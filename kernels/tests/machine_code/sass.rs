@@ -118,12 +118,19 @@ impl Function<'_> {
             .iter()
             .filter(|range| range.start >= around.start && range.end <= around.end && tensor(range) > 0);
         // Where rare ways have loops of their own inside, the loop with the products is not the innermost one, and those are left out.
-        let products_loop = loops.iter().filter(|range| tensor(range) > 0).min_by_key(|range| range.len());
+        let products_loop = loops
+            .iter()
+            .filter(|range| tensor(range) > 0)
+            .min_by_key(|range| range.len());
         let main_cost = match (main, products_loop) {
             (Some(main), _) if tensor(main) > 0 => self.cost(main.clone()),
             (_, Some(outer)) => {
-                let within = inner.iter().filter(|range| range.start >= outer.start && range.end <= outer.end);
-                within.fold(self.cost(outer.clone()), |sum, range| sum + self.cost(range.clone()) * -1.0)
+                let within = inner
+                    .iter()
+                    .filter(|range| range.start >= outer.start && range.end <= outer.end);
+                within.fold(self.cost(outer.clone()), |sum, range| {
+                    sum + self.cost(range.clone()) * -1.0
+                })
             }
             _ => main.map_or_else(Cost::default, |range| self.cost(range.clone())),
         };

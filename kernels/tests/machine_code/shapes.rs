@@ -49,7 +49,11 @@ pub fn of(kernel: &str, entry: &str) -> Option<Shape> {
         () if kernel.starts_with("cross_entropy_") => {
             let tokens = 4096.0;
             let bytes = element * VOCABULARY * WIDTH + HALF * tokens * (WIDTH + VOCABULARY);
-            shape("T4096 C2048 V151936".to_owned(), 2.0 * tokens * WIDTH * VOCABULARY, bytes)
+            shape(
+                "T4096 C2048 V151936".to_owned(),
+                2.0 * tokens * WIDTH * VOCABULARY,
+                bytes,
+            )
         }
         () if kernel.starts_with("attention_") => attention(kernel),
         () if kernel.starts_with("delta_") => delta(kernel),

@@ -86,7 +86,11 @@ fn served<B: Backend>(device: &B, request: &BenchRequest) -> Result<()> {
 /// The text of a `config.json` that is named, or of a preset.
 fn config_text(named: &str) -> Result<String> {
     let path = Path::new(named);
-    let file = if path.is_dir() { path.join("config.json") } else { path.to_owned() };
+    let file = if path.is_dir() {
+        path.join("config.json")
+    } else {
+        path.to_owned()
+    };
     if !file.is_file() {
         return preset(named).map(str::to_owned);
     }

@@ -426,7 +426,10 @@ impl<B: Backend> Builder<'_, B> {
         let shape = brightrun_kernels::Shape::new(shape);
         if dtype == DType::BF16 {
             // As they will lie: a copy in f32 on the device would count among the memory of what is measured.
-            let halves: Vec<u8> = values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect();
+            let halves: Vec<u8> = values
+                .iter()
+                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
+                .collect();
             return Ok(self.device.upload(dtype, shape, &halves)?);
         }
         let exact = self.device.upload_f32(shape, values)?;
@@ -462,7 +465,10 @@ mod tests {
         let options = LoadOptions::from(BaseDtype::Nf4Experts);
         let model = skeleton_with(&device, config, options, DType::BF16, 64, Contents::Skewed(1)).unwrap();
         let weights: u64 = model.weight_bytes().values().sum();
-        assert!(device.memory().in_use_bytes - before >= weights, "a weight has no memory of its own");
+        assert!(
+            device.memory().in_use_bytes - before >= weights,
+            "a weight has no memory of its own"
+        );
         let mut seen = HashSet::new();
         for (number, layer) in model.layers.iter().enumerate() {
             let FeedForward::Moe(moe) = &layer.feed_forward else {
