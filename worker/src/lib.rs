@@ -36,6 +36,7 @@ pub mod config;
 pub mod dataset;
 pub mod demo;
 pub mod error;
+mod host;
 pub mod hub;
 pub mod job;
 pub mod model;

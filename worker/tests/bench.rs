@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use brightrun_kernels::cpu::Cpu;
+use brightrun_kernels::ops::Device;
 use brightrun_kernels::{Backend, Error, emu};
-use brightrun_worker::bench::{BenchEvent, BenchModel, BenchRequest, BenchStep, NoMeter, WARM_UP, bench, serve};
+use brightrun_worker::bench::{BenchEvent, BenchModel, BenchRequest, BenchStep, Meter, NoMeter, WARM_UP, bench, serve};
+use brightrun_worker::error::Result;
 use brightrun_worker::model::{Family, ModelConfig};
 use brightrun_worker::spec::{BaseDtype, TrainSpec};
 
@@ -103,4 +105,39 @@ fn documents_that_no_model_could_read_are_refused() {
         let failure = bench(&device, &NoMeter, &request(vec![tokens]), &mut |_| Ok(())).unwrap_err();
         assert_eq!(failure.code, "BENCH_OUT_OF_RANGE");
     }
+}
+
+/// A device that has so many bytes to give.
+struct Small(u64);
+
+impl Meter for Small {
+    fn begin(&self) {}
+
+    fn end(&self) -> Result<Option<f64>> {
+        Ok(None)
+    }
+
+    fn device_bytes(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    fn room(&self) -> Result<Option<u64>> {
+        Ok(Some(self.0))
+    }
+}
+
+#[test]
+fn what_cannot_fit_is_refused_before_anything_is_made() {
+    let device = Cpu::new(Some(1)).unwrap();
+    let (model, _, _) = measured(&device, &request(vec![128]));
+    let before = device.memory().in_use_bytes;
+    let mut told = 0;
+    let mut count = |_: BenchEvent<'_>| {
+        told += 1;
+        Ok(())
+    };
+    let refused = bench(&device, &Small(model.weight_bytes), &request(vec![128]), &mut count).unwrap_err();
+    assert_eq!((refused.code.as_str(), told), ("BENCH_MEMORY", 0), "{refused:?}");
+    assert_eq!(device.memory().in_use_bytes, before);
+    bench(&device, &Small(1 << 40), &request(vec![128]), &mut |_| Ok(())).unwrap();
 }

@@ -19,9 +19,15 @@ pub trait Meter {
     /// # Errors
     /// The device's own.
     fn device_bytes(&self) -> Result<Option<u64>>;
+
+    /// Bytes that the device can still give.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn room(&self) -> Result<Option<u64>>;
 }
 
-/// For devices that tell nothing.
+/// For devices that tell nothing and live in the host's memory.
 #[derive(Clone, Copy, Debug)]
 pub struct NoMeter;
 
@@ -34,5 +40,9 @@ impl Meter for NoMeter {
 
     fn device_bytes(&self) -> Result<Option<u64>> {
         Ok(None)
+    }
+
+    fn room(&self) -> Result<Option<u64>> {
+        Ok(crate::host::available_memory().ok())
     }
 }

@@ -115,7 +115,7 @@ pub struct BenchStep {
 /// not fit the device.
 ///
 /// # Errors
-/// `SPEC_OUT_OF_RANGE`, `BENCH_OUT_OF_RANGE`; the backend's own.
+/// `SPEC_OUT_OF_RANGE`, `BENCH_OUT_OF_RANGE`, `BENCH_MEMORY`; the backend's own.
 pub fn bench<B: Backend>(
     device: &B,
     meter: &dyn Meter,
@@ -123,6 +123,7 @@ pub fn bench<B: Backend>(
     on_event: &mut dyn FnMut(BenchEvent<'_>) -> Result<()>,
 ) -> Result<()> {
     request.check()?;
+    request.check_room(meter)?;
     let device_bytes_before = meter.device_bytes()?;
     let begun = Instant::now();
     let model = request.model(device)?;
@@ -197,6 +198,26 @@ impl BenchRequest {
         .hint(format!(
             "Ask for at least one step, and for documents of 2 to {longest} tokens"
         )))
+    }
+
+    /// Refuses what cannot fit whatever a step takes beside it: the weights, the adapter and its optimizer.
+    fn check_room(&self, meter: &dyn Meter) -> Result<()> {
+        let least = self.tokens.iter().min().copied().unwrap_or(0);
+        let planned = self.planned(least)?.bytes;
+        let state = planned.weights + planned.lora + planned.gradients + planned.optimizer;
+        match meter.room()? {
+            Some(room) if room < state => Err(Failure::user(
+                "BENCH_MEMORY",
+                format!(
+                    "{} layers take {:.1} GB before the first step; the device can give {:.1}",
+                    self.config.layers,
+                    state as f64 / 1e9,
+                    room as f64 / 1e9
+                ),
+            )
+            .hint("Measure fewer layers (--layers), or on a device with more memory")),
+            _ => Ok(()),
+        }
     }
 
     fn model<B: Backend>(&self, device: &B) -> Result<Model<B>> {

@@ -177,4 +177,9 @@ impl Meter for Marks<'_> {
         let (free, total) = self.device.runtime().free_and_total_bytes()?;
         Ok(Some(total - free))
     }
+
+    fn room(&self) -> Result<Option<u64>> {
+        let (free, _total) = self.device.runtime().free_and_total_bytes()?;
+        Ok(Some(free))
+    }
 }

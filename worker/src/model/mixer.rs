@@ -21,9 +21,9 @@ pub enum Mixer<B: Backend> {
 /// A mixer's trace.
 pub enum MixerTrace<B: Backend> {
     /// Of [`Mixer::Attention`].
-    Attention(AttentionTrace<B>),
+    Attention(Box<AttentionTrace<B>>),
     /// Of [`Mixer::Delta`].
-    Delta(DeltaTrace<B>),
+    Delta(Box<DeltaTrace<B>>),
 }
 
 /// What a mixer remembers of the positions decoded so far.
@@ -59,11 +59,11 @@ impl<B: Backend> Mixer<B> {
         match self {
             Self::Attention(attention) => {
                 let (y, trace) = attention.forward(pass, x)?;
-                Ok((y, MixerTrace::Attention(trace)))
+                Ok((y, MixerTrace::Attention(Box::new(trace))))
             }
             Self::Delta(delta) => {
                 let (y, trace) = delta.forward(pass, x)?;
-                Ok((y, MixerTrace::Delta(trace)))
+                Ok((y, MixerTrace::Delta(Box::new(trace))))
             }
         }
     }
@@ -119,9 +119,9 @@ impl<B: Backend> Mixer<B> {
     ) -> Result<()> {
         match (self, trace) {
             (Self::Attention(attention), MixerTrace::Attention(trace)) => {
-                attention.backward(pass, gradients, trace, x, dy, dx)
+                attention.backward(pass, gradients, *trace, x, dy, dx)
             }
-            (Self::Delta(delta), MixerTrace::Delta(trace)) => delta.backward(pass, gradients, trace, x, dy, dx),
+            (Self::Delta(delta), MixerTrace::Delta(trace)) => delta.backward(pass, gradients, *trace, x, dy, dx),
             _ => Err(foreign("trace")),
         }
     }

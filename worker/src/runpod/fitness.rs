@@ -69,37 +69,13 @@ pub(crate) async fn report(http: &Http, routes: &Routes, check: &str, reason: &s
 }
 
 fn check_memory(min_gb: f64) -> Result<(), String> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").map_err(|error| format!("/proc/meminfo: {error}"))?;
-    let available = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))
-        .and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<f64>().ok())
-        .map(|kib| kib * 1024.0)
-        .ok_or("/proc/meminfo does not say what is available")?;
-    let available = available.min(cgroup_room().unwrap_or(f64::INFINITY)) / f64::from(1 << 30);
+    let available = crate::host::available_memory()? as f64 / f64::from(1 << 30);
     if available >= min_gb {
         return Ok(());
     }
     Err(format!(
         "{available:.1} GiB of memory are available; {min_gb} are needed (RUNPOD_MIN_MEMORY_GB)"
     ))
-}
-
-/// Bytes the container may still use, where it has a limit: the host's numbers do not know it.
-fn cgroup_room() -> Option<f64> {
-    let read = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<f64>().ok();
-    let limit = read("/sys/fs/cgroup/memory.max").or_else(|| read("/sys/fs/cgroup/memory/memory.limit_in_bytes"))?;
-    let used = read("/sys/fs/cgroup/memory.current").or_else(|| read("/sys/fs/cgroup/memory/memory.usage_in_bytes"))?;
-    // The page cache counts as used but gives way.
-    let stat = std::fs::read_to_string("/sys/fs/cgroup/memory.stat")
-        .or_else(|_| std::fs::read_to_string("/sys/fs/cgroup/memory/memory.stat"))
-        .unwrap_or_default();
-    let cached = stat
-        .lines()
-        .find_map(|line| line.strip_prefix("inactive_file "))
-        .and_then(|number| number.trim().parse::<f64>().ok())
-        .unwrap_or(0.0);
-    Some((limit - used + cached).max(0.0))
 }
 
 fn check_disk(min_percent: f64) -> Result<(), String> {
