@@ -117,6 +117,7 @@ struct Launch {
     unsigned workers;
     const Range* ranges;
     size_t range_count;
+    size_t period, last;  // of each so many blocks only so many at the end are run
 };
 
 // ---- switching -----------------------------------------------------------------------------------------------------
@@ -708,6 +709,7 @@ void take_part(Work& work) {
     while (!work.failed) {
         size_t index = work.next++;
         if (index >= work.blocks) break;
+        if (index % work.launch.period + work.launch.last < work.launch.period) continue;
         run_block(block, work.launch, index);
         if (block->failed) {
             std::lock_guard<std::mutex> guard(work.lock);

@@ -58,9 +58,84 @@ pub fn nearest(map: &[f32; 256], x: f32) -> u8 {
     }
 }
 
+/// What divides the codes of an ascending map, as a search tree: going from node 1, with `x`, to node `2 n + 1` where
+/// `x > tree[n]` and to `2 n` elsewhere leads in eight steps to node `256 + nearest(map, x)`. `tree[0]` is nobody's.
+pub fn tree(map: &[f32; 256]) -> [f32; 256] {
+    let mut tree = [0.0; 256];
+    for (node, divides) in tree.iter_mut().enumerate().skip(1) {
+        let level = node.ilog2();
+        let in_level = node - (1 << level);
+        *divides = last_of(map, ((2 * in_level + 1) << (7 - level)) - 1);
+    }
+    tree
+}
+
+/// The largest number whose nearest code is `code`, which is not the last.
+fn last_of(map: &[f32; 256], code: usize) -> f32 {
+    let (mut known, mut beyond) = (rank(map[code]), rank(map[code + 1]));
+    while known + 1 < beyond {
+        let middle = known + (beyond - known) / 2;
+        if usize::from(nearest(map, unranked(middle))) <= code {
+            known = middle;
+        } else {
+            beyond = middle;
+        }
+    }
+    unranked(known)
+}
+
+/// The place of a number among all of its type, in their order.
+fn rank(x: f32) -> i64 {
+    let bits = i64::from(x.to_bits());
+    if x.is_sign_negative() {
+        (1 << 31) - 1 - bits
+    } else {
+        bits
+    }
+}
+
+fn unranked(rank: i64) -> f32 {
+    let bits = if rank < 0 { (1 << 31) - 1 - rank } else { rank };
+    f32::from_bits(bits as u32)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::Random;
+
+    fn found_in(tree: &[f32; 256], x: f32) -> usize {
+        (0..8).fold(1, |node, _| 2 * node + usize::from(x > tree[node])) - 256
+    }
+
+    #[test]
+    fn the_tree_finds_the_nearest_code_of_any_number() {
+        for map in [signed(), unsigned()] {
+            let tree = tree(&map);
+            let at_the_borders = tree
+                .iter()
+                .flat_map(|border| [-1, 0, 1].map(|by| unranked(rank(*border) + by)));
+            let anywhere = Random::new(3)
+                .normal(50_000)
+                .into_iter()
+                .flat_map(|x| [x, x * 1e-3, x * 1e-6]);
+            let ends = [
+                0.0,
+                -0.0,
+                1.0,
+                -1.0,
+                2.0,
+                -2.0,
+                f32::INFINITY,
+                f32::NEG_INFINITY,
+                f32::NAN,
+                1e-40,
+            ];
+            for x in at_the_borders.chain(anywhere).chain(ends).chain(map) {
+                assert_eq!(found_in(&tree, x), usize::from(nearest(&map, x)), "{x:e}");
+            }
+        }
+    }
 
     #[test]
     fn the_maps_are_ascending_and_end_where_they_should() {

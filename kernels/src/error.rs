@@ -52,10 +52,14 @@ pub enum Error {
         reason: String,
     },
     /// Memory could not be had.
-    #[error("the {backend} backend is out of memory: asked for {requested_bytes} bytes with {in_use_bytes} in use")]
+    #[error(
+        "the {backend} backend is out of memory: asked for {requested_bytes} bytes for {wanted} with {in_use_bytes} in use"
+    )]
     OutOfMemory {
         /// The backend's name.
         backend: &'static str,
+        /// What the memory was for: dtype and shape of a tensor, and the launch before, on a device.
+        wanted: String,
         /// Size of the failed request.
         requested_bytes: u64,
         /// Bytes in use when it failed.
@@ -70,6 +74,29 @@ pub enum Error {
         message: String,
     },
 }
+
+impl Error {
+    /// The same, saying what the memory was for, if it is about memory.
+    pub(crate) fn wanting(self, what: impl FnOnce() -> String) -> Self {
+        match self {
+            Self::OutOfMemory {
+                backend,
+                requested_bytes,
+                in_use_bytes,
+                ..
+            } => Self::OutOfMemory {
+                backend,
+                wanted: what(),
+                requested_bytes,
+                in_use_bytes,
+            },
+            other => other,
+        }
+    }
+}
+
+/// What memory is for that is no tensor of a caller's.
+pub(crate) const WORKING_MEMORY: &str = "working memory";
 
 /// The result of every op.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -603,19 +603,19 @@ fn grouped_layers() {
 fn the_delta_rule() {
     let segments = Segments::from_lengths([70, 1, 66]);
     let (tokens, key_heads, value_heads, dim) = (137, 2, 6, 16);
-    same_bits_everywhere!("delta_rule", |cpu, _precision| {
+    same_bits_everywhere!("delta_rule", |cpu, precision| {
         let (q, k) = (
-            random(cpu, &[tokens, key_heads, dim], 1),
-            random(cpu, &[tokens, key_heads, dim], 2),
+            activation(cpu, precision, &[tokens, key_heads, dim], 1),
+            activation(cpu, precision, &[tokens, key_heads, dim], 2),
         );
-        let v = random(cpu, &[tokens, value_heads, dim], 3);
+        let v = activation(cpu, precision, &[tokens, value_heads, dim], 3);
         let decay = cpu
             .upload_f32([tokens, value_heads], &vec![-0.7; tokens * value_heads])
             .unwrap();
         let beta = cpu
             .upload_f32([tokens, value_heads], &vec![0.04; tokens * value_heads])
             .unwrap();
-        let like = |tensor: &Tensor<_>| cpu.alloc(DType::F32, tensor.shape()).unwrap();
+        let like = |tensor: &Tensor<_>| cpu.alloc(tensor.dtype(), tensor.shape()).unwrap();
         let (mut out, mut solved) = (
             like(&v),
             cpu.alloc(DType::F32, [tokens, value_heads, DELTA_CHUNK]).unwrap(),

@@ -5,11 +5,15 @@ mod train_support;
 
 use std::process::Command;
 
-use brightrun_kernels::DType;
 use brightrun_kernels::counting::{Counting, Factors, Habits};
+use brightrun_kernels::emu::emulated;
+use brightrun_kernels::gpu::SharedRows;
 use brightrun_kernels::ops::Device;
+use brightrun_kernels::{DType, Error};
 use brightrun_worker::model::synthetic::write_checkpoint;
-use brightrun_worker::model::{BackwardSettings, Batch, Family, LoadOptions, LoraGradients, LoraSet, ModelConfig};
+use brightrun_worker::model::{
+    BackwardSettings, Batch, Family, LoadOptions, LoraConfig, LoraGradients, LoraSet, Model, ModelConfig,
+};
 use brightrun_worker::plan::{Gpu, Plan, Question, Shape, footprint, plan, preset, skeleton};
 use brightrun_worker::spec::{BaseDtype, OptimizerKind, TrainSpec};
 use brightrun_worker::train::optimizer::Optimizer;
@@ -231,6 +235,87 @@ fn small_models_of_every_family_take_what_was_planned() {
             };
             for (sequences, length) in [(1, 300), (3, 65), (7, 16)] {
                 check_peak(family, &spec, Shape { sequences, length });
+            }
+        }
+    }
+}
+
+/// What one micro-batch of a miniature takes on the emulated device beyond its weights, adapter and moments, where weights are
+/// shared from so many rows on; and what is planned for it. `None`, told, where there is no compiler.
+fn emulated_peak(family: Family, spec: &TrainSpec, shape: Shape, rows: SharedRows) -> Option<[f64; 2]> {
+    let device = match emulated(None) {
+        Ok(device) => device,
+        Err(Error::Unsupported { reason, .. }) => {
+            println!("emulated: absent (not tested): {reason}");
+            return None;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    device.share_from(rows);
+    let folder = tempfile::tempdir().unwrap();
+    let config = ModelConfig::miniature(family, VOCABULARY);
+    write_checkpoint(folder.path(), &config, 11).unwrap();
+    let options = LoadOptions::from(spec.base_dtype);
+    let model = Model::load(&device, folder.path(), options, &mut |_| {}).unwrap();
+    let lora_config = LoraConfig {
+        rank: spec.rank,
+        alpha: spec.lora_alpha(),
+        targets: spec.targets.clone(),
+    };
+    let lora = LoraSet::initialise(&device, lora_config, model.modules(), spec.seed).unwrap();
+    let mut gradients = LoraGradients::zeros(&device, &lora).unwrap();
+    let ids: Vec<i32> = (0..shape.length as i32).map(|id| id % VOCABULARY as i32).collect();
+    let learnt = vec![true; shape.length];
+    let batch = Batch::pack((0..shape.sequences).map(|_| (ids.as_slice(), learnt.as_slice())));
+    let settings = BackwardSettings {
+        gradient_scale: 1.0,
+        activation_budget_bytes: spec.activation_budget_bytes,
+    };
+    // Tables of documents stay, so the second micro-batch is like all others.
+    model.forward_backward(&lora, &mut gradients, &batch, settings).unwrap();
+    let before = device.memory().in_use_bytes;
+    device.reset_peak();
+    model.forward_backward(&lora, &mut gradients, &batch, settings).unwrap();
+    let measured = device.memory().peak_bytes - before;
+    let habits = Habits {
+        alignment_bytes: 16,
+        shares_from: Some(rows),
+        ..Habits::gpu()
+    };
+    let planned = footprint(&config, DType::BF16, spec, habits, shape).unwrap().bytes;
+    Some([measured as f64, (planned.checkpoints + planned.workspace) as f64])
+}
+
+#[test]
+fn a_plan_holds_what_the_gpu_backend_shares() {
+    let never = SharedRows {
+        linear: usize::MAX,
+        experts: usize::MAX,
+    };
+    let always = SharedRows { linear: 1, experts: 1 };
+    for family in ALL_FAMILIES {
+        let spec = TrainSpec {
+            base_dtype: BaseDtype::Nf4,
+            rank: 8,
+            targets: train_support::all_targets(family),
+            // Layers are computed again, which is where weights are shared.
+            activation_budget_bytes: 0,
+            ..TrainSpec::default()
+        };
+        // Few tokens, so that it is the layers and not the loss that take most.
+        for (sequences, length) in [(1, 12), (2, 33)] {
+            let shape = Shape { sequences, length };
+            let [Some([bare, planned_bare]), Some([shared, planned_shared])] =
+                [never, always].map(|rows| emulated_peak(family, &spec, shape, rows))
+            else {
+                return;
+            };
+            let said =
+                format!("{family:?} {shape:?}: bare {bare} of {planned_bare}, shared {shared} of {planned_shared}");
+            assert!(shared > 1.2 * bare, "something was shared: {said}");
+            // A moment's tensors are added up as if the worst of them met.
+            for ratio in [planned_bare / bare, planned_shared / shared] {
+                assert!((0.998..1.04).contains(&ratio), "{said}");
             }
         }
     }

@@ -58,6 +58,16 @@ pub(crate) fn adamw_8bit_step<D: Device>(
     counted_from_one(rules, settings)
 }
 
+/// One tensor of [`OptimizerOps::squared_norm`](crate::ops::OptimizerOps::squared_norm).
+pub(crate) fn squared_norm<D: Device>(tensor: &Tensor<D>) -> Result<()> {
+    Rules("squared_norm").dtype("tensors", tensor, &[DType::F32])
+}
+
+/// One tensor of [`OptimizerOps::zero_many`](crate::ops::OptimizerOps::zero_many).
+pub(crate) fn zero_many<D: Device>(tensor: &Tensor<D>) -> Result<()> {
+    Rules("zero_many").dtype("tensors", tensor, &[DType::F32])
+}
+
 fn counted_from_one(rules: Rules, settings: &AdamW) -> Result<()> {
     match settings.step {
         0 => Err(rules.value("step", "is counted from 1, but is 0".to_owned())),

@@ -1,13 +1,13 @@
 //! Products: linear layers, routed experts, the head.
 
 use super::scratch::{Kernels, floats};
-use super::{Counting, Work, bytes_of, decoded_bytes};
+use super::{Counting, Work, bytes_of, decoded_bytes, gpu};
 use crate::contract::{self, GroupedSizes, LinearSizes};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
     GroupedLinearBackward, GroupedLinearForward, LinearBackward, LinearCrossEntropy, LinearForward, LossOps, MatmulOps,
-    MoeOps, Op, RouteBackward, RoutedSwigluBackward, Routing, Write,
+    MoeOps, Op, Precision, RouteBackward, RoutedSwigluBackward, Routing, Write,
 };
 use crate::stack::WeightStack;
 use crate::tensor::Tensor;
@@ -23,33 +23,65 @@ fn through_adapter(rows: usize, sizes: (usize, usize), rank: usize) -> u64 {
     product(rows, rank, sizes.0 + sizes.1)
 }
 
+impl Counting {
+    /// Bytes into which a layer's weight is decoded for a product of so many rows, apart from what a scope shares.
+    fn decoded(&self, weight: &Weight<Self>, precision: Precision, rows: usize) -> u64 {
+        let bytes = decoded_bytes(weight);
+        let one = self.habits.decoded(weight.extents().1, precision, bytes);
+        if let (Weight::Nf4(nf4), Precision::Bf16, Some(least), 0) = (weight, precision, self.habits.shares_from, one) {
+            self.shared(&nf4.codes, (rows, least.linear), bytes);
+        }
+        one
+    }
+
+    /// As [`Counting::decoded`], of routed experts.
+    fn decoded_of_experts(&self, weight: &WeightStack<Self>, precision: Precision, rows: usize) -> u64 {
+        let bytes = decoded_stack(weight);
+        let (experts, _, inputs) = weight.extents();
+        let one = self.habits.decoded(inputs, precision, bytes);
+        if let (WeightStack::Nf4(nf4), Precision::Bf16, Some(least), 0) =
+            (weight, precision, self.habits.shares_from, one)
+        {
+            self.shared(&nf4.codes, (rows / experts.max(1), least.experts), bytes);
+        }
+        one
+    }
+}
+
 impl MatmulOps for Counting {
     fn linear_forward(&self, call: LinearForward<'_, Self>) -> Result<()> {
+        let sizes = contract::linear_forward(&call)?;
         let LinearSizes {
             tokens,
             inputs,
             outputs,
             rank,
-        } = contract::linear_forward(&call)?;
+        } = sizes;
         let work = Work {
             op: Op::LinearForward,
             flops: product(tokens, inputs, outputs) + through_adapter(tokens, (inputs, outputs), rank),
             bytes: bytes_of(&[call.x, call.y]) + call.weight.size_bytes() as u64,
             decoded_bytes: decoded_bytes(call.weight),
         };
-        let hidden = if rank > 0 { self.habits.own(tokens, rank) } else { 0 };
-        let decoded = self.habits.decoded(work.decoded_bytes);
-        self.did(work, &[self.habits.left(tokens, inputs), hidden, decoded]);
+        let decoded = self.decoded(call.weight, call.precision, tokens);
+        match self.habits.kernels {
+            Kernels::Cpu => {
+                let hidden = if rank > 0 { self.habits.own(tokens, rank) } else { 0 };
+                self.did(work, &[self.habits.left(tokens, inputs), hidden]);
+            }
+            Kernels::Gpu => self.did(work, &gpu::linear_forward(sizes, call.precision, decoded)),
+        }
         Ok(())
     }
 
     fn linear_backward(&self, call: LinearBackward<'_, Self>) -> Result<()> {
+        let sizes = contract::linear_backward(&call)?;
         let LinearSizes {
             tokens,
             inputs,
             outputs,
             rank,
-        } = contract::linear_backward(&call)?;
+        } = sizes;
         let mut work = Work::moving(Op::LinearBackward, bytes_of(&[call.dy]));
         let always = [self.habits.left(tokens, outputs), floats(tokens * rank)];
         if let Some(lora) = &call.lora {
@@ -58,29 +90,35 @@ impl MatmulOps for Counting {
             work.bytes += bytes_of(&[lora.x, lora.gradient_a, lora.gradient_b]);
             let [turned, gradient] = [floats(tokens * rank), floats(rank * outputs)];
             let scratch = [turned, self.habits.left(rank, tokens), gradient, gradient];
-            self.did(Work::moving(Op::LinearBackward, 0), &[&always[..], &scratch].concat());
+            if self.habits.kernels == Kernels::Cpu {
+                self.did(Work::moving(Op::LinearBackward, 0), &[&always[..], &scratch].concat());
+            }
         }
-        let mut last = 0;
+        let [mut last, mut decoded] = [0; 2];
         if let Some((dx, _)) = &call.dx {
             work.flops += product(tokens, inputs, outputs) + product(tokens, rank, inputs);
             work.bytes += bytes_of(&[dx]) + call.weight.size_bytes() as u64;
             work.decoded_bytes = decoded_bytes(call.weight);
             last = if rank > 0 { self.habits.left(tokens, rank) } else { 0 };
+            decoded = self.decoded(call.weight, call.precision, tokens);
         }
-        let decoded = self.habits.decoded(work.decoded_bytes);
-        self.did(work, &[always[0], always[1], last, decoded]);
+        match self.habits.kernels {
+            Kernels::Cpu => self.did(work, &[always[0], always[1], last]),
+            Kernels::Gpu => self.did(work, &gpu::linear_backward(sizes, call.precision, decoded)),
+        }
         Ok(())
     }
 }
 
 impl LossOps for Counting {
     fn linear_cross_entropy(&self, call: LinearCrossEntropy<'_, Self>) -> Result<()> {
+        let sizes = contract::linear_cross_entropy(&call)?;
         let LinearSizes {
             tokens,
             inputs,
             outputs,
             ..
-        } = contract::linear_cross_entropy(&call)?;
+        } = sizes;
         let products = if call.dx.is_some() { 2 } else { 1 };
         let rows = (self.habits.logits_bytes as usize / (4 * outputs.max(1))).clamp(1, tokens.max(1));
         let work = Work {
@@ -91,9 +129,14 @@ impl LossOps for Counting {
             decoded_bytes: decoded_bytes(call.head),
         };
         let always = [floats(rows * outputs), floats(rows * inputs)];
-        let decoded = self.habits.decoded(work.decoded_bytes);
+        let decoded = self.habits.decoded(inputs, call.precision, work.decoded_bytes);
         let largest = self.habits.left(rows, inputs).max(floats(rows));
-        self.did(work, &[always[0], always[1], largest, decoded]);
+        let logits_bytes = self.habits.logits_bytes as usize;
+        let room = (logits_bytes, decoded);
+        match self.habits.kernels {
+            Kernels::Cpu => self.did(work, &[always[0], always[1], largest]),
+            Kernels::Gpu => self.did(work, &gpu::loss(sizes, call.precision, call.dx.is_some(), room)),
+        }
         Ok(())
     }
 }
@@ -138,7 +181,11 @@ impl MoeOps for Counting {
             bytes: bytes_of(&[call.x, call.y]) + used(call.weight.size_bytes() as u64, &sizes),
             decoded_bytes: used(decoded_stack(call.weight), &sizes),
         };
-        self.did(work, &[self.habits.decoded(decoded_stack(call.weight))]);
+        let decoded = self.decoded_of_experts(call.weight, call.precision, rows);
+        match self.habits.kernels {
+            Kernels::Cpu => self.did(work, &[]),
+            Kernels::Gpu => self.did(work, &gpu::grouped_forward(sizes, call.precision, decoded)),
+        }
         Ok(())
     }
 
@@ -155,9 +202,12 @@ impl MoeOps for Counting {
             work.flops += product(rows, sizes.inputs, sizes.outputs) + product(rows, rank, sizes.inputs);
             work.bytes += bytes_of(&[dx]) + used(call.weight.size_bytes() as u64, &sizes);
             work.decoded_bytes = used(decoded_stack(call.weight), &sizes);
-            decoded = self.habits.decoded(decoded_stack(call.weight));
+            decoded = self.decoded_of_experts(call.weight, call.precision, rows);
         }
-        self.did(work, &[floats(rows * rank), decoded]);
+        match self.habits.kernels {
+            Kernels::Cpu => self.did(work, &[floats(rows * rank)]),
+            Kernels::Gpu => self.did(work, &gpu::grouped_backward(sizes, call.precision, decoded)),
+        }
         Ok(())
     }
 
@@ -196,13 +246,5 @@ impl MoeOps for Counting {
 
     fn stack_expert(&self, weight: &Weight<Self>, expert: usize, stack: &mut WeightStack<Self>) -> Result<()> {
         contract::stack_expert(weight, expert, stack)
-    }
-}
-
-/// Working memory of the delta rule's backward pass: the states at the beginning of each chunk.
-pub(super) fn delta_states(kernels: Kernels, tokens: usize, heads: usize, state: usize) -> u64 {
-    match kernels {
-        Kernels::Cpu => 0,
-        Kernels::Gpu => floats(tokens.div_ceil(crate::ops::DELTA_CHUNK) * heads * state),
     }
 }

@@ -1,8 +1,7 @@
 //! What lets positions see each other: attention, the delta rule, convolution, rotations.
 
-use super::matmul::delta_states;
 use super::scratch::{Kernels, floats};
-use super::{Counting, Work, bytes_of};
+use super::{Counting, Work, bytes_of, gpu};
 use crate::contract::{self, AttentionSizes, DeltaSizes};
 use crate::error::Result;
 use crate::ops::{
@@ -48,11 +47,10 @@ impl AttentionOps for Counting {
             bytes: bytes_of(&[call.q, call.k, call.v, call.out, call.dout, call.dq, call.dk, call.dv]),
             decoded_bytes: 0,
         };
-        let regions = match self.habits.kernels {
-            Kernels::Cpu => 3,
-            Kernels::Gpu => 1,
-        };
-        self.did(work, &[floats(regions * values)]);
+        match self.habits.kernels {
+            Kernels::Cpu => self.did(work, &[floats(3 * values)]),
+            Kernels::Gpu => self.did(work, &[gpu::attention_backward(call.segments.tokens(), heads)]),
+        }
         Ok(())
     }
 }
@@ -74,18 +72,19 @@ impl DeltaOps for Counting {
             bytes: bytes_of(&[call.q, call.k, call.v, call.out, call.solved]),
             decoded_bytes: 0,
         };
-        self.did(work, &[]);
+        match self.habits.kernels {
+            Kernels::Cpu => self.did(work, &[]),
+            Kernels::Gpu => self.did(work, &[gpu::delta_forward(sizes, call.q.dtype().size_bytes())]),
+        }
         Ok(())
     }
 
     fn delta_rule_backward(&self, call: DeltaBackward<'_, Self>) -> Result<()> {
         let sizes = contract::delta_rule_backward(&call)?;
-        let states = delta_states(
-            self.habits.kernels,
-            sizes.tokens,
-            sizes.value_heads,
-            sizes.key_dim * sizes.value_dim,
-        );
+        let scratch = match self.habits.kernels {
+            Kernels::Cpu => 0,
+            Kernels::Gpu => gpu::delta_backward(sizes, call.segments.len(), call.q.dtype().size_bytes()),
+        };
         let work = Work {
             op: Op::DeltaRuleBackward,
             // The states again, and two products for each of the forward pass's.
@@ -99,10 +98,10 @@ impl DeltaOps for Counting {
                 call.dq,
                 call.dk,
                 call.dv,
-            ]) + 2 * states,
+            ]) + 2 * scratch,
             decoded_bytes: 0,
         };
-        self.did(work, &[states]);
+        self.did(work, &[scratch]);
         Ok(())
     }
 

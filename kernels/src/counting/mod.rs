@@ -6,16 +6,18 @@
 //! that may drift from the first: it is the model, run without numbers. A step of 80 billion parameters takes milliseconds.
 //!
 //! [`Habits`] say what the counted backend would do where the contract leaves it free: the dtype of activations, the rounding
-//! of sizes, and the working memory of each op. [`Habits::cpu`] is the CPU backend to the byte, which a test of whole training
-//! steps guards. [`Habits::gpu`] describes kernels of the usual kind and is an estimate.
+//! of sizes, and the working memory of each op. [`Habits::cpu`] is the CPU backend to the byte, and [`Habits::gpu`] the GPU
+//! backend to a few hundredths; tests of whole training steps guard both.
 //!
 //! What depends on data cannot be counted: every position is taken as supervised, and routing as even.
 
 mod elementwise;
+mod gpu;
 mod matmul;
 mod mixing;
 mod scratch;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use self::scratch::{Factors, Habits, Kernels};
@@ -51,10 +53,23 @@ struct Account {
     in_use: u64,
     peak: u64,
     work: Option<Vec<Work>>,
+    /// Numbers given to buffers so far.
+    buffers: u64,
+    scope: Scope,
+}
+
+/// A scope that shares decoded weights; see [`Device::sharing`].
+#[derive(Default)]
+struct Scope {
+    depth: usize,
+    /// Decoded in it, by the number of the codes' buffer, and their bytes.
+    decoded: HashMap<u64, u64>,
 }
 
 /// Storage without contents.
 pub struct Buffer {
+    /// No other buffer of the account has it.
+    number: u64,
     bytes: u64,
     account: Arc<Mutex<Account>>,
 }
@@ -104,8 +119,38 @@ impl Counting {
         self.did(Work::moving(op, bytes_of(tensors)), &[]);
     }
 
+    /// A weight of these codes is multiplied by, for so many rows: where the backend decodes it once for a scope, the scope has
+    /// it from here on.
+    fn shared(&self, codes: &Tensor<Self>, (rows, least): (usize, usize), decoded_bytes: u64) {
+        let mut account = locked(&self.account);
+        let number = codes.buffer().number;
+        if rows < least || account.scope.depth == 0 || account.scope.decoded.contains_key(&number) {
+            return;
+        }
+        let bytes = self.rounded(decoded_bytes);
+        account.scope.decoded.insert(number, bytes);
+        account.in_use += bytes;
+        account.peak = account.peak.max(account.in_use);
+    }
+
     fn rounded(&self, bytes: u64) -> u64 {
         bytes.next_multiple_of(self.habits.alignment_bytes)
+    }
+}
+
+/// The end of a scope that shares decoded weights, also of one that fails.
+struct Sharing<'a> {
+    device: &'a Counting,
+}
+
+impl Drop for Sharing<'_> {
+    fn drop(&mut self) {
+        let mut account = locked(&self.device.account);
+        account.scope.depth -= 1;
+        if account.scope.depth == 0 {
+            let freed: u64 = account.scope.decoded.drain().map(|(_, bytes)| bytes).sum();
+            account.in_use -= freed;
+        }
     }
 }
 
@@ -157,8 +202,11 @@ impl Device for Counting {
         let mut account = locked(&self.account);
         account.in_use += bytes;
         account.peak = account.peak.max(account.in_use);
+        account.buffers += 1;
+        let number = account.buffers;
         drop(account);
         let buffer = Buffer {
+            number,
             bytes,
             account: Arc::clone(&self.account),
         };
@@ -189,6 +237,12 @@ impl Device for Counting {
         }
         self.moved(Op::AddAssign, &[source, target]);
         Ok(())
+    }
+
+    fn sharing<T, E>(&self, work: impl FnOnce() -> Result<T, E>) -> Result<T, E> {
+        locked(&self.account).scope.depth += 1;
+        let _sharing = Sharing { device: self };
+        work()
     }
 
     fn memory(&self) -> MemoryStats {

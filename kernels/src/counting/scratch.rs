@@ -1,6 +1,8 @@
 //! What the counted backend does where the contract leaves it free.
 
 use crate::dtype::DType;
+use crate::gpu::{NF4_ROW, SHARED_ROWS, SharedRows};
+use crate::ops::Precision;
 
 /// In which form a backend brings the left factor of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,8 +24,8 @@ pub struct Habits {
     pub alignment_bytes: u64,
     /// The left factors of products.
     pub factors: Factors,
-    /// Whether 4-bit matrices are decoded into memory before a product.
-    pub decodes_into_memory: bool,
+    /// From how many rows on a 4-bit weight is decoded once for all its products in a scope that shares; `None` for never.
+    pub shares_from: Option<SharedRows>,
     /// Whose working memory attention, convolution and the delta rule have.
     pub kernels: Kernels,
     /// Bytes of logits that exist at once.
@@ -47,20 +49,20 @@ impl Habits {
             has_bf16_activations: false,
             alignment_bytes: 64,
             factors,
-            decodes_into_memory: false,
+            shares_from: None,
             kernels: Kernels::Cpu,
             logits_bytes: crate::cpu::LOGITS_BYTES as u64,
         }
     }
 
-    /// A GPU of the usual kind: bf16 activations, 4-bit matrices decoded one projection at a time (the safest of the ways to
-    /// use them, and the hungriest), 512-byte allocations.
+    /// The GPU backend: bf16 activations, 4-bit matrices decoded where they are multiplied, or once for a layer's recomputation and
+    /// backward pass where there are many rows, 512-byte allocations.
     pub fn gpu() -> Self {
         Self {
             has_bf16_activations: true,
             alignment_bytes: 512,
             factors: Factors::Exact,
-            decodes_into_memory: true,
+            shares_from: Some(SHARED_ROWS),
             kernels: Kernels::Gpu,
             logits_bytes: 256 << 20,
         }
@@ -83,11 +85,12 @@ impl Habits {
         bytes as u64
     }
 
-    /// Bytes into which a 4-bit matrix is decoded.
-    pub(super) fn decoded(&self, decoded_bytes: u64) -> u64 {
-        match self.decodes_into_memory {
-            true => decoded_bytes,
-            false => 0,
+    /// Bytes into which a 4-bit matrix with rows of `inputs` elements is decoded for one product: the fused kernels want whole
+    /// runs of codes.
+    pub(super) fn decoded(&self, inputs: usize, precision: Precision, decoded_bytes: u64) -> u64 {
+        match (self.kernels, precision) {
+            (Kernels::Gpu, Precision::Bf16) if !inputs.is_multiple_of(NF4_ROW) => decoded_bytes,
+            _ => 0,
         }
     }
 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytemuck::{Pod, Zeroable};
 use memmap2::MmapMut;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WORKING_MEMORY};
 use crate::ops::MemoryStats;
 
 /// The unit of allocation: a cache line, which is also the widest vector register.
@@ -124,6 +124,7 @@ impl Pool {
                 state.make_room(size);
                 let block = Block::new(size).ok_or(Error::OutOfMemory {
                     backend: "cpu",
+                    wanted: WORKING_MEMORY.to_owned(),
                     requested_bytes: bytes as u64,
                     in_use_bytes: state.in_use as u64,
                 })?;

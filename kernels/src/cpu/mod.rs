@@ -154,7 +154,8 @@ impl Device for Cpu {
 
     fn alloc(&self, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor<Self>> {
         let shape = shape.into();
-        let mut buffer = self.inner.memory.take(shape.elements() * dtype.size_bytes())?;
+        let buffer = self.inner.memory.take(shape.elements() * dtype.size_bytes());
+        let mut buffer = buffer.map_err(|error| error.wanting(|| format!("{dtype} {shape}")))?;
         if self.inner.poison {
             // All bits set is NaN in every float type.
             buffer.bytes_mut().fill(0xFF);

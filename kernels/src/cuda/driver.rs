@@ -13,7 +13,7 @@ use super::cublaslt::{Library, Unusable};
 use super::launch;
 use super::presence::{DeviceInfo, Presence, probe};
 use super::staging::Staging;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WORKING_MEMORY};
 use crate::gpu::{Gpu, Launch, Machine, PlainProduct, Runtime, Source, Span, Value};
 
 /// The environment variable that, when set to `1`, makes every launch wait for its end: an error then names the kernel that
@@ -283,12 +283,17 @@ impl Runtime for Driver {
         let slice = launch::allocate(&self.compute, bytes).map_err(|error| match error.0 {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory {
                 backend: "cuda",
+                wanted: WORKING_MEMORY.to_owned(),
                 requested_bytes: bytes as u64,
                 in_use_bytes: 0,
             },
             _ => failure(&format!("allocating {bytes} bytes"), error),
         })?;
         Ok(Memory { slice })
+    }
+
+    fn address(&self, memory: &Memory) -> u64 {
+        memory.address(&self.compute)
     }
 
     fn write(&self, memory: &Memory, first: usize, bytes: &[u8]) -> Result<()> {
@@ -325,13 +330,7 @@ impl Runtime for Driver {
             );
             failure(&shape, error)
         };
-        let spans = || {
-            launch.values.iter().filter_map(|value| match value {
-                Value::Memory(span) => *span,
-                Value::Map(map) => Some(map.part),
-                _ => None,
-            })
-        };
+        let spans = || launch.values.iter().flat_map(Value::spans);
         spans().try_for_each(|span| Self::holds(span.memory, span.first.saturating_add(span.bytes)))?;
         let is_captured = self.keep(spans().map(|span| span.memory));
         let bound = self.context.bind_to_thread();

@@ -166,7 +166,8 @@ pub(super) fn launch(
     // SAFETY: the entry takes as many arguments of such types as there are values: `Gpu::launch` compared them with the
     // kernel's descriptor, and a test compares that with the source, which the module was compiled from. The driver copies
     // the arguments before it returns. Blocks of memory outlive the work, since freeing them is queued on this stream and a
-    // graph keeps those of its launches (`Driver::launch`), and have the bytes that the values name, which it compares; what
+    // graph keeps those of its launches (`Driver::launch`), and have the bytes that the values name, by themselves or by a table of
+    // addresses (`gpu/addresses.rs`), which it compares; what
     // is written is borrowed mutably by the caller or is the note of faults, which only copies by the driver read. That a
     // kernel stays within its tensors is what the conformance suite proves on the emulation, where going beyond is an error.
     unsafe { arguments.launch(config) }.map(|_no_events| ())
@@ -181,8 +182,9 @@ unsafe impl DeviceRepr for Place {}
 
 fn place(value: &Value<'_, Memory>, stream: &CudaStream) -> Result<Place, DriverError> {
     let word = match value {
-        Value::Memory(None) => 0,
-        Value::Memory(Some(span)) => span.memory.address(stream) + span.first as u64,
+        Value::Memory(span) | Value::Addresses { table: span, .. } => {
+            span.map_or(0, |span| span.memory.address(stream) + span.first as u64)
+        }
         Value::I32(value) => u64::from(value.cast_unsigned()),
         Value::I64(value) => value.cast_unsigned(),
         Value::F32(value) => u64::from(value.to_bits()),

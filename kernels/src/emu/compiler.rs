@@ -24,7 +24,9 @@ const CHECKS: &[&str] = &[
 /// Set to anything, engine and kernels are built with the address sanitizer, whose library must be preloaded.
 pub const SANITIZE: &str = "BRIGHTRUN_EMULATION_SANITIZE";
 
+/// Optimised less: with every access checked, the compiler otherwise takes longer than the kernels that it makes faster.
 const SANITIZER: &[&str] = &[
+    "-O1",
     "-fsanitize=address",
     "-fno-omit-frame-pointer",
     "-DBRIGHTRUN_EMU_SANITIZED",
@@ -140,6 +142,7 @@ impl Compiler {
         }
         let output = Command::new(&self.program)
             .current_dir(build)
+            .env_remove("LD_PRELOAD") // a sanitizer is for what runs the kernels
             .args(flags)
             .arg("-o")
             .arg(std::path::absolute(library)?)

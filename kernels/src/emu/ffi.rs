@@ -30,6 +30,8 @@ struct Geometry {
     workers: u32,
     ranges: *const Range,
     range_count: usize,
+    period: usize,
+    last: usize,
 }
 
 /// `emu::Range`: memory that a launch may touch.
@@ -82,8 +84,14 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Runs one grid to its end.
-    pub(super) fn launch(&self, library: &Library, launch: &Launch<'_, Memory>, workers: u32) -> Result<()> {
+    /// Runs a grid to its end: of each `period` blocks the last ones.
+    pub(super) fn launch(
+        &self,
+        library: &Library,
+        launch: &Launch<'_, Memory>,
+        workers: u32,
+        (period, last): (usize, usize),
+    ) -> Result<()> {
         let entry: Entry = symbol(&library.handle, &format!("emu_entry_{}", launch.entry))?;
         let failed = |message: &str| Error::Device {
             op: "emulation",
@@ -92,10 +100,8 @@ impl Engine {
                 launch.entry, launch.source.name, launch.grid, launch.threads
             ),
         };
-        for value in launch.values {
-            if let Value::Memory(Some(span)) = value {
-                span.memory.holds(span.first.saturating_add(span.bytes))?;
-            }
+        for span in launch.values.iter().flat_map(Value::spans) {
+            span.memory.holds(span.first.saturating_add(span.bytes))?;
         }
         let kernel = CString::new(launch.entry).map_err(|error| failed(&error.to_string()))?;
         // Each value lies in a place of its own, as large as a map, that `pointers` points to: as cuLaunchKernel has it.
@@ -104,7 +110,7 @@ impl Engine {
             .iter_mut()
             .map(|place| std::ptr::from_mut(place).cast())
             .collect();
-        let ranges: Vec<Range> = launch.values.iter().filter_map(range).collect();
+        let ranges: Vec<Range> = launch.values.iter().flat_map(Value::spans).map(range).collect();
         let geometry = Geometry {
             kernel: kernel.as_ptr(),
             grid: launch.grid,
@@ -113,11 +119,14 @@ impl Engine {
             workers,
             ranges: ranges.as_ptr(),
             range_count: ranges.len(),
+            period,
+            last,
         };
         let mut message = [0u8; 1024];
         // SAFETY: `entry` takes as many arguments of such types as there are `values` (`Gpu::launch` compared them with the
-        // descriptor, a test compares that with the source). The memory they name lives in `launch` and has the bytes they
-        // name, and what is written is borrowed mutably by the caller. All other pointers are to locals that outlive the call, which keeps none.
+        // descriptor, a test compares that with the source). The memory they name, by themselves or by a table of addresses, lives in
+        // `launch` and has the bytes they name, and what is written is borrowed mutably by the caller. All other pointers are to
+        // locals that outlive the call, which keeps none.
         let code = unsafe {
             (self.launch)(
                 entry,
@@ -141,8 +150,9 @@ struct Place([u64; 16]);
 
 fn place(value: &Value<'_, Memory>) -> Place {
     let word = match value {
-        Value::Memory(None) => 0,
-        Value::Memory(Some(span)) => address(span) as u64,
+        Value::Memory(span) | Value::Addresses { table: span, .. } => {
+            span.as_ref().map_or(0, |span| address(span) as u64)
+        }
         Value::I32(value) => u64::from(value.cast_unsigned()),
         Value::I64(value) => value.cast_unsigned(),
         Value::F32(value) => u64::from(value.to_bits()),
@@ -171,13 +181,10 @@ fn words(map: &TensorMap<'_, Memory>) -> [u64; 16] {
     words
 }
 
-fn range(value: &Value<'_, Memory>) -> Option<Range> {
-    match value {
-        Value::Memory(Some(span)) => Some(Range {
-            begin: address(span),
-            bytes: span.bytes,
-        }),
-        _ => None,
+fn range(span: Span<'_, Memory>) -> Range {
+    Range {
+        begin: address(&span),
+        bytes: span.bytes,
     }
 }
 
@@ -214,6 +221,11 @@ impl Memory {
             bytes,
             engine: Arc::clone(engine),
         })
+    }
+
+    /// Where it begins, as a kernel sees it.
+    pub(super) fn address(&self) -> u64 {
+        self.address.as_ptr().expose_provenance() as u64
     }
 
     pub(super) fn write(&self, first: usize, bytes: &[u8]) -> Result<()> {

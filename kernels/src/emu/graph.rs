@@ -40,6 +40,8 @@ pub(super) struct Part {
 #[derive(Clone, PartialEq)]
 pub(super) enum Kept {
     Memory(Option<Part>),
+    /// A table of addresses, and what these name.
+    Addresses(Option<Part>, Vec<Part>),
     I32(i32),
     I64(i64),
     /// Its bits.
@@ -95,6 +97,9 @@ impl Kept {
     fn of(value: &Value<'_, Memory>) -> Self {
         match value {
             Value::Memory(span) => Self::Memory(span.map(Part::of)),
+            Value::Addresses { table, named } => {
+                Self::Addresses(table.map(Part::of), named.iter().copied().map(Part::of).collect())
+            }
             Value::I32(value) => Self::I32(*value),
             Value::I64(value) => Self::I64(*value),
             Value::F32(value) => Self::F32(value.to_bits()),
@@ -112,6 +117,10 @@ impl Kept {
     pub(super) fn value(&self) -> Value<'_, Memory> {
         match self {
             Self::Memory(part) => Value::Memory(part.as_ref().map(Part::span)),
+            Self::Addresses(table, named) => Value::Addresses {
+                table: table.as_ref().map(Part::span),
+                named: named.iter().map(Part::span).collect(),
+            },
             Self::I32(value) => Value::I32(*value),
             Self::I64(value) => Value::I64(*value),
             Self::F32(bits) => Value::F32(f32::from_bits(*bits)),

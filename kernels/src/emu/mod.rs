@@ -20,7 +20,7 @@ use self::ffi::Engine;
 pub use self::ffi::Memory;
 pub use self::graph::Graph;
 use self::graph::{Node, Part};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, WORKING_MEMORY};
 use crate::gpu::{Gpu, Launch, Machine, Runtime, Span};
 
 /// A GPU backend whose device is emulated.
@@ -32,6 +32,8 @@ pub struct Emulation {
     compiler: Compiler,
     threads: u32,
     machine: Machine,
+    /// Of each so many blocks of a grid, how many at the end are run, and of how many; `None` for all.
+    last_blocks: Option<(usize, usize)>,
     /// Held for a whole launch: launches of one device follow each other.
     queue: Mutex<Queue>,
 }
@@ -74,7 +76,7 @@ impl Emulation {
         Self::of(threads, PORTABLE)
     }
 
-    fn of(threads: Option<usize>, capability: (u32, u32)) -> Result<Self> {
+    pub(crate) fn of(threads: Option<usize>, capability: (u32, u32)) -> Result<Self> {
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = threads.unwrap_or_else(available).clamp(1, 256) as u32;
         let compiler = Compiler::find()?;
@@ -87,8 +89,24 @@ impl Emulation {
                 capability,
                 multiprocessors: MULTIPROCESSORS,
             },
+            last_blocks: None,
             queue: Mutex::default(),
         })
+    }
+
+    /// The same, as a device of so many multiprocessors that blocks which stay have a tile each; of each `period` blocks of a
+    /// grid, or of all if it has not so many, only the last are run. So a kernel meets the end of a tensor that nobody could go
+    /// through.
+    #[cfg(test)]
+    pub(crate) fn of_last_blocks(self, last: usize, period: usize) -> Self {
+        Self {
+            machine: Machine {
+                multiprocessors: u32::MAX,
+                ..self.machine
+            },
+            last_blocks: Some((last, period)),
+            ..self
+        }
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -111,7 +129,13 @@ impl Emulation {
             queue.libraries.insert(name, ffi::Library::open(&path)?);
         }
         match queue.libraries.get(name) {
-            Some(library) => self.engine.launch(library, launch, self.threads),
+            Some(library) => {
+                let blocks: usize = launch.grid.iter().map(|extent| *extent as usize).product();
+                let (last, period) = self.last_blocks.unwrap_or((1, 1));
+                let period = period.min(blocks).max(1);
+                self.engine
+                    .launch(library, launch, self.threads, (period, last.min(period)))
+            }
             None => Ok(()),
         }
     }
@@ -172,9 +196,14 @@ impl Runtime for Emulation {
         let _queue = self.uncaptured(&format!("allocating {bytes} bytes"))?;
         Memory::allocate(&self.engine, bytes).ok_or(Error::OutOfMemory {
             backend: "emulated",
+            wanted: WORKING_MEMORY.to_owned(),
             requested_bytes: bytes as u64,
             in_use_bytes: 0,
         })
+    }
+
+    fn address(&self, memory: &Memory) -> u64 {
+        memory.address()
     }
 
     fn write(&self, memory: &Memory, first: usize, bytes: &[u8]) -> Result<()> {

@@ -28,6 +28,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &gate::FAMILY,
     &convolution::FAMILY,
     &delta::FAMILY,
+    &delta::CARRY_FAMILY,
     &delta_inputs::FAMILY,
     &moe::FAMILY,
     &moe::TENSOR_FAMILY,

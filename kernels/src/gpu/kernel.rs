@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::{Gpu, Launch, Map, Runtime, Source, Value};
+use super::{Addresses, Gpu, Launch, Map, Row, Runtime, Source, Value};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
@@ -34,6 +34,8 @@ pub(crate) enum Parameter {
     F32,
     /// `MAP`: a tensor's map, by value.
     Map,
+    /// `const ROW* __restrict__`: rows of the addresses of many tensors.
+    Addresses(&'static Row),
 }
 
 /// The elements behind a pointer.
@@ -63,6 +65,7 @@ pub(crate) enum Argument<'a, R: Runtime> {
     I32(i32),
     F32(f32),
     Map(Map<'a, R>),
+    Addresses(&'a Addresses<'a, R>),
 }
 
 /// The shape of a launch.
@@ -229,6 +232,12 @@ impl<R: Runtime> Gpu<R> {
             (Parameter::I32, Argument::I32(value)) => Ok(Value::I32(*value)),
             (Parameter::F32, Argument::F32(value)) => Ok(Value::F32(*value)),
             (Parameter::Map, Argument::Map(map)) => map.checked().map(Value::Map),
+            (Parameter::Addresses(row), Argument::Addresses(addresses)) if std::ptr::eq(row, addresses.row()) => {
+                Ok(Value::Addresses {
+                    table: addresses.table(),
+                    named: addresses.named().to_vec(),
+                })
+            }
             (parameter, _) => Err(format!("wants {parameter:?} and got another kind of argument")),
         }
     }
@@ -244,6 +253,9 @@ fn shapes<R: Runtime>(kernel: &Kernel, arguments: &[Argument<'_, R>]) -> String 
             let tensor = match argument {
                 Argument::In(tensor) | Argument::Optional(Some(tensor)) => *tensor,
                 Argument::Out(tensor) | Argument::OptionalOut(Some(tensor)) => &**tensor,
+                Argument::Addresses(addresses) => {
+                    return Some(format!("{name} of {} {}", addresses.rows(), addresses.row().name));
+                }
                 _ => return None,
             };
             Some(format!("{name} {} {}", tensor.dtype(), tensor.shape()))

@@ -180,6 +180,47 @@ fn part_entries(vocabulary: usize, width: usize) -> usize {
     vocabulary.div_ceil(parts).next_multiple_of(PART_ENTRIES)
 }
 
+/// How a loss is cut up.
+#[derive(Clone, Copy)]
+pub(crate) struct LossExtents {
+    /// Rows of logits at once.
+    pub(crate) chunk: usize,
+    /// Entries of a row of logits.
+    pub(crate) pitch: usize,
+    /// Parts of the vocabulary whose products with the head's columns are added afterwards; 0 where there are none.
+    pub(crate) parts: usize,
+}
+
+/// The extents of a loss with or without its gradient.
+pub(crate) fn loss_extents(
+    sizes: LinearSizes,
+    precision: Precision,
+    has_gradient: bool,
+    chunk_bytes: usize,
+) -> LossExtents {
+    let (pitch, parts, dtype) = match precision {
+        Precision::F32 => (sizes.outputs, 0, DType::F32),
+        Precision::Bf16 => {
+            let pitch = sizes.outputs.next_multiple_of(PART_ENTRIES);
+            let part = part_entries(sizes.outputs, sizes.inputs);
+            (pitch, pitch.div_ceil(part), DType::BF16)
+        }
+    };
+    let gradient = has_gradient.then_some(dtype);
+    LossExtents {
+        chunk: rows_at_once((sizes.tokens, pitch), gradient, chunk_bytes),
+        pitch,
+        parts,
+    }
+}
+
+/// As many of `rows` rows as the bytes of their logits, and of the gradients of these, allow.
+fn rows_at_once((rows, pitch): (usize, usize), gradient: Option<DType>, chunk_bytes: usize) -> usize {
+    let row_bytes = pitch * (DType::F32.size_bytes() + gradient.map_or(0, DType::size_bytes));
+    let fitting = chunk_bytes / row_bytes.max(1) / CHUNK_ROWS * CHUNK_ROWS;
+    fitting.clamp(CHUNK_ROWS, rows.next_multiple_of(CHUNK_ROWS)).min(rows)
+}
+
 impl<R: Runtime> LossOps for Gpu<R> {
     fn linear_cross_entropy(&self, call: LinearCrossEntropy<'_, Self>) -> Result<()> {
         self.cross_entropy(call, CHUNK_BYTES)
@@ -226,9 +267,7 @@ impl<R: Runtime> Gpu<R> {
         gradient: Option<DType>,
         chunk_bytes: usize,
     ) -> Result<Workspace<R>> {
-        let row_bytes = pitch * (DType::F32.size_bytes() + gradient.map_or(0, DType::size_bytes));
-        let fitting = chunk_bytes / row_bytes.max(1) / CHUNK_ROWS * CHUNK_ROWS;
-        let chunk = fitting.clamp(CHUNK_ROWS, rows.next_multiple_of(CHUNK_ROWS)).min(rows);
+        let chunk = rows_at_once((rows, pitch), gradient, chunk_bytes);
         Ok(Workspace {
             logits: self.alloc(DType::F32, [chunk, pitch])?,
             gradient: gradient.map(|dtype| self.alloc(dtype, [chunk, pitch])).transpose()?,
@@ -245,11 +284,11 @@ impl<R: Runtime> Gpu<R> {
         sizes: LinearSizes,
         chunk_bytes: usize,
     ) -> Result<()> {
-        let pitch = sizes.outputs.next_multiple_of(PART_ENTRIES);
+        let extents = loss_extents(sizes, Precision::Bf16, call.dx.is_some(), chunk_bytes);
+        let (pitch, parts_count) = (extents.pitch, extents.parts);
         let gradient = call.dx.is_some().then_some(DType::BF16);
         let mut workspace = self.workspace((sizes.tokens, pitch), gradient, chunk_bytes)?;
         let part = part_entries(sizes.outputs, sizes.inputs);
-        let parts_count = pitch.div_ceil(part);
         let parts_rows = if call.dx.is_some() { workspace.chunk } else { 0 };
         let mut parts = self.alloc(DType::F32, [parts_count, parts_rows, sizes.inputs])?;
         let mut hidden = self.alloc(DType::BF16, [workspace.chunk, sizes.inputs])?;

@@ -184,6 +184,7 @@ impl<R: Runtime> Pool<R> {
     }
 
     fn place(&self, state: &mut State<R::Memory>, size: usize, may_plan: bool) -> Result<Place<R::Memory>> {
+        let reach = state.plan.reach();
         let planned = (may_plan && state.is_in_step()).then(|| state.plan.take(size));
         let place = match (planned, &state.arena) {
             (Some(first), Some(arena)) if first + size <= arena.bytes => Place {
@@ -199,7 +200,7 @@ impl<R: Runtime> Pool<R> {
                 },
                 Err(error) => {
                     if let Some(first) = planned {
-                        state.plan.put_back(first, size);
+                        state.plan.withdraw(first, size, reach);
                     }
                     return Err(error);
                 }
@@ -232,8 +233,9 @@ impl<R: Runtime> Pool<R> {
             other => other,
         };
         let memory = memory.map_err(|error| match error {
-            Error::OutOfMemory { backend, .. } => Error::OutOfMemory {
+            Error::OutOfMemory { backend, wanted, .. } => Error::OutOfMemory {
                 backend,
+                wanted,
                 requested_bytes: size as u64,
                 in_use_bytes: state.in_use as u64,
             },

@@ -9,6 +9,7 @@
 //! | `kernel` | typed descriptors of kernels, checked at every launch, and against the `.cu` sources by a test |
 //! | `family` | the op families: source, kernels, ops |
 //! | `map` | tensors as the copy engine sees them |
+//! | `addresses` | launches over many tensors at once |
 //! | `memory` | the arena of a step, and the pool of everything else |
 //! | `places` | where tensors lie in the arena |
 //! | `layouts` | what kernels must know of packed documents, kept on the device |
@@ -20,6 +21,7 @@
 //! Ops are queued in order and run later; [`Device::read`] waits. Data on the device that breaks a contract (an id beyond its
 //! table) is therefore reported by the next read, not by the op.
 
+mod addresses;
 mod attention;
 mod attention_kernels;
 pub(crate) mod cache;
@@ -54,6 +56,10 @@ pub mod sources;
 mod tape;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_errors;
+#[cfg(test)]
+mod tests_many;
 
 use std::sync::{Arc, OnceLock};
 
@@ -63,6 +69,8 @@ use crate::error::{Error, Result};
 use crate::ops::{Device, MemoryStats, Op, Precision, Recorded, Support};
 use crate::tensor::{Segments, Shape, Tensor};
 
+use self::addresses::Tables;
+pub(crate) use self::addresses::{Addresses, Row};
 pub(crate) use self::family::FAMILIES;
 #[cfg(test)]
 pub(crate) use self::family::Family;
@@ -71,8 +79,10 @@ use self::faults::Faults;
 pub(crate) use self::kernel::Parameter;
 pub(crate) use self::kernel::{Argument, Element, Geometry, Kernel};
 use self::layouts::Layouts;
+pub(crate) use self::loss::{LossExtents, loss_extents};
 pub(crate) use self::map::Map;
 pub use self::map::{Swizzle, TensorMap};
+pub(crate) use self::matmul::{NF4_ROW, OUTER_PART};
 pub use self::matmul::{PlainForm, PlainProduct};
 pub use self::memory::Buffer;
 use self::memory::Pool;
@@ -92,6 +102,7 @@ struct Inner<R: Runtime> {
     faults: Faults<R>,
     layouts: Layouts<R>,
     shared: Shared<R>,
+    tables: Tables<R>,
     /// See `optimizer`.
     moment_maps: OnceLock<Tensor<Gpu<R>>>,
 }
@@ -117,6 +128,7 @@ impl<R: Runtime> Gpu<R> {
                 memory: Arc::new(Pool::new(runtime)),
                 layouts: Layouts::new(),
                 shared: Shared::new(),
+                tables: Tables::new(),
                 moment_maps: OnceLock::new(),
             }),
         })
@@ -139,8 +151,14 @@ impl<R: Runtime> Gpu<R> {
     /// A tensor that outlives the step in which it is made.
     fn alloc_lasting(&self, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor<Self>> {
         let shape = shape.into();
-        let buffer = self.inner.memory.take_lasting(shape.elements() * dtype.size_bytes())?;
+        let buffer = self.inner.memory.take_lasting(shape.elements() * dtype.size_bytes());
+        let buffer = buffer.map_err(|error| self.wanting(error, dtype, shape))?;
         Ok(Tensor::from_buffer(buffer, dtype, shape))
+    }
+
+    /// An error about memory, saying for which tensor and after which launch.
+    fn wanting(&self, error: Error, dtype: DType, shape: Shape) -> Error {
+        error.wanting(|| format!("{dtype} {shape} after {}", self.tape().last()))
     }
 
     /// Makes the arena as large as steps were seen to need. Recordings have addresses of the old one, so they end.
@@ -202,7 +220,8 @@ impl<R: Runtime> Device for Gpu<R> {
 
     fn alloc(&self, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor<Self>> {
         let shape = shape.into();
-        let mut buffer = self.inner.memory.take(shape.elements() * dtype.size_bytes())?;
+        let buffer = self.inner.memory.take(shape.elements() * dtype.size_bytes());
+        let mut buffer = buffer.map_err(|error| self.wanting(error, dtype, shape))?;
         if R::POISONS {
             // All bits set is NaN in every float type.
             buffer.fill(0xFF)?;

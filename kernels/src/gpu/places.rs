@@ -53,6 +53,12 @@ impl Places {
         }
     }
 
+    /// Undoes a [`Places::take`] that nothing came of, also its part in the reach, which was `reach` before.
+    pub(super) fn withdraw(&mut self, first: usize, bytes: usize, reach: usize) {
+        self.put_back(first, bytes);
+        self.reach = reach;
+    }
+
     /// Whether nothing is in use.
     pub(super) fn is_empty(&self) -> bool {
         self.end == 0

@@ -53,6 +53,9 @@ pub trait Runtime: Send + Sync + 'static {
     /// capture.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
 
+    /// Where a block begins, as kernels see it: what tables of addresses are written from.
+    fn address(&self, memory: &Self::Memory) -> u64;
+
     /// Overwrites a block from byte `first` on.
     ///
     /// # Errors
@@ -164,4 +167,24 @@ pub enum Value<'a, M> {
     F32(f32),
     /// A tensor's map, by value.
     Map(TensorMap<'a, M>),
+    /// The address of a table of addresses, and all memory that these name.
+    Addresses {
+        /// The table; `None` is a null pointer.
+        table: Option<Span<'a, M>>,
+        /// What a kernel reaches by it.
+        named: Vec<Span<'a, M>>,
+    },
+}
+
+impl<'a, M> Value<'a, M> {
+    /// All memory that a kernel given this value may touch.
+    pub fn spans(&self) -> impl Iterator<Item = Span<'a, M>> + '_ {
+        let (one, named): (Option<Span<'a, M>>, &[Span<'a, M>]) = match self {
+            Self::Memory(span) => (*span, &[]),
+            Self::Map(map) => (Some(map.part), &[]),
+            Self::Addresses { table, named } => (*table, named),
+            Self::I32(_) | Self::I64(_) | Self::F32(_) => (None, &[]),
+        };
+        one.into_iter().chain(named.iter().copied())
+    }
 }

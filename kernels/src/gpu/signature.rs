@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use super::kernel::{Element, Kernel, Parameter};
+use super::kernel::{Element, Parameter};
 use super::{FAMILIES, Source, sources};
 use crate::dtype::DType;
 
@@ -101,8 +101,8 @@ fn heads(code: &str) -> BTreeMap<String, (String, Vec<String>)> {
     found
 }
 
-/// A descriptor's parameters, written as the source writes them.
-fn written(kernel: &Kernel, types: &[DType]) -> Vec<String> {
+/// A descriptor's parameters, or a row's fields, written as the source writes them.
+fn written(parameters: &[(&str, Parameter)], types: &[DType]) -> Vec<String> {
     let element = |element: &Element| match element {
         Element::Is(dtype) => dtype.to_string(),
         Element::Type(index) => types[*index].to_string(),
@@ -115,8 +115,19 @@ fn written(kernel: &Kernel, types: &[DType]) -> Vec<String> {
         Parameter::I64 => format!("i64 {name}"),
         Parameter::F32 => format!("f32 {name}"),
         Parameter::Map => format!("MAP {name}"),
+        Parameter::Addresses(row) => format!("const {}* {name}", row.name),
     };
-    kernel.parameters.iter().map(one).collect()
+    parameters.iter().map(one).collect()
+}
+
+/// The fields of a `struct` of a source, each as `const f32* x`.
+fn fields(source: &Source, name: &str) -> Vec<String> {
+    let text = without_comments(source.text);
+    let marker = format!("struct {name} {{");
+    let (_, rest) = text.split_once(&marker).unwrap_or_else(|| panic!("no {marker}"));
+    let (body, _) = rest.split_once("};").unwrap();
+    let fields = body.split(';').map(str::trim).filter(|field| !field.is_empty());
+    fields.map(str::to_owned).collect()
 }
 
 /// The threads that the first argument of an `ENTRY` stands for: a number, a constant, or a tile's.
@@ -165,7 +176,8 @@ fn every_descriptor_has_the_signature_of_its_entry_and_every_entry_a_descriptor(
                 let Some((threads, parameters)) = found.remove(&name) else {
                     panic!("{}.cu has no entry {name}", source.name);
                 };
-                assert_eq!(parameters, written(kernel, &types), "{name} in {}.cu", source.name);
+                let expected = written(kernel.parameters, &types);
+                assert_eq!(parameters, expected, "{name} in {}.cu", source.name);
                 assert_eq!(bound(source, &threads), kernel.threads, "threads of {name}");
             }
         }
@@ -176,6 +188,29 @@ fn every_descriptor_has_the_signature_of_its_entry_and_every_entry_a_descriptor(
             source.name
         );
     }
+}
+
+#[test]
+fn every_row_of_addresses_has_the_fields_of_its_struct() {
+    let mut rows = 0;
+    for kernel in FAMILIES.iter().flat_map(|family| family.kernels) {
+        for (_, parameter) in kernel.parameters {
+            let Parameter::Addresses(row) = parameter else { continue };
+            assert_eq!(
+                fields(kernel.source, row.name),
+                written(row.fields, &[]),
+                "{}",
+                row.name
+            );
+            let [pointers @ .., (_, Parameter::I64)] = row.fields else {
+                panic!("the count of {} comes last", row.name);
+            };
+            let is_pointer = |field: &(&str, Parameter)| matches!(field.1, Parameter::In(_) | Parameter::Out(_));
+            assert!(pointers.iter().all(is_pointer), "{}: fields of eight bytes", row.name);
+            rows += 1;
+        }
+    }
+    assert!(rows >= 4, "{rows}");
 }
 
 /// Every kernel must run emulated, so what a compiler for the CPU does not know is wrapped in two places: for all targets, and

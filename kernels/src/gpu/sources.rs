@@ -48,6 +48,7 @@ pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static CONVOLUTION: Source = source!("convolution");
 pub(crate) static GATE: Source = source!("gate");
 pub(crate) static GATED_DELTA: Source = source!("gated_delta");
+pub(crate) static DELTA_CARRY: Source = source!("delta_carry");
 pub(crate) static DELTA_INPUTS: Source = source!("delta_inputs");
 pub(crate) static MOE: Source = source!("moe");
 pub(crate) static GROUPED: Source = source!("grouped");
@@ -70,6 +71,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../cu/attention.cuh")),
     ("documents.cuh", include_str!("../../cu/documents.cuh")),
     ("product.cuh", include_str!("../../cu/product.cuh")),
+    ("delta.cuh", include_str!("../../cu/delta.cuh")),
     ("grouped.cuh", include_str!("../../cu/grouped.cuh")),
     ("cross_entropy.cuh", include_str!("../../cu/cross_entropy.cuh")),
     ("tile.cuh", include_str!("../../cu/tile.cuh")),

@@ -23,7 +23,12 @@ pub(super) struct Tape<R: Runtime> {
     capture: Mutex<Option<Capture>>,
     graphs: Mutex<HashMap<u64, Arc<R::Graph>>>,
     next: AtomicU64,
+    /// The kernel launched last, for messages.
+    last: Mutex<&'static str>,
 }
+
+/// What was launched before the first kernel.
+const NOTHING_YET: &str = "the beginning";
 
 struct Capture {
     thread: ThreadId,
@@ -54,6 +59,7 @@ impl<R: Runtime> Tape<R> {
             capture: Mutex::new(None),
             graphs: Mutex::new(HashMap::new()),
             next: AtomicU64::new(0),
+            last: Mutex::new(NOTHING_YET),
         }
     }
 
@@ -63,6 +69,11 @@ impl<R: Runtime> Tape<R> {
             true => locked(&self.capture).as_mut().map(does),
             false => None,
         }
+    }
+
+    /// The kernel launched last.
+    pub(super) fn last(&self) -> &'static str {
+        *locked(&self.last)
     }
 
     /// The work was given a table's address.
@@ -75,6 +86,7 @@ impl<R: Runtime> Tape<R> {
     /// # Errors
     /// [`Error::Device`] from another thread than the one that records: its launch would become part of the recording.
     pub(super) fn launches(&self, kernel: &'static str, writes_faults: bool) -> Result<()> {
+        *locked(&self.last) = kernel;
         let is_foreign = self.capturing(|capture| {
             capture.last = kernel;
             capture.writes_faults |= writes_faults;
@@ -109,7 +121,7 @@ impl<R: Runtime> Tape<R> {
         *locked(&self.capture) = Some(Capture {
             thread: std::thread::current().id(),
             tables: HashSet::new(),
-            last: "the beginning",
+            last: NOTHING_YET,
             writes_faults: false,
             problem: None,
         });

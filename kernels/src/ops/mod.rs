@@ -37,7 +37,8 @@ pub use self::activation::ActivationOps;
 pub use self::attention::{AttentionBackward, AttentionForward, AttentionOps};
 pub use self::convolution::{ConvolutionBackward, ConvolutionForward, ConvolutionOps};
 pub use self::delta::{
-    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps,
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsBackward,
+    DeltaInputsForward, DeltaOps,
 };
 pub use self::device::{Device, MemoryStats, Op, Support};
 pub use self::embedding::EmbeddingOps;
@@ -49,7 +50,7 @@ pub use self::moe::{
     GroupedPairBackward, GroupedSwigluForward, MoeOps, RouteBackward, RoutedSwigluBackward, Routing, RowOrder,
 };
 pub use self::norm::{AddNormForward, NormBackward, NormForward, NormOps, NormWeight};
-pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, OptimizerOps};
+pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, MomentsMut, OptimizerOps, Trained};
 pub use self::quantize::QuantizeOps;
 pub use self::recording::{Recorded, Recording};
 pub use self::rope::{RopeDirection, RopeOps, RopeTable};

@@ -18,6 +18,7 @@
 //! One difference: a positive `v` never gets the code of 0. Rounded to 0 beside an `m` that is not, the next step with no
 //! gradient (a routed expert without tokens) would divide by ε alone.
 
+use crate::contract;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::Device;
@@ -72,6 +73,51 @@ impl<D: Device> BlockMoment<D> {
     }
 }
 
+/// Both moments of a parameter, to be updated.
+#[derive(Debug)]
+pub enum MomentsMut<'a, D: Device> {
+    /// f32, shaped as the parameter.
+    Single {
+        /// Mean of gradients.
+        m: &'a mut Tensor<D>,
+        /// Mean of squared gradients.
+        v: &'a mut Tensor<D>,
+    },
+    /// In 8 bits.
+    Blocks {
+        /// Mean of gradients.
+        m: &'a mut BlockMoment<D>,
+        /// Mean of squared gradients.
+        v: &'a mut BlockMoment<D>,
+    },
+}
+
+/// One of many parameters to be updated.
+#[derive(Debug)]
+pub struct Trained<'a, D: Device> {
+    /// f32.
+    pub parameter: &'a mut Tensor<D>,
+    /// f32, shaped as the parameter.
+    pub gradient: &'a Tensor<D>,
+    /// Its moments.
+    pub moments: MomentsMut<'a, D>,
+}
+
+impl<D: Device> Trained<'_, D> {
+    /// Whether [`OptimizerOps::adamw_step`], or its form in 8 bits, would take it.
+    ///
+    /// # Errors
+    /// Shapes or dtypes outside the contract.
+    pub(crate) fn checked(&self, settings: &AdamW) -> Result<()> {
+        match &self.moments {
+            MomentsMut::Single { m, v } => contract::adamw_step(self.parameter, self.gradient, m, v, settings),
+            MomentsMut::Blocks { m, v } => {
+                contract::adamw_8bit_step(self.parameter, self.gradient, (&**m, &**v), settings)
+            }
+        }
+    }
+}
+
 /// Optimizer arithmetic on f32 tensors.
 pub trait OptimizerOps: Device {
     /// `Σ x²` over all tensors in f64, in a fixed order. Non-finite when any element is.
@@ -105,4 +151,29 @@ pub trait OptimizerOps: Device {
         v: &mut BlockMoment<Self>,
         settings: &AdamW,
     ) -> Result<()>;
+
+    /// The step of each of many parameters, bit for bit as [`OptimizerOps::adamw_step`] and [`OptimizerOps::adamw_8bit_step`] do
+    /// it: that is what it means, and what a backend does for which a call costs nothing.
+    ///
+    /// # Errors
+    /// Shapes or dtypes outside the contract, of any of them and before anything is updated.
+    fn adamw_step_many(&self, trained: Vec<Trained<'_, Self>>, settings: &AdamW) -> Result<()> {
+        trained.iter().try_for_each(|one| one.checked(settings))?;
+        for one in trained {
+            match one.moments {
+                MomentsMut::Single { m, v } => self.adamw_step(one.parameter, one.gradient, m, v, settings)?,
+                MomentsMut::Blocks { m, v } => self.adamw_8bit_step(one.parameter, one.gradient, m, v, settings)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets every element of many f32 tensors to zero, as [`Device::fill_zero`] does.
+    ///
+    /// # Errors
+    /// Dtypes outside the contract, before anything is changed.
+    fn zero_many(&self, tensors: Vec<&mut Tensor<Self>>) -> Result<()> {
+        tensors.iter().try_for_each(|tensor| contract::zero_many(tensor))?;
+        tensors.into_iter().try_for_each(|tensor| self.fill_zero(tensor))
+    }
 }

@@ -115,6 +115,10 @@ impl<R: Runtime> Runtime for Watched<R> {
         self.inner.allocate(bytes)
     }
 
+    fn address(&self, memory: &R::Memory) -> u64 {
+        self.inner.address(memory)
+    }
+
     fn write(&self, memory: &R::Memory, first: usize, bytes: &[u8]) -> Result<()> {
         one_more(&self.counters.writes);
         let count = bytes.len() as u64;

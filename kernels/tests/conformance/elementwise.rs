@@ -1,14 +1,14 @@
 //! Element-wise ops, norms and the optimizer.
 
 use brightrun_kernels::ops::{
-    AdamW, AddNormForward, BlockMoment, Device, MOMENT_BLOCK, NormBackward, NormForward, NormWeight, OptimizerOps,
-    Precision, Write,
+    AdamW, AddNormForward, BlockMoment, Device, MOMENT_BLOCK, MomentsMut, NormBackward, NormForward, NormWeight,
+    OptimizerOps, Precision, Trained, Write,
 };
 use brightrun_kernels::oracle::{
     Real, adamw_step, decode_moment, rms_norm_backward, rms_norm_forward, swiglu_backward, swiglu_forward,
 };
 use brightrun_kernels::testing::Random;
-use brightrun_kernels::{DType, dynamic};
+use brightrun_kernels::{DType, Shape, Tensor, dynamic};
 use half::bf16;
 
 use super::backends::{Run, Traits, narrow, wide};
@@ -337,6 +337,95 @@ fn adamw_agrees_with_the_oracle() {
         for (shape, step) in SHAPES.iter().zip([1, 2, 3, 10, 100, 1000, 5, 7, 1, 4, 6]) {
             adamw(run, *shape, step);
         }
+    });
+}
+
+/// A parameter, its gradient, and moments of one kind or the other.
+type Factor<B> = ([Tensor<B>; 2], Result<[Tensor<B>; 2], [BlockMoment<B>; 2]>);
+
+/// Parameters of all sizes, by turns with f32 moments and with moments in 8 bits.
+fn factors<B: Traits>(device: &B) -> Vec<Factor<B>> {
+    let sizes = [0, 1, 255, 257, 4096, 4097, 9000, 20_003];
+    let factor = |(i, size): (usize, &usize)| {
+        let random = |seed: usize| {
+            let values = Random::new((i + 100 * seed) as u64).adversarial(*size);
+            device.upload_f32([*size], &values).unwrap()
+        };
+        let zeros = || device.zeros(DType::F32, [*size]).unwrap();
+        let blocks = || BlockMoment::zeros(device, Shape::from([*size])).unwrap();
+        let moments = if i % 2 == 0 {
+            Ok([zeros(), zeros()])
+        } else {
+            Err([blocks(), blocks()])
+        };
+        ([random(1), random(2)], moments)
+    };
+    sizes.iter().enumerate().map(factor).collect()
+}
+
+fn contents<B: Traits>(device: &B, factors: &[Factor<B>]) -> Vec<Vec<u8>> {
+    let tensors = factors.iter().flat_map(|([w, _], moments)| match moments {
+        Ok([m, v]) => vec![w, m, v],
+        Err([m, v]) => vec![w, &m.codes, &m.absmax, &v.codes, &v.absmax],
+    });
+    tensors.map(|tensor| device.read(tensor).unwrap()).collect()
+}
+
+#[test]
+fn many_parameters_at_once_have_the_bits_of_one_by_one() {
+    on_every_backend!("adamw_step_many", [AdamwStep, Adamw8bitStep], |run| {
+        let device = run.backend;
+        let [mut many, mut single] = [(); 2].map(|()| factors(device));
+        for step in 1..=3 {
+            let settings = AdamW {
+                learning_rate: 3e-3,
+                beta1: 0.9,
+                beta2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.01,
+                step,
+                gradient_scale: 0.37,
+            };
+            let trained = many.iter_mut().map(|([parameter, gradient], moments)| Trained {
+                parameter,
+                gradient,
+                moments: match moments {
+                    Ok([m, v]) => MomentsMut::Single { m, v },
+                    Err([m, v]) => MomentsMut::Blocks { m, v },
+                },
+            });
+            device.adamw_step_many(trained.collect(), &settings).unwrap();
+            for ([w, g], moments) in &mut single {
+                match moments {
+                    Ok([m, v]) => device.adamw_step(w, g, m, v, &settings).unwrap(),
+                    Err([m, v]) => device.adamw_8bit_step(w, g, m, v, &settings).unwrap(),
+                }
+            }
+            assert!(contents(device, &many) == contents(device, &single), "step {step}");
+        }
+        assert!(
+            contents(device, &many) != contents(device, &factors(device)),
+            "something was updated"
+        );
+        run.case("adamw_step_many", 0);
+    });
+}
+
+#[test]
+fn many_gradients_at_once_become_zero_and_nothing_beside_them() {
+    on_every_backend!("zero_many", [AdamwStep], |run| {
+        let device = run.backend;
+        let mut factors = factors(device);
+        let kept: Vec<_> = factors.iter().map(|([w, _], _)| device.read(w).unwrap()).collect();
+        let gradients = factors.iter_mut().map(|([_, g], _)| g);
+        device.zero_many(gradients.collect()).unwrap();
+        for (([w, g], _), kept) in factors.iter().zip(kept) {
+            assert!(device.read(g).unwrap().iter().all(|byte| *byte == 0), "{g:?}");
+            assert!(device.read(w).unwrap() == kept, "{w:?}");
+        }
+        let mut codes = device.zeros(DType::U8, [4]).unwrap();
+        assert!(device.zero_many(vec![&mut codes]).is_err(), "f32 alone");
+        run.case("zero_many", 0);
     });
 }
 

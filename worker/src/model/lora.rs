@@ -332,11 +332,8 @@ impl<B: Backend> LoraGradients<B> {
     /// # Errors
     /// The backend's own.
     pub fn clear(&mut self, device: &B) -> Result<()> {
-        for (a, b) in &mut self.pairs {
-            device.fill_zero(a)?;
-            device.fill_zero(b)?;
-        }
-        Ok(())
+        let tensors = self.pairs.iter_mut().flat_map(|(a, b)| [a, b]);
+        Ok(device.zero_many(tensors.collect())?)
     }
 
     /// dA and dB of every pair, in the adapter's order.

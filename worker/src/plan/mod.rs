@@ -15,9 +15,9 @@
 //!
 //! # Why it can be trusted
 //!
-//! The model's own code runs on [`Counting`](brightrun_kernels::counting::Counting). A test trains small models of every family on
-//! the CPU backend and compares the peak it reports with the plan for it. For GPUs the working memory of kernels is an assumption
-//! ([`Habits::gpu`](brightrun_kernels::counting::Habits::gpu)), and speed is a range.
+//! The model's own code runs on [`Counting`](brightrun_kernels::counting::Counting). Tests train small models of every family on
+//! the CPU backend and on the emulated GPU and compare the peaks they report with the plans for them, also of the weights that a layer
+//! decodes once for its recomputation and backward pass. Speed is a range.
 
 mod gpu;
 mod memory;

@@ -1,6 +1,6 @@
 //! AdamW's state beside an adapter.
 
-use brightrun_kernels::ops::{AdamW, BlockMoment, MOMENT_BLOCK};
+use brightrun_kernels::ops::{AdamW, BlockMoment, MOMENT_BLOCK, MomentsMut, Trained};
 use brightrun_kernels::{Backend, DType, Shape, Tensor};
 
 use crate::error::Result;
@@ -67,12 +67,16 @@ impl<B: Backend> Moments<B> {
         })
     }
 
-    fn step(&mut self, device: &B, factor: &mut Tensor<B>, gradient: &Tensor<B>, settings: &AdamW) -> Result<()> {
-        match self {
-            Self::F32 { m, v } => device.adamw_step(factor, gradient, m, v, settings)?,
-            Self::Blocks { m, v } => device.adamw_8bit_step(factor, gradient, m, v, settings)?,
+    /// A factor's part of a step, with these as its moments.
+    fn of<'a>(&'a mut self, parameter: &'a mut Tensor<B>, gradient: &'a Tensor<B>) -> Trained<'a, B> {
+        Trained {
+            parameter,
+            gradient,
+            moments: match self {
+                Self::F32 { m, v } => MomentsMut::Single { m, v },
+                Self::Blocks { m, v } => MomentsMut::Blocks { m, v },
+            },
         }
-        Ok(())
     }
 
     /// All tensors, each under the name that a checkpoint has it by.
@@ -152,11 +156,10 @@ impl<B: Backend> Optimizer<B> {
             .iter_mut()
             .zip(gradients.pairs())
             .zip(&mut self.moments);
-        for ((pair, (gradient_a, gradient_b)), [a, b]) in pairs {
-            a.step(device, &mut pair.a, gradient_a, &settings)?;
-            b.step(device, &mut pair.b, gradient_b, &settings)?;
-        }
-        Ok(())
+        let factors = pairs.flat_map(|((pair, (gradient_a, gradient_b)), [a, b])| {
+            [a.of(&mut pair.a, gradient_a), b.of(&mut pair.b, gradient_b)]
+        });
+        Ok(device.adamw_step_many(factors.collect(), &settings)?)
     }
 
     /// Moments of A and of B, pair by pair.

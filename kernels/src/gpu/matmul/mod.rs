@@ -14,6 +14,7 @@ pub(super) mod tensor;
 
 pub use self::library::{PlainForm, PlainProduct};
 pub(super) use self::tensor::Tile;
+pub(crate) use self::tensor::{NF4_ROW, PART as OUTER_PART};
 
 use std::ops::Deref;
 use std::sync::Arc;

@@ -13,7 +13,7 @@ use crate::tensor::Tensor;
 use crate::weight::{Nf4Scales, Nf4Weight};
 
 /// A fused NF4 product wants rows that are a multiple of this long: a thread decodes so many elements at once.
-pub(super) const NF4_ROW: usize = 32;
+pub(crate) const NF4_ROW: usize = 32;
 
 /// A tile of `tile.cuh`, by the same numbers as in `matmul.cu`.
 #[derive(Clone, Copy)]
@@ -160,7 +160,7 @@ pub(super) const KERNELS: &[&Kernel] = &[
 ];
 
 /// Tokens of a part of an outer product. It decides the order of the sum, so it is a constant.
-const PART: usize = 512;
+pub(crate) const PART: usize = 512;
 
 /// A weight's pointers, as all products take them: elements or codes, scales, nested codes, their map, offset.
 pub(in crate::gpu) fn weight_arguments<'a, R: Runtime>(right: &'a Right<'_, R>) -> [Argument<'a, R>; 5] {

@@ -1,0 +1,106 @@
+//! The working memory of the GPU backend's ops, as `gpu` asks for it: the bytes of what lives at the worst moment of an op.
+
+use super::scratch::floats;
+use crate::contract::{DeltaSizes, GroupedSizes, LinearSizes};
+use crate::dtype::DType;
+use crate::gpu::{LossExtents, OUTER_PART, loss_extents};
+use crate::ops::{DELTA_CHUNK, Precision};
+
+/// Bytes of a factor in the precision's dtype.
+fn factor(precision: Precision, elements: usize) -> u64 {
+    let dtype = match precision {
+        Precision::F32 => DType::F32,
+        Precision::Bf16 => DType::BF16,
+    };
+    (elements * dtype.size_bytes()) as u64
+}
+
+/// Bytes of an f32 tensor brought to the precision's dtype, if that is another.
+fn converted(precision: Precision, elements: usize) -> u64 {
+    match precision {
+        Precision::F32 => 0,
+        Precision::Bf16 => factor(precision, elements),
+    }
+}
+
+/// `decoded`: what the layer's own weight takes for this product alone.
+pub(super) fn linear_forward(sizes: LinearSizes, precision: Precision, decoded: u64) -> [u64; 2] {
+    let LinearSizes {
+        tokens,
+        inputs,
+        outputs,
+        rank,
+    } = sizes;
+    let [a, b] = [rank * inputs, rank * outputs].map(|elements| converted(precision, elements));
+    [factor(precision, tokens * rank), a.max(b + decoded)]
+}
+
+/// With the adapter's gradients; the outer products are sums over parts of tokens.
+pub(super) fn linear_backward(sizes: LinearSizes, precision: Precision, decoded: u64) -> [u64; 2] {
+    let LinearSizes {
+        tokens,
+        inputs,
+        outputs,
+        rank,
+    } = sizes;
+    let [a, b] = [rank * inputs, rank * outputs].map(|elements| converted(precision, elements));
+    let parts = |width: usize| match precision {
+        Precision::F32 => 0,
+        Precision::Bf16 => floats(tokens.div_ceil(OUTER_PART) * rank * width),
+    };
+    let hidden = converted(precision, tokens * rank);
+    let gradients = a + b + parts(inputs).max(hidden + parts(outputs));
+    [factor(precision, tokens * rank), gradients.max(a + decoded)]
+}
+
+pub(super) fn grouped_forward(sizes: GroupedSizes, precision: Precision, decoded: u64) -> [u64; 2] {
+    let (experts, rows) = (sizes.routing.experts, sizes.routing.slots());
+    let [a, b] = [sizes.inputs, sizes.outputs].map(|width| converted(precision, experts * sizes.rank * width));
+    [factor(precision, rows * sizes.rank), a.max(b + decoded)]
+}
+
+pub(super) fn grouped_backward(sizes: GroupedSizes, precision: Precision, decoded: u64) -> [u64; 2] {
+    let (experts, rows) = (sizes.routing.experts, sizes.routing.slots());
+    let [a, b] = [sizes.inputs, sizes.outputs].map(|width| converted(precision, experts * sizes.rank * width));
+    let hidden = converted(precision, rows * sizes.rank);
+    let gradients = a + b + hidden;
+    [factor(precision, rows * sizes.rank), gradients.max(a + decoded)]
+}
+
+/// Rows with a label, logits, their gradients, parts of the inputs' gradients, and gathered rows. `head` is what the head takes in
+/// another form.
+pub(super) fn loss(
+    sizes: LinearSizes,
+    precision: Precision,
+    has_gradient: bool,
+    (logits_bytes, head): (usize, u64),
+) -> [u64; 6] {
+    let LossExtents { chunk, pitch, parts } = loss_extents(sizes, precision, has_gradient, logits_bytes);
+    let with_gradient = |bytes: u64| if has_gradient { bytes } else { 0 };
+    [
+        floats(sizes.tokens),
+        floats(chunk * pitch),
+        with_gradient(factor(precision, chunk * pitch)),
+        with_gradient(floats(parts * chunk * sizes.inputs)),
+        factor(precision, chunk * sizes.inputs),
+        head,
+    ]
+}
+
+/// `δ`, one number for each row of each head.
+pub(super) fn attention_backward(tokens: usize, heads: usize) -> u64 {
+    floats(tokens * heads)
+}
+
+/// Products within chunks, in activations of so many bytes.
+pub(super) fn delta_forward(sizes: DeltaSizes, element: usize) -> u64 {
+    (sizes.tokens * sizes.value_heads * DELTA_CHUNK * element) as u64
+}
+
+/// States before the chunks and their gradients, two tensors like the values, and the products.
+pub(super) fn delta_backward(sizes: DeltaSizes, documents: usize, element: usize) -> u64 {
+    let chunks = sizes.tokens / DELTA_CHUNK + documents;
+    let states = chunks * sizes.value_heads * sizes.key_dim * sizes.value_dim;
+    let values = sizes.tokens * sizes.value_heads * sizes.value_dim;
+    (2 * (states + values) * element) as u64 + delta_forward(sizes, element)
+}
