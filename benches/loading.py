@@ -64,7 +64,8 @@ def best_plain_read(paths):
 def build(arguments, folder, *flags):
     """One run of `brightrun snapshot build` with a cold cache."""
     dropped = drop_caches()
-    command = [arguments.brightrun, "snapshot", "build", "--model", folder, "--base-dtype", arguments.base_dtype, "--json", *flags]
+    device = ["--device", arguments.device] if arguments.device else []
+    command = [arguments.brightrun, *device, "snapshot", "build", "--model", folder, "--base-dtype", arguments.base_dtype, "--json", *flags]
     before = os.getloadavg()[0]
     began = time.perf_counter()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -108,6 +109,7 @@ def one_round(arguments, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--brightrun", required=True, help="the binary")
+    parser.add_argument("--device", help="what weights are loaded to; the program's own choice without it")
     parser.add_argument("--work", required=True, help="a folder on the disk to measure; the checkpoint in it is made and removed")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)

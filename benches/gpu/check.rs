@@ -1,142 +1,74 @@
-//! Numerics beside the timing: a case's product against the same product in float32, on the same operands and device.
+//! Numerics beside the timing: what a case's op writes, against the same op in float32, on the same operands.
 //!
-//! The conformance suite judges every op at shapes made to break it; this shows that at the shapes that are timed the kernels compute
-//! what they are timed for. Ops without a reference precision of their own are left to the suite.
+//! A timing counts only with this. The conformance suite judges every op on the same device at shapes made to break it; here it is
+//! shown that at the shapes that are timed the kernels compute what they are timed for.
 
-use brightrun_kernels::ops::{
-    GroupedLinearBackward, GroupedLinearForward, LinearBackward, LinearForward, Precision, RowOrder, Write,
-};
-use brightrun_kernels::{Result, Tensor};
+use brightrun_kernels::Result;
+use brightrun_kernels::cpu::Cpu;
+use brightrun_kernels::ops::Precision;
 use serde_json::{Value, json};
 
-use crate::cases::{Work, routing};
 use crate::clock::Clock;
-use crate::operands::{activation, room, stack, weight};
+use crate::prepare::{Results, prepare};
+use crate::work::Work;
 
-/// Rows that are compared: the first and the last so many.
-const ROWS: usize = 64;
-
-/// Largest and mean difference over the root mean square of the reference; `null` for ops that are not compared here.
+/// Largest and mean difference over the root mean square of the reference, of the tensor that is farthest off, and what it was
+/// compared with.
 pub fn check<B: Clock>(backend: &B, work: Work) -> Result<Value> {
-    let [fast, exact] = match work {
-        Work::Linear {
-            tokens,
-            outputs,
-            inputs,
-            nf4,
-            rank: 0,
-        } => {
-            let (x, weight) = (
-                activation(backend, &[tokens, inputs], 1.0, 1)?,
-                weight(backend, outputs, inputs, nf4, 2)?,
-            );
-            both(backend, [tokens, outputs], |precision, y| {
-                backend.linear_forward(LinearForward {
-                    x: &x,
-                    weight: &weight,
-                    bias: None,
-                    lora: None,
-                    precision,
-                    y,
-                })
-            })?
+    let fast = results(backend, work, Precision::Bf16)?;
+    let (exact, against) = match on_the_cpu(work) {
+        Some(reference) => {
+            let cpu = Cpu::new(None)?;
+            (results(&cpu, reference, Precision::F32)?, "the CPU backend")
         }
-        Work::LinearInput {
-            tokens,
-            outputs,
-            inputs,
-            nf4,
-        } => {
-            let (dy, weight) = (
-                activation(backend, &[tokens, outputs], 1.0, 1)?,
-                weight(backend, outputs, inputs, nf4, 2)?,
-            );
-            both(backend, [tokens, inputs], |precision, dx| {
-                backend.linear_backward(LinearBackward {
-                    dy: &dy,
-                    weight: &weight,
-                    lora: None,
-                    precision,
-                    dx: Some((dx, Write::Overwrite)),
-                })
-            })?
-        }
-        Work::Grouped {
-            tokens,
-            experts,
-            top,
-            outputs,
-            inputs,
-        } => {
-            let routing = routing(backend, tokens, experts, top)?;
-            let (x, stack) = (
-                activation(backend, &[tokens, inputs], 1.0, 1)?,
-                stack(backend, experts, outputs, inputs)?,
-            );
-            both(backend, [tokens * top, outputs], |precision, y| {
-                backend.grouped_linear_forward(GroupedLinearForward {
-                    x: &x,
-                    x_order: RowOrder::Token,
-                    routing: &routing,
-                    weight: &stack,
-                    lora: None,
-                    precision,
-                    y,
-                })
-            })?
-        }
-        Work::GroupedInput {
-            tokens,
-            experts,
-            top,
-            outputs,
-            inputs,
-        } => {
-            let routing = routing(backend, tokens, experts, top)?;
-            let (dy, stack) = (
-                activation(backend, &[tokens * top, outputs], 1.0, 1)?,
-                stack(backend, experts, outputs, inputs)?,
-            );
-            both(backend, [tokens * top, inputs], |precision, dx| {
-                backend.grouped_linear_backward(GroupedLinearBackward {
-                    dy: &dy,
-                    dy_order: RowOrder::Grouped,
-                    routing: &routing,
-                    weight: &stack,
-                    lora: None,
-                    precision,
-                    dx: Some((dx, Write::Overwrite)),
-                })
-            })?
-        }
-        _ => return Ok(Value::Null),
+        None => (results(backend, work, Precision::F32)?, "the same op in float32"),
     };
-    Ok(compared(&fast, &exact))
+    let differences = fast.iter().zip(&exact).map(|(fast, exact)| Difference::of(fast, exact));
+    let worst = differences.max_by(|left, right| left.mean.total_cmp(&right.mean));
+    let worst = worst.unwrap_or(Difference {
+        largest: f64::NAN,
+        mean: f64::NAN,
+    });
+    let elements: usize = fast.iter().map(Vec::len).sum();
+    Ok(json!({ "largest": worst.largest, "mean": worst.mean, "elements": elements, "against": against }))
 }
 
-/// Some rows of a result in both precisions.
-fn both<B: Clock>(
-    backend: &B,
-    shape: [usize; 2],
-    product: impl Fn(Precision, &mut Tensor<B>) -> Result<()>,
-) -> Result<[Vec<f32>; 2]> {
-    let in_precision = |precision| {
-        let mut out = room(backend, &shape)?;
-        product(precision, &mut out)?;
-        let mut values = backend.read_f32(&out)?;
-        let rows = ROWS.min(shape[0]) * shape[1];
-        let end = values.split_off(values.len() - rows);
-        values.truncate(rows);
-        values.extend(end);
-        Ok(values)
-    };
-    Ok([in_precision(Precision::Bf16)?, in_precision(Precision::F32)?])
+/// What has one precision only is judged by the CPU; moments in 8 bits by those in float32.
+fn on_the_cpu(work: Work) -> Option<Work> {
+    match work {
+        Work::Dequantize { .. } | Work::Quantize { .. } | Work::QuantizeFp8 { .. } | Work::Adamw { .. } => Some(work),
+        Work::Adamw8bit { elements } => Some(Work::Adamw { elements }),
+        _ => None,
+    }
 }
 
-fn compared(fast: &[f32], exact: &[f32]) -> Value {
-    let count = exact.len().max(1) as f64;
-    let scale = (exact.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>() / count).sqrt();
-    let differences = || fast.iter().zip(exact).map(|(a, b)| f64::from(a - b).abs());
-    let largest = differences().fold(0.0, |worst: f64, one| if one.is_nan() { one } else { worst.max(one) });
-    json!({ "largest": largest / scale, "mean": differences().sum::<f64>() / count / scale, "rows": 2 * ROWS })
+fn results<B: Clock>(backend: &B, work: Work, precision: Precision) -> Result<Results> {
+    let mut results = Results::new();
+    prepare(backend, work, precision, 1)?(Some(&mut results))?;
+    Ok(results)
+}
+
+struct Difference {
+    largest: f64,
+    mean: f64,
+}
+
+impl Difference {
+    /// A number on one side only makes both figures NaN, which JSON has as null: that is no agreement.
+    fn of(fast: &[f32], exact: &[f32]) -> Self {
+        if fast.len() != exact.len() {
+            return Self {
+                largest: f64::NAN,
+                mean: f64::NAN,
+            };
+        }
+        let count = exact.len().max(1) as f64;
+        let scale = (exact.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>() / count).sqrt();
+        let differences = || fast.iter().zip(exact).map(|(a, b)| f64::from(a - b).abs());
+        let largest = differences().fold(0.0, |worst: f64, one| if one.is_nan() { one } else { worst.max(one) });
+        Self {
+            largest: largest / scale,
+            mean: differences().sum::<f64>() / count / scale,
+        }
+    }
 }

@@ -8,8 +8,9 @@
 //! ```
 //!
 //! A case's times are of the device's own clock, between marks in its queue, over as many calls as take about a millisecond;
-//! a call takes other operands than the last one where all together would fit into the device's cache. Products are compared with
-//! float32 on the same operands (see `check.rs`); the conformance suite judges all ops, on the same device, with the same kernels.
+//! a call takes other operands than the last one where all together would fit into the device's cache. What each op writes is compared
+//! with float32 on the same operands (see `check.rs`); the conformance suite judges all ops at many shapes, on the same device, with
+//! the same kernels. Routed rows follow a histogram that is stored (`routing.json`).
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
@@ -17,7 +18,10 @@ mod cases;
 mod check;
 mod clock;
 mod operands;
+mod prepare;
+mod routing;
 mod serve;
+mod work;
 
 use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::cuda;
@@ -55,7 +59,7 @@ fn arguments() -> Arguments {
 fn run<B: Clock>(backend: &B, arguments: &Arguments) {
     let cases = cases::all(arguments.shrink);
     if arguments.serve {
-        serve::serve(backend, &cases);
+        serve::serve(backend, &cases, std::io::stdin().lock(), std::io::stdout().lock());
     } else {
         serve::once(backend, &cases, &arguments.filter);
     }

@@ -17,13 +17,15 @@
 //   gradient          dz · W in S parts of the vocabulary, because R × C alone has too few tiles to fill a device
 //   scatter           the sum of the parts, in order, to the rows of dx
 // The number of supervised rows stays on the device: the host launches chunks for all T rows, and blocks of rows that do not
-// exist end at once. The reference precision takes the products of matmul_f32.cu instead.
+// exist end at once. The reference precision takes the products of matmul_f32.cu instead; on sm_90a those of cross_entropy_hopper.cu
+// do both products, where they can.
 //
 // Work: 4 V C multiply-adds for each supervised row, half of it without dx. Bytes of a chunk: W twice, 10 R P of logits and dz.
 // Limited by tensor cores from some hundred rows a chunk on.
 //
 // Numerics: logits, softmax and parts in f32; dz is rounded to bf16 as a factor. A row's bits depend on the row, V and C.
 
+#include "cross_entropy.cuh"
 #include "tile.cuh"
 
 constexpr i32 THREADS = 512;  // of softmax
@@ -33,12 +35,6 @@ constexpr i32 UNSUPERVISED = -100;
 
 // One tile for both products; gpu/loss.rs has the same numbers.
 using Large = Tile<128, 128, 2, 2, 3>;
-
-// Rows of the chunk from the `first` supervised one on, at most `chunk`.
-DEVICE i64 rows_of_chunk(const i32* count, i64 first, i32 chunk) {
-    i64 left = *count - first;
-    return left < chunk ? left : chunk;
-}
 
 // One block. `position` of a row is the number of supervised ones before it: a sum over lanes, over warps, and over rounds.
 ENTRY(SCAN)

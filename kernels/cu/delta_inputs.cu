@@ -12,12 +12,21 @@
 // Bytes, for activations of s bytes: fused and ba read once, as much written: 2 s T Hk (2 Dk + 2 G Dv). Cutting, convolving and
 // normalising one after another moves 5 s T Hk 2 Dk + 4 s T Hk G Dv + …: more than twice that. Limited by memory.
 //
+// The way back (`delta_inputs_back`) computes u, y and the norms again and writes the gradients of fused and ba:
+//
+//   dy    = (dq − y (y · dq) r²) r, r = 1 / sqrt(Σ y² + eps), of q and k; dv of v
+//   du    = dy · σ(u) (1 + u (1 − σ(u)))       dx[t] = Σ_{j < 4} w[j] · du[t + 3 − j]       rows of the document
+//   dfused = dx and dz                          da = dg · (−e^a_log) · σ(a + bias)           db = dβ · β (1 − β)
+//
+// It reads fused and the gradients once and writes as much as fused: 3 s T Hk (2 Dk + 2 G Dv).
+//
 // Decomposition: a thread has a pack of eight channels of q, k, v or z and walks down a strip of STRIP rows with the last four
 // inputs in registers, so each is read once. A head of q or k is Dk / 8 neighbouring lanes, a power of two of them, which sum
-// their squares by shuffles. A few more blocks in x do the gates, a thread a head.
+// their squares by shuffles. A few more blocks in x do the gates, a thread a head. The way back walks down likewise, three rows
+// further, and keeps du of the last four rows: at the seams of strips three of 35 rows are computed twice.
 //
-// Numerics: f32; y is rounded to the activations' type before its norm is taken and before it is divided, as if it had been stored:
-// the same bits as of the separate kernels.
+// Numerics: f32; y, and the gradient of y, are rounded to the activations' type where the separate kernels would have stored them:
+// the same bits as theirs.
 
 #include "documents.cuh"
 
@@ -129,6 +138,117 @@ DEVICE void delta_inputs(const A* fused, const A* ba, const W* query_taps, const
     }
 }
 
+// ---- the way back --------------------------------------------------------------------------------------------------
+
+template <class A>
+DEVICE void close_gates(const A* ba, const f32* a_log, const f32* bias, const f32* beta, const f32* ddecay, const f32* dbeta,
+                        A* dba, const Layout& layout, i32 head, i32 first, i32 end) {
+    if (head >= layout.value_heads) return;
+    i32 ratio = layout.value_heads / layout.key_heads, column = head / ratio * 2 * ratio + head % ratio;
+    for (i32 t = first; t < end; t++) {
+        i64 row = i64(t) * 2 * layout.value_heads, at = i64(t) * layout.value_heads + head;
+        f32 a = to_f32(ba[row + column + ratio]);
+        dba[row + column + ratio] = from_f32<A>(ddecay[at] * -expf(a_log[head]) * logistic(a + bias[head]));
+        dba[row + column] = from_f32<A>(dbeta[at] * beta[at] * (1.0f - beta[at]));
+    }
+}
+
+// A row's du, from its last TAPS inputs and the gradient of what became of them. All lanes of a head call it together.
+template <class A>
+DEVICE Pack activation_gradient(const Pack (&window)[TAPS], const f32 (&taps)[TAPS][PACK], Pack dy, bool is_unit, i32 key_dim,
+                                f32 eps) {
+    Pack u = {}, sigma, y;
+    f32 squares = 0.0f, along = 0.0f;
+#pragma unroll
+    for (i32 i = 0; i < PACK; i++) {
+#pragma unroll
+        for (i32 j = 0; j < TAPS; j++) u.at[i] += taps[j][i] * window[j].at[i];
+        sigma.at[i] = logistic(u.at[i]);
+        y.at[i] = rounded<A>(u.at[i] * sigma.at[i]);
+        squares += y.at[i] * y.at[i];
+        along += y.at[i] * dy.at[i];
+    }
+    for (i32 step = key_dim / PACK / 2; step > 0; step /= 2) {
+        squares += lane_across(squares, step);
+        along += lane_across(along, step);
+    }
+    f32 r = 1.0f / sqrtf(squares + eps), pull = r * r * along;
+#pragma unroll
+    for (i32 i = 0; i < PACK; i++) {
+        if (is_unit) dy.at[i] = rounded<A>(r * (dy.at[i] - y.at[i] * pull));
+        dy.at[i] *= sigma.at[i] * (1.0f + u.at[i] * (1.0f - sigma.at[i]));
+    }
+    return dy;
+}
+
+template <class A, class W>
+DEVICE void delta_inputs_back(const A* fused, const A* ba, const W* query_taps, const W* key_taps, const W* value_taps,
+                              const f32* a_log, const f32* bias, const i32* offsets, const f32* beta, const A* dq, const A* dk,
+                              const A* dv, const A* dz, const f32* ddecay, const f32* dbeta, A* dfused, A* dba,
+                              const Layout& layout, i32 tokens, i32 documents, i32 gate_blocks, f32 eps) {
+    i32 first = i32(blockIdx.y) * STRIP, end = min(first + STRIP, tokens);
+    i32 block = i32(blockIdx.x) - gate_blocks;
+    if (block < 0) {
+        i32 head = i32(blockIdx.x) * THREADS + i32(threadIdx.x);
+        close_gates(ba, a_log, bias, beta, ddecay, dbeta, dba, layout, head, first, end);
+        return;
+    }
+    Part part;
+    i32 channel;
+    // All lanes go on, those without channels too: they take part in sums.
+    bool exists = find_part(layout, (block * THREADS + i32(threadIdx.x)) * PACK, part, channel);
+    if (!exists) part = VALUE, channel = 0;
+    i64 row_width = layout.key_heads * layout.stride();
+    const A* x = fused + column_of(layout, part, channel);
+    A* dx = dfused + column_of(layout, part, channel);
+    f32 taps[TAPS][PACK];
+    const W* weight = part == QUERY ? query_taps : part == KEY ? key_taps : value_taps;
+#pragma unroll
+    for (i32 j = 0; j < TAPS; j++)
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++) taps[j][i] = part == GATE ? 0.0f : to_f32(weight[(i64(channel) + i) * TAPS + j]);
+    const A* dy = (part == QUERY ? dq : part == KEY ? dk : part == VALUE ? dv : dz) + channel;
+    i64 dy_width = part <= KEY ? layout.keys() : layout.values();
+    i32 document = document_of(offsets, documents, first);
+    while (offsets[document + 1] <= first) document++;
+    i32 written_end = offsets[document + 1];  // of the document of the row that is written next
+    i32 written = document;
+    // The last rows' inputs and their du, oldest first; rows beyond the strip on both sides are another strip's too.
+    Pack window[TAPS], du[TAPS];
+#pragma unroll
+    for (i32 j = 0; j < TAPS; j++) {
+        i32 source = first - TAPS + j;
+        window[j] = {}, du[j] = {};
+        if (j > 0 && source >= offsets[document]) load_wide(window[j], x + source * row_width);
+    }
+    for (i32 t = first; t < end + TAPS - 1; t++) {
+#pragma unroll
+        for (i32 j = 0; j + 1 < TAPS; j++) window[j] = window[j + 1], du[j] = du[j + 1];
+        Pack gradient = {};
+        if (t < tokens) {
+            while (offsets[document + 1] <= t) document++;
+#pragma unroll
+            for (i32 j = 0; j + 1 < TAPS; j++)
+                if (offsets[document] == t) window[j] = {};
+            load_wide(window[TAPS - 1], x + t * row_width);
+            load_wide(gradient, dy + t * dy_width);
+        }
+        du[TAPS - 1] = part == GATE ? gradient : Pack{};
+        Pack of_row = activation_gradient<A>(window, taps, gradient, part <= KEY, layout.key_dim, eps);
+        if (part != GATE) du[TAPS - 1] = of_row;
+        i32 row = t - (TAPS - 1);
+        if (row < first) continue;
+        while (written_end <= row) written_end = offsets[++written + 1];
+        Pack sum = part == GATE ? du[0] : Pack{};
+#pragma unroll
+        for (i32 i = 0; i < TAPS; i++)
+#pragma unroll
+            for (i32 e = 0; e < PACK; e++)
+                if (row + i < written_end && part != GATE) sum.at[e] += taps[TAPS - 1 - i][e] * du[i].at[e];
+        if (exists) store_wide(dx + row * row_width, sum);
+    }
+}
+
 #define DELTA_INPUTS(A, W)                                                                                                   \
     ENTRY(THREADS, 4)                                                                                                        \
     delta_inputs_##A##_##W(const A* __restrict__ fused, const A* __restrict__ ba, const W* __restrict__ query_taps,          \
@@ -139,6 +259,19 @@ DEVICE void delta_inputs(const A* fused, const A* ba, const W* query_taps, const
                            i32 documents, i32 gate_blocks, f32 eps) {                                                        \
         delta_inputs<A, W>(fused, ba, query_taps, key_taps, value_taps, a_log, bias, offsets, q, k, v, z, decay, beta,       \
                            Layout{key_heads, value_heads, key_dim, value_dim}, tokens, documents, gate_blocks, eps);         \
+    }                                                                                                                        \
+    ENTRY(THREADS, 3)                                                                                                        \
+    delta_inputs_back_##A##_##W(const A* __restrict__ fused, const A* __restrict__ ba, const W* __restrict__ query_taps,     \
+                                const W* __restrict__ key_taps, const W* __restrict__ value_taps,                            \
+                                const f32* __restrict__ a_log, const f32* __restrict__ bias,                                 \
+                                const i32* __restrict__ offsets, const f32* __restrict__ beta, const A* __restrict__ dq,     \
+                                const A* __restrict__ dk, const A* __restrict__ dv, const A* __restrict__ dz,                \
+                                const f32* __restrict__ ddecay, const f32* __restrict__ dbeta, A* __restrict__ dfused,       \
+                                A* __restrict__ dba, i32 key_heads, i32 value_heads, i32 key_dim, i32 value_dim,             \
+                                i32 tokens, i32 documents, i32 gate_blocks, f32 eps) {                                       \
+        delta_inputs_back<A, W>(fused, ba, query_taps, key_taps, value_taps, a_log, bias, offsets, beta, dq, dk, dv, dz,     \
+                                ddecay, dbeta, dfused, dba, Layout{key_heads, value_heads, key_dim, value_dim}, tokens,      \
+                                documents, gate_blocks, eps);                                                                \
     }
 DELTA_INPUTS(f32, f32)
 DELTA_INPUTS(f32, bf16)

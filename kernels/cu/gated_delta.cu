@@ -32,14 +32,11 @@
 // three times that. Bytes: inputs and outputs once for every column block, P and A once.
 //
 // Decomposition. delta_solve and delta_products: a block a chunk and head. The scans are sequential in chunks, but columns of S
-// do not know of each other: a block has a document, a head and 32 columns, and S stays in its shared memory in f32. With 32
-// heads of 128 columns one sequence makes 128 blocks, a wave of an H200. delta_gradients: a block a chunk and key head, over the
-// heads of its group one after the other, so dq and dk are summed in registers and no atomics are needed. All products are
-// `Product` (product.cuh): factors in the activations' type (bf16: tensor cores), sums in f32.
-//
-// A chunk waits for the one before it, so the scans are as long as their slowest step is late. `staged`, at bf16 and heads to 128:
-// all that a chunk reads (66 KB at 128) is copied to shared memory while the chunk before it is worked on, each tensor's rows as
-// soon as the last ones are used up; only k's, which the state's update reads last, are waited for. `direct` reads where it lies.
+// do not know of each other: a block has a document, a head and 32 columns, and S stays in its shared memory in f32.
+// delta_gradients: a block a chunk and key head, over the heads of its group one after the other, so dq and dk are summed in
+// registers and no atomics are needed. All products are `Product` (product.cuh): factors in the activations' type (bf16: tensor
+// cores), sums in f32. These scans take heads of any size and f32; bf16 with regular heads has the short scans of
+// `delta_carry.cu`, between the same delta_solve and delta_gradients.
 //
 // A by blocks: the inverses of the four 16 × 16 blocks of the diagonal by substitution, a thread a column; then twice the size by
 // −A₂₂ (L₂₁ A₁₁), twice.
@@ -48,164 +45,15 @@
 // difference is taken before its exponential, whose argument is never positive, so nothing overflows. S, E, A and all sums are
 // f32. Sums have a fixed order: the same bits every time, and the same for a document alone and among others.
 
-#include "product.cuh"
+#include "delta.cuh"
 
 constexpr i32 THREADS = 256;
 static_assert(THREADS == PRODUCT_THREADS, "a block's threads are those of its products");
-constexpr i32 CHUNK = 64;
 // Columns of the state of a block of the scans, and the length of their rows in shared memory.
 constexpr i32 COLUMNS = 32;
 constexpr i32 COLUMN_ROW = COLUMNS + 1;
 constexpr i32 SQUARE_ROW = CHUNK + 1;
 constexpr i32 SQUARE = CHUNK * SQUARE_ROW;
-
-struct Heads {
-    i32 key_heads, value_heads, key_dim, value_dim;
-
-    DEVICE i32 key_head(i32 head) const { return i32(i64(head) * key_heads / value_heads); }
-};
-
-// Rows `first..first + count` of one head of a tensor [T, heads, width]; 0 beyond them.
-template <class T>
-struct HeadRows {
-    T* at;
-    i64 stride;
-    i32 count, width;
-
-    DEVICE HeadRows(T* tensor, i64 first, i32 rows, i32 heads, i32 head, i32 columns)
-        : at(tensor + (first * heads + head) * columns), stride(i64(heads) * columns), count(rows), width(columns) {}
-    DEVICE bool has(i32 row, i32 column) const { return row < count && column < width; }
-    DEVICE f32 get(i32 row, i32 column) const { return has(row, column) ? to_f32(at[row * stride + column]) : 0.0f; }
-    // As a factor of a product whose depth runs along the rows.
-    DEVICE f32 operator()(i32 row, i32 column) const { return get(row, column); }
-    DEVICE bool packed() const { return width % PACK == 0; }
-    DEVICE uint4 pack(i32 row, i32 column) const {
-        if (!has(row, column)) return make_uint4(0, 0, 0, 0);
-        return *reinterpret_cast<const uint4*>(at + row * stride + column);
-    }
-    template <class V>
-    DEVICE void set(i32 row, i32 column, V value) const {
-        if (has(row, column)) at[row * stride + column] = value;
-    }
-};
-
-template <>
-constexpr bool HAS_PACKS<HeadRows<const bf16>> = true;
-
-// The same rows in shared memory, `pitch` elements apart; rows beyond the last are zero there.
-template <class T>
-struct StagedRows {
-    const T* at;
-    i32 pitch, width;
-
-    DEVICE f32 get(i32 row, i32 column) const { return column < width ? to_f32(at[row * pitch + column]) : 0.0f; }
-    DEVICE f32 operator()(i32 row, i32 column) const { return get(row, column); }
-    DEVICE bool packed() const { return true; }
-    DEVICE uint4 pack(i32 row, i32 column) const {
-        if (column >= width) return make_uint4(0, 0, 0, 0);
-        return *reinterpret_cast<const uint4*>(at + row * pitch + column);
-    }
-};
-
-template <>
-constexpr bool HAS_PACKS<StagedRows<bf16>> = true;
-
-// A chunk's rows of one head, columns from `skipped` on: read from where they are, or STAGED, brought to shared memory before.
-// A buffer is free for the next chunk's rows behind the barrier within the last product that reads it.
-template <bool STAGED, class T>
-struct ChunkRows {
-    using Source = HeadRows<const T>;
-    static constexpr i32 PACK_ELEMENTS = 16 / sizeof(T);
-    const T* tensor;
-    T* buffer;
-    i32 heads, head, whole, skipped, width, pitch;
-
-    // `memory` has room for `elements(width)`; `whole` columns are a head's, of which `width` from `skipped` on are meant.
-    static DEVICE i32 pitch_of(i32 width) { return (width + 2 * PACK_ELEMENTS - 1) / PACK_ELEMENTS * PACK_ELEMENTS; }
-    DEVICE ChunkRows(const T* tensor, T*& memory, i32 heads, i32 head, i32 whole, i32 skipped, i32 width)
-        : tensor(tensor), buffer(memory), heads(heads), head(head), whole(whole), skipped(skipped), width(width),
-          pitch(pitch_of(width)) {
-        if constexpr (STAGED) memory += CHUNK * pitch;
-    }
-    // Begins to bring a chunk; nothing if there is none.
-    DEVICE void begin(i64 first, i32 rows) const {
-        if constexpr (STAGED) {
-            if (rows <= 0) return;
-            i32 packs = (width + PACK_ELEMENTS - 1) / PACK_ELEMENTS;
-            for (i32 i = i32(threadIdx.x); i < CHUNK * packs; i += THREADS) {
-                i32 row = i / packs, column = i % packs * PACK_ELEMENTS;
-                bool exists = row < rows && skipped + column < whole;
-                const T* from = exists ? tensor + ((first + row) * heads + head) * whole + skipped + column : tensor;
-                copy_async(buffer + row * pitch + column, from, exists ? 16 : 0);
-            }
-        }
-    }
-    // The chunk's rows, counted from `skipped`.
-    DEVICE auto rows(i64 first, i32 count) const {
-        if constexpr (STAGED) {
-            return StagedRows<T>{buffer, pitch, width};
-        } else {
-            Source source(tensor, first, count, heads, head, whole);
-            source.at += skipped, source.width = min(whole - skipped, width);
-            return source;
-        }
-    }
-};
-
-// Decays and strengths of a chunk, in shared memory; 0 beyond its rows.
-struct Gates {
-    static constexpr i32 FLOATS = 5 * CHUNK;
-    f32 *high, *low, *beta, *from_start, *to_end;
-
-    DEVICE explicit Gates(f32* memory)
-        : high(memory), low(memory + CHUNK), beta(memory + 2 * CHUNK), from_start(memory + 3 * CHUNK),
-          to_end(memory + 4 * CHUNK) {}
-
-    // What a thread reads of a chunk's gates, before it is needed.
-    struct Own {
-        f32 decay, strength;
-    };
-    static DEVICE Own fetch(const f32* decay, const f32* strength, i64 first, i32 rows, i32 heads, i32 head) {
-        i32 i = i32(threadIdx.x);
-        if (i >= rows) return {0.0f, 0.0f};
-        i64 at = (first + i) * heads + head;
-        return {decay[at], strength[at]};
-    }
-
-    // All threads call it; its results are there for all behind the barrier it ends with, as are those of copies that each thread
-    // has waited for. Two warps sum 32 rows each, and the second one adds what the first one has.
-    DEVICE void set(Own own, i32 rows) {
-        i32 i = i32(threadIdx.x);
-        f64 through = f64(own.decay);
-        if (i < CHUNK) {
-#pragma unroll
-            for (i32 step = 1; step < WARP_LANES; step *= 2) {
-                f64 below = from_lane_below(through, step);
-                if (lane_index() >= step) through += below;
-            }
-        }
-        __syncthreads();  // the last chunk's readers are done
-        f64* halves = reinterpret_cast<f64*>(high);
-        if (i < CHUNK && lane_index() == WARP_LANES - 1) halves[warp_index()] = through;
-        __syncthreads();
-        f64 first = halves[0], whole = first + halves[1];
-        __syncthreads();
-        if (i < CHUNK) {
-            if (i >= WARP_LANES) through += first;
-            high[i] = f32(through);
-            low[i] = f32(through - f64(high[i]));
-            beta[i] = own.strength;
-            from_start[i] = i < rows ? expf(f32(through)) : 0.0f;
-            to_end[i] = i < rows ? expf(f32(whole - through)) : 0.0f;
-        }
-        __syncthreads();
-    }
-    DEVICE void load(const f32* decay, const f32* strength, i64 first, i32 rows, i32 heads, i32 head) {
-        set(fetch(decay, strength, first, rows, heads, head), rows);
-    }
-    // e^{c_i − c_j} for j ≤ i.
-    DEVICE f32 between(i32 i, i32 j) const { return expf((high[i] - high[j]) + (low[i] - low[j])); }
-};
 
 // ---- the chunk's matrices ------------------------------------------------------------------------------------------
 
@@ -306,8 +154,6 @@ struct Scan {
           state(stage + STAGE + Gates::FLOATS), values(state + heads.key_dim * COLUMN_ROW) {}
 
     DEVICE f32* gates() const { return stage + STAGE; }
-    // Room for a chunk's rows, aligned to 16 bytes.
-    DEVICE f32* staged(Heads) const { return values + CHUNK * COLUMN_ROW; }
 
     // Calls `visit(row, column of the head, place in shared memory)` for every element of the state.
     template <class Visit>
@@ -334,9 +180,8 @@ struct Scan {
 };
 
 // The forward pass, OUTPUT: out, and the last state where one is given. Otherwise the first half of the backward pass: the state
-// before each chunk, and u. STAGED: a chunk's rows come by `cp.async`, each tensor's as soon as the last chunk's are used up, so
-// that but for those of k they are there when they are asked for.
-template <bool OUTPUT, bool STAGED, class A>
+// before each chunk, and u.
+template <bool OUTPUT, class A>
 DEVICE void delta_scan(const A* q, const A* k, const A* v, const f32* decay, const f32* beta, const f32* solved,
                        const A* products, const i32* documents, f32* last_state, A* out, A* states, Heads heads, f32 scale) {
     DYNAMIC_SHARED(memory);
@@ -346,33 +191,15 @@ DEVICE void delta_scan(const A* q, const A* k, const A* v, const f32* decay, con
     f32* own_state = last_state;
     if (own_state != nullptr) own_state += (i64(blockIdx.x) * heads.value_heads + scan.head) * state_size;
     scan.begin(heads, own_state);
-    f32 *state = scan.state, *values = scan.values, *inverses = scan.staged(heads);
+    f32 *state = scan.state, *values = scan.values;
     i32 key_head = heads.key_head(scan.head);
-    ChunkRows<STAGED, f32> inverse(solved, inverses, heads.value_heads, scan.head, CHUNK, 0, CHUNK);
-    A* buffers = reinterpret_cast<A*>(inverses);
-    ChunkRows<STAGED, A> key(k, buffers, heads.key_heads, key_head, heads.key_dim, 0, heads.key_dim);
-    ChunkRows<STAGED, A> value(v, buffers, heads.value_heads, scan.head, heads.value_dim, scan.column, COLUMNS);
-    ChunkRows<STAGED && OUTPUT, A> query(q, buffers, heads.key_heads, key_head, heads.key_dim, 0, heads.key_dim);
-    ChunkRows<STAGED && OUTPUT, A> product(products, buffers, heads.value_heads, scan.head, CHUNK, 0, CHUNK);
-    auto count = [&](i32 first) { return min(CHUNK, scan.end - first); };
-    auto fetch = [&](i32 first) {
-        return Gates::fetch(decay, beta, first, count(first), heads.value_heads, scan.head);
-    };
-    auto begin = [&](i32 first) {
-        value.begin(first, count(first)), inverse.begin(first, count(first));
-        query.begin(first, count(first)), product.begin(first, count(first));
-    };
-    begin(scan.start), key.begin(scan.start, count(scan.start));
-    Gates::Own own = fetch(scan.start);
     for (i32 first = scan.start, chunk = scan.chunk; first < scan.end; first += CHUNK, chunk++) {
-        i32 rows = count(first), next = first + CHUNK;
-        copies_commit();
-        copies_wait<0>();
-        gates.set(own, rows);
-        own = fetch(next);
+        i32 rows = min(CHUNK, scan.end - first);
+        gates.load(decay, beta, first, rows, heads.value_heads, scan.head);
         if constexpr (!OUTPUT) scan.keep(heads, states + (i64(chunk) * heads.value_heads + scan.head) * state_size);
-        auto of_key = key.rows(first, rows);
-        auto of_value = value.rows(first, rows);
+        HeadRows<const A> of_key(k, first, rows, heads.key_heads, key_head, heads.key_dim);
+        HeadRows<const A> of_value(v, first, rows, heads.value_heads, scan.head, heads.value_dim);
+        HeadRows<const f32> inverse(solved, first, rows, heads.value_heads, scan.head, CHUNK);
         HeadRows<A> result(out, first, rows, heads.value_heads, scan.head, heads.value_dim);
         auto of_state = [&](i32 j, i32 d) { return state[d * COLUMN_ROW + j]; };
         auto of_values = [&](i32 j, i32 i) { return values[i * COLUMN_ROW + j]; };
@@ -381,23 +208,24 @@ DEVICE void delta_scan(const A* q, const A* k, const A* v, const f32* decay, con
         tile.clear();
         tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, heads.key_dim, of_key, of_state);
         tile.each([&](i32 i, i32 j, f32 known) {
-            values[i * COLUMN_ROW + j] = gates.beta[i] * (of_value.get(i, j) - gates.from_start[i] * known);
+            values[i * COLUMN_ROW + j] = gates.beta[i] * (of_value.get(i, scan.column + j) - gates.from_start[i] * known);
         });
         tile.clear();
-        tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, rows, inverse.rows(first, rows), of_values);
+        tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, rows, inverse, of_values);
         tile.each([&](i32 i, i32 j, f32 corrected) {
             values[i * COLUMN_ROW + j] = corrected;
             if constexpr (!OUTPUT) result.set(i, scan.column + j, from_f32<A>(corrected));
         });
         if constexpr (OUTPUT) {
+            HeadRows<const A> query(q, first, rows, heads.key_heads, key_head, heads.key_dim);
+            HeadRows<const A> product(products, first, rows, heads.value_heads, scan.head, CHUNK);
             tile.clear();
-            tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, heads.key_dim, query.rows(first, rows), of_state);
+            tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, heads.key_dim, query, of_state);
             tile.each([&](i32 i, i32, f32& read) { read *= gates.from_start[i]; });
-            tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, rows, product.rows(first, rows), of_values);
+            tile.template add<ALONG_DEPTH, ACROSS>(scan.stage, rows, product, of_values);
             tile.each([&](i32 i, i32 j, f32 read) { result.set(i, scan.column + j, from_f32<A>(scale * read)); });
         }
-        if (next >= scan.end && own_state == nullptr) return;
-        begin(next);
+        if (first + CHUNK >= scan.end && own_state == nullptr) return;
         f32 whole = gates.from_start[rows - 1];
         for (i32 block = 0; block < heads.key_dim; block += CHUNK) {
             auto inside = [&](i32 i) { return block + i < heads.key_dim; };
@@ -408,13 +236,12 @@ DEVICE void delta_scan(const A* q, const A* k, const A* v, const f32* decay, con
                 if (inside(i)) state[(block + i) * COLUMN_ROW + j] = sum;
             });
         }
-        key.begin(next, count(next));
     }
     __syncthreads();
     if (own_state != nullptr) scan.keep(heads, own_state);
 }
 
-template <bool STAGED, class A>
+template <class A>
 DEVICE void delta_reverse(const A* q, const A* k, const f32* decay, const f32* beta, const f32* solved, const A* products,
                           const A* dout, const i32* documents, A* dstates, A* dresidual, A* dv, Heads heads, f32 scale) {
     DYNAMIC_SHARED(memory);
@@ -422,46 +249,21 @@ DEVICE void delta_reverse(const A* q, const A* k, const f32* decay, const f32* b
     Gates gates(scan.gates());
     i64 state_size = i64(heads.key_dim) * heads.value_dim;
     scan.begin(heads, nullptr);
-    f32 *state = scan.state, *values = scan.values, *inverses = scan.staged(heads);  // E, and du, later β dr
+    f32 *state = scan.state, *values = scan.values;  // E, and du, later β dr
     i32 key_head = heads.key_head(scan.head);
-    ChunkRows<STAGED, f32> inverse(solved, inverses, heads.value_heads, scan.head, CHUNK, 0, CHUNK);
-    A* buffers = reinterpret_cast<A*>(inverses);
-    ChunkRows<STAGED, A> key(k, buffers, heads.key_heads, key_head, heads.key_dim, 0, heads.key_dim);
-    ChunkRows<STAGED, A> gradient(dout, buffers, heads.value_heads, scan.head, heads.value_dim, scan.column, COLUMNS);
-    ChunkRows<STAGED, A> query(q, buffers, heads.key_heads, key_head, heads.key_dim, 0, heads.key_dim);
-    ChunkRows<STAGED, A> product(products, buffers, heads.value_heads, scan.head, CHUNK, 0, CHUNK);
     i32 steps = (scan.end - scan.start + CHUNK - 1) / CHUNK;
-    // Of the chunk of a step; none before the first.
-    auto begin_of = [&](i32 step) { return scan.start + step * CHUNK; };
-    auto count = [&](i32 step) { return step < 0 ? 0 : min(CHUNK, scan.end - begin_of(step)); };
-    auto fetch = [&](i32 step) {
-        return Gates::fetch(decay, beta, begin_of(step), count(step), heads.value_heads, scan.head);
-    };
-    // Rows that are used up in the middle of a chunk, and those that the state's gradient still needs.
-    auto begin_early = [&](i32 step) {
-        inverse.begin(begin_of(step), count(step)), product.begin(begin_of(step), count(step));
-    };
-    auto begin_late = [&](i32 step) {
-        key.begin(begin_of(step), count(step)), query.begin(begin_of(step), count(step));
-        gradient.begin(begin_of(step), count(step));
-    };
-    begin_early(steps - 1), begin_late(steps - 1);
-    Gates::Own own = fetch(steps - 1);
     for (i32 step = steps - 1; step >= 0; step--) {
-        i32 first = begin_of(step), rows = count(step);
-        copies_commit();
-        copies_wait<0>();
-        gates.set(own, rows);
-        own = fetch(step - 1);
+        i32 first = scan.start + step * CHUNK, rows = min(CHUNK, scan.end - first);
+        gates.load(decay, beta, first, rows, heads.value_heads, scan.head);
         scan.keep(heads, dstates + (i64(scan.chunk + step) * heads.value_heads + scan.head) * state_size);
-        auto of_key = key.rows(first, rows);
-        auto of_query = query.rows(first, rows);
-        auto of_dout = gradient.rows(first, rows);
-        auto of_inverse = inverse.rows(first, rows);
-        auto of_product = product.rows(first, rows);
+        HeadRows<const A> of_key(k, first, rows, heads.key_heads, key_head, heads.key_dim);
+        HeadRows<const A> of_query(q, first, rows, heads.key_heads, key_head, heads.key_dim);
+        HeadRows<const A> of_dout(dout, first, rows, heads.value_heads, scan.head, heads.value_dim);
+        HeadRows<const f32> of_inverse(solved, first, rows, heads.value_heads, scan.head, CHUNK);
+        HeadRows<const A> of_product(products, first, rows, heads.value_heads, scan.head, CHUNK);
         HeadRows<A> through(dresidual, first, rows, heads.value_heads, scan.head, heads.value_dim);
         HeadRows<A> of_v(dv, first, rows, heads.value_heads, scan.head, heads.value_dim);
-        auto of_gradient = [&](i32 j, i32 i) { return of_dout.get(i, j); };
+        auto of_gradient = [&](i32 j, i32 i) { return of_dout.get(i, scan.column + j); };
         auto of_values = [&](i32 j, i32 i) { return values[i * COLUMN_ROW + j]; };
 
         Product<A, COLUMNS> tile;
@@ -482,7 +284,6 @@ DEVICE void delta_reverse(const A* q, const A* k, const f32* decay, const f32* b
             values[i * COLUMN_ROW + j] = gates.beta[i] * value;
         });
         if (step == 0) return;
-        begin_early(step - 1);
         f32 whole = gates.from_start[rows - 1];
         for (i32 block = 0; block < heads.key_dim; block += CHUNK) {
             auto inside = [&](i32 i) { return block + i < heads.key_dim; };
@@ -496,7 +297,6 @@ DEVICE void delta_reverse(const A* q, const A* k, const f32* decay, const f32* b
                 if (inside(i)) state[(block + i) * COLUMN_ROW + j] = sum;
             });
         }
-        begin_late(step - 1);
     }
 }
 
@@ -651,7 +451,7 @@ DEVICE void delta_gradients(const A* q, const A* k, const A* v, const f32* decay
                     i32 value_dim) {                                                                                         \
         delta_solve<A>(k, decay, beta, chunks, solved, Heads{key_heads, value_heads, key_dim, value_dim});                   \
     }                                                                                                                        \
-    ENTRY(THREADS)                                                                                                           \
+    ENTRY(THREADS, 1)                                                                                                        \
     delta_gradients_##A(const A* __restrict__ q, const A* __restrict__ k, const A* __restrict__ v,                           \
                         const f32* __restrict__ decay, const f32* __restrict__ beta, const A* __restrict__ states,           \
                         const A* __restrict__ dstates, const A* __restrict__ corrected, const A* __restrict__ dresidual,     \
@@ -664,33 +464,31 @@ DEVICE void delta_gradients(const A* q, const A* k, const A* v, const f32* decay
 GATED_DELTA(f32)
 GATED_DELTA(bf16)
 
-// `form` direct: any head sizes; staged: heads whose rows are multiples of 16 bytes, as long as a chunk of them fits.
-#define SCANS(form, STAGED, BLOCKS, A)                                                                                            \
-    ENTRY(THREADS, BLOCKS)                                                                                                   \
-    delta_forward_##form##_##A(const A* __restrict__ q, const A* __restrict__ k, const A* __restrict__ v,                    \
-                               const f32* __restrict__ decay, const f32* __restrict__ beta, const f32* __restrict__ solved,  \
-                               const A* __restrict__ products, const i32* __restrict__ documents, f32* __restrict__ state,   \
-                               A* __restrict__ out, i32 key_heads, i32 value_heads, i32 key_dim, i32 value_dim, f32 scale) { \
-        delta_scan<true, STAGED, A>(q, k, v, decay, beta, solved, products, documents, state, out, nullptr,                  \
-                                    Heads{key_heads, value_heads, key_dim, value_dim}, scale);                               \
+#define SCANS(A)                                                                                                              \
+    ENTRY(THREADS, 1)                                                                                                        \
+    delta_forward_##A(const A* __restrict__ q, const A* __restrict__ k, const A* __restrict__ v,                             \
+                      const f32* __restrict__ decay, const f32* __restrict__ beta, const f32* __restrict__ solved,           \
+                      const A* __restrict__ products, const i32* __restrict__ documents, f32* __restrict__ state,            \
+                      A* __restrict__ out, i32 key_heads, i32 value_heads, i32 key_dim, i32 value_dim, f32 scale) {          \
+        delta_scan<true, A>(q, k, v, decay, beta, solved, products, documents, state, out, nullptr,                          \
+                            Heads{key_heads, value_heads, key_dim, value_dim}, scale);                                       \
     }                                                                                                                        \
-    ENTRY(THREADS, BLOCKS)                                                                                                   \
-    delta_states_##form##_##A(const A* __restrict__ k, const A* __restrict__ v, const f32* __restrict__ decay,               \
-                              const f32* __restrict__ beta, const f32* __restrict__ solved,                                  \
-                              const i32* __restrict__ documents, A* __restrict__ states, A* __restrict__ corrected,          \
-                              i32 key_heads, i32 value_heads, i32 key_dim, i32 value_dim) {                                  \
-        delta_scan<false, STAGED, A>(nullptr, k, v, decay, beta, solved, nullptr, documents, nullptr, corrected, states,     \
-                                     Heads{key_heads, value_heads, key_dim, value_dim}, 1.0f);                               \
+    ENTRY(THREADS, 1)                                                                                                        \
+    delta_states_##A(const A* __restrict__ k, const A* __restrict__ v, const f32* __restrict__ decay,                        \
+                     const f32* __restrict__ beta, const f32* __restrict__ solved, const i32* __restrict__ documents,        \
+                     A* __restrict__ states, A* __restrict__ corrected, i32 key_heads, i32 value_heads, i32 key_dim,         \
+                     i32 value_dim) {                                                                                        \
+        delta_scan<false, A>(nullptr, k, v, decay, beta, solved, nullptr, documents, nullptr, corrected, states,             \
+                             Heads{key_heads, value_heads, key_dim, value_dim}, 1.0f);                                       \
     }                                                                                                                        \
-    ENTRY(THREADS, BLOCKS)                                                                                                   \
-    delta_reverse_##form##_##A(const A* __restrict__ q, const A* __restrict__ k, const f32* __restrict__ decay,              \
-                               const f32* __restrict__ beta, const f32* __restrict__ solved, const A* __restrict__ products, \
-                               const A* __restrict__ dout, const i32* __restrict__ documents, A* __restrict__ dstates,       \
-                               A* __restrict__ dresidual, A* __restrict__ dv, i32 key_heads, i32 value_heads, i32 key_dim,   \
-                               i32 value_dim, f32 scale) {                                                                   \
-        delta_reverse<STAGED, A>(q, k, decay, beta, solved, products, dout, documents, dstates, dresidual, dv,               \
-                                 Heads{key_heads, value_heads, key_dim, value_dim}, scale);                                  \
+    ENTRY(THREADS, 1)                                                                                                        \
+    delta_reverse_##A(const A* __restrict__ q, const A* __restrict__ k, const f32* __restrict__ decay,                       \
+                      const f32* __restrict__ beta, const f32* __restrict__ solved, const A* __restrict__ products,          \
+                      const A* __restrict__ dout, const i32* __restrict__ documents, A* __restrict__ dstates,                \
+                      A* __restrict__ dresidual, A* __restrict__ dv, i32 key_heads, i32 value_heads, i32 key_dim,            \
+                      i32 value_dim, f32 scale) {                                                                            \
+        delta_reverse<A>(q, k, decay, beta, solved, products, dout, documents, dstates, dresidual, dv,                       \
+                         Heads{key_heads, value_heads, key_dim, value_dim}, scale);                                          \
     }
-SCANS(direct, false, 1, f32)
-SCANS(direct, false, 1, bf16)
-SCANS(staged, true, 2, bf16)
+SCANS(f32)
+SCANS(bf16)

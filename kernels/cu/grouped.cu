@@ -173,32 +173,6 @@ DEVICE void grouped_pair(const bf16* left_a, const bf16* left_b, const W* weight
     for_each_pack<T>(sums, memory, [&](i32 row, i32 column, const Pack& pack) { epilogue(row, n + column, pack); });
 }
 
-// What is done with a finished tile of gate and up side by side: each stored where it is wanted, and the activation of what
-// was, or would have been, stored.
-template <class OUT>
-struct SwigluEpilogue {
-    OUT *gate, *up, *y;
-    const i32* slots;
-    const f32* weights;
-    Group group;
-    i64 columns;
-
-    DEVICE void operator()(i32 row, i64 column, Pack g, Pack u) const {
-        if (group.first + row >= group.end || column >= columns) return;
-        bool aligned = columns % PACK == 0;
-        i64 own = group.first + row, at = own * columns;
-        if (gate != nullptr) store_pack(gate + at, column, columns, aligned, g), store_pack(up + at, column, columns, aligned, u);
-        if (y == nullptr) return;
-        f32 weight = weights[slots[own]];
-#pragma unroll
-        for (i32 i = 0; i < PACK; i++) {
-            f32 value = rounded<OUT>(g.at[i]);
-            u.at[i] = rounded<OUT>(u.at[i]) * (weight * (value * logistic(value)));
-        }
-        store_pack(y + at, column, columns, aligned, u);
-    }
-};
-
 // Gate and up of half a tile's columns each.
 template <class T, class W, class OUT>
 DEVICE void grouped_swiglu(const bf16* left, const i32* slots, const W* gate, const StackScales& gate_scales, const W* up,

@@ -62,3 +62,29 @@ template <class W>
 DEVICE i64 stored(i64 elements) {
     return sizeof(W) == 1 ? (elements + 1) / 2 : elements;
 }
+
+// What is done with a finished tile of gate and up side by side: each stored where it is wanted, and the activation of what
+// was, or would have been, stored.
+template <class OUT>
+struct SwigluEpilogue {
+    OUT *gate, *up, *y;
+    const i32* slots;
+    const f32* weights;
+    Group group;
+    i64 columns;
+
+    DEVICE void operator()(i32 row, i64 column, Pack g, Pack u) const {
+        if (group.first + row >= group.end || column >= columns) return;
+        bool aligned = columns % PACK == 0;
+        i64 own = group.first + row, at = own * columns;
+        if (gate != nullptr) store_pack(gate + at, column, columns, aligned, g), store_pack(up + at, column, columns, aligned, u);
+        if (y == nullptr) return;
+        f32 weight = weights[slots[own]];
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++) {
+            f32 value = rounded<OUT>(g.at[i]);
+            u.at[i] = rounded<OUT>(u.at[i]) * (weight * (value * logistic(value)));
+        }
+        store_pack(y + at, column, columns, aligned, u);
+    }
+};

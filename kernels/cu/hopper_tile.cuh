@@ -19,6 +19,12 @@
 // Shared memory, by 64 of depth: N × 128 bytes of tokens, swizzled as wgmma reads them; 16 KB of elements, or 4 KB of codes and 512
 // bytes of scales. The result goes through a staging area in f32, 32 tokens at a time.
 //
+// Two matrices of one shape may be done at once (`Form`): beside each other, 64 outputs of each for the same tokens, or one after the
+// other in depth, each with tokens of its own. A ring does not know the difference: it is stages that follow each other.
+//
+// A tile may also be a part of the depth only, where there are too few tiles for a device; its sums then go to memory as they are and
+// somebody adds the parts in their order.
+//
 // Numerics: as matmul.cu: each weight is bf16(value · scale), sums are f32, the low-rank term comes last in the same registers.
 
 #pragma once
@@ -37,11 +43,22 @@ constexpr i32 PIECE_PITCH = 68;
 // What a block may have, in bytes.
 constexpr i32 HOPPER_SHARED_BYTES = 227 * 1024;
 
+// The matrices of a tile.
+enum Form {
+    ALONE,    // one
+    BESIDE,   // two with the same tokens: the first group's 64 outputs are of the first, the second group's are the same of the second
+    IN_TURN,  // two, each with tokens of its own: the depth of the first, then that of the second, in the same sums
+};
+
 // W is bf16, or u8 for codes. COLUMNS: the matrix is [depth, outputs] instead of [outputs, depth].
-template <i32 N_, bool COLUMNS_, class W_>
+template <i32 N_, bool COLUMNS_, class W_, Form FORM_ = ALONE>
 struct HopperTile {
     using W = W_;
     static constexpr i32 N = N_;
+    static constexpr Form FORM = FORM_;
+    // Different outputs of a tile, and products whose stages follow each other.
+    static constexpr i32 OUTPUTS = FORM == BESIDE ? HOPPER_OUTPUTS / 2 : HOPPER_OUTPUTS, TURNS = FORM == IN_TURN ? 2 : 1;
+    static_assert(FORM != BESIDE || !COLUMNS_, "halves of a stage are rows of memory");
     static constexpr bool COLUMNS = COLUMNS_, CODES = sizeof(W) == 1;
     static constexpr i32 TOKEN_BYTES = N * HOPPER_DEPTH * 2;
     static constexpr i32 WEIGHT_BYTES = HOPPER_OUTPUTS * HOPPER_DEPTH * (CODES ? 1 : 4) / 2;
@@ -59,19 +76,27 @@ struct HopperTile {
     static_assert(TOKEN_BYTES % SWIZZLE_REPEAT == 0 && WEIGHT_BYTES % SWIZZLE_REPEAT == 0, "stages begin where the swizzle does");
 };
 
-// What is multiplied. Maps are of tokens [·, depth], the matrix [experts, …] and the low-rank term's tokens [·, depth2].
+// What is multiplied. Maps are of tokens [·, depth], the matrix [experts, …] and the low-rank term's tokens [·, depth2]; the second
+// matrix's and its tokens' where the form has them. Matrices beside each other have a right2 each, the second's behind the first's.
 struct HopperOperands {
     const TensorMap* left;
     const TensorMap* weight;
     const TensorMap* left2;
     const bf16* right2;
     i32 columns, depth, depth2;
+    const TensorMap* other_left = nullptr;
+    const TensorMap* other_weight = nullptr;
 };
 
-// One tile: outputs from `column` on, of N tokens from `row` on, by expert `expert`, whose last token is before `end`.
+// One tile: outputs from `column` on, of N tokens from `row` on, by expert `expert`, whose last token is before `end`; of the depth
+// `from .. to`, which is part `part` of it. The part with the end of the depth has the low-rank term.
 struct HopperJob {
     i64 row, end;
     i32 column, expert;
+    i32 from, to, part;
+
+    DEVICE i32 stages() const { return (to - from + HOPPER_DEPTH - 1) / HOPPER_DEPTH; }
+    DEVICE i32 low_rank(const HopperOperands& of) const { return to == of.depth ? of.depth2 : 0; }
 };
 
 // A place in the ring, and the parity of the phase it is in.
@@ -124,33 +149,39 @@ DEVICE f32 stage_scale(const Nf4Scales& scales, const HopperOperands& of, i32 co
         if (row >= of.depth || first >= of.columns) return 0.0f;
         return scales.of((i64(row) * of.columns + first) / NF4_BLOCK);
     } else {
-        i32 row = column + i;
+        i32 row = column + i % T::OUTPUTS;
         if (row >= of.columns || depth >= of.depth) return 0.0f;
         return scales.of((i64(row) * of.depth + depth) / NF4_BLOCK);
     }
 }
 
+// Begins the boxes of a stage's weights; `weight` is the matrix whose turn it is.
 template <class T>
-DEVICE void copy_weight(const HopperMemory<T>& memory, const HopperOperands& of, const HopperJob& job, i32 slot, i32 depth) {
+DEVICE void copy_weight(const HopperMemory<T>& memory, const HopperOperands& of, const TensorMap* weight, const HopperJob& job,
+                        i32 slot, i32 depth) {
     u8* to = memory.weight(slot);
     u64* full = memory.full(slot);
-    if constexpr (T::CODES) {
+    if constexpr (T::FORM == BESIDE) {
+        i32 along = T::CODES ? depth / 2 : depth;
+        copy_box(to, weight, along, job.column, job.expert, full);
+        copy_box(to + T::WEIGHT_BYTES / 2, of.other_weight, along, job.column, job.expert, full);
+    } else if constexpr (T::CODES) {
         if constexpr (T::COLUMNS) {
-            copy_box(to, of.weight, job.column / 2, depth, job.expert, full);
+            copy_box(to, weight, job.column / 2, depth, job.expert, full);
         } else {
-            copy_box(to, of.weight, depth / 2, job.column, job.expert, full);
+            copy_box(to, weight, depth / 2, job.column, job.expert, full);
         }
     } else if constexpr (T::COLUMNS) {
         // A box is 64 outputs wide: one for each multiplying group.
-        copy_box(to, of.weight, job.column, depth, job.expert, full);
-        copy_box(to + T::WEIGHT_BYTES / 2, of.weight, job.column + HOPPER_OUTPUTS / 2, depth, job.expert, full);
+        copy_box(to, weight, job.column, depth, job.expert, full);
+        copy_box(to + T::WEIGHT_BYTES / 2, weight, job.column + HOPPER_OUTPUTS / 2, depth, job.expert, full);
     } else {
-        copy_box(to, of.weight, depth, job.column, job.expert, full);
+        copy_box(to, weight, depth, job.column, job.expert, full);
     }
 }
 
-// Brings every stage of every tile. SCHEDULE tells the tiles: `find(index, job)`, `scales(job)`, and `gathered(job, i)`, in which row
-// token i of the tile lies, or −1, where `GATHERS` says that tokens lie apart.
+// Brings every stage of every tile. SCHEDULE tells the tiles: `find(index, job)`, `scales(job, i)` of the first matrix or the second,
+// and `gathered(job, i)`, in which row token i of the tile lies, or −1, where `gathers()` says that tokens lie apart.
 template <class T, class SCHEDULE>
 DEVICE void copy_tiles(const HopperMemory<T>& memory, const HopperOperands& of, const SCHEDULE& schedule) {
     RingPlace at;
@@ -167,29 +198,33 @@ DEVICE void copy_tiles(const HopperMemory<T>& memory, const HopperOperands& of, 
     for (i64 index = blockIdx.x; index < schedule.count(); index += gridDim.x) {
         HopperJob job;
         if (!schedule.find(index, job)) continue;
-        Nf4Scales scales = schedule.scales(job);
         // A row of its own box: every warp begins as many, since a warp begins one after another.
         constexpr i32 ROWS = T::N / (WARP_GROUP / WARP_LANES);  // more than a warp has only where nothing is gathered
         bool gathers = schedule.gathers() && lane_index() < ROWS;
         i32 row = warp_index() * ROWS + lane_index();
         i32 source = gathers ? schedule.gathered(job, row) : -1;
-        f32 next = 0.0f;
-        if constexpr (T::CODES) next = stage_scale<T>(scales, of, job.column, 0);
-        for (i32 depth = 0; depth < of.depth; depth += HOPPER_DEPTH) {
-            f32 scale = next;
-            if constexpr (T::CODES) next = stage_scale<T>(scales, of, job.column, depth + HOPPER_DEPTH);
-            begin(T::TOKEN_BYTES + T::WEIGHT_BYTES);
-            if (leads) copy_weight(memory, of, job, at.slot, depth);
-            u8* tokens = memory.tokens(at.slot);
-            if (gathers) {
-                copy_box(tokens + row * HOPPER_DEPTH * 2, of.left, depth, source, 0, memory.full(at.slot));
-            } else if (leads && !schedule.gathers()) {
-                copy_box(tokens, of.left, depth, i32(job.row), 0, memory.full(at.slot));
+#pragma unroll 1
+        for (i32 turn = 0; turn < T::TURNS; turn++) {
+            const TensorMap *left = turn == 0 ? of.left : of.other_left, *weight = turn == 0 ? of.weight : of.other_weight;
+            Nf4Scales scales = schedule.scales(job, T::FORM == BESIDE ? i32(threadIdx.x) / T::OUTPUTS : turn);
+            f32 next = 0.0f;
+            if constexpr (T::CODES) next = stage_scale<T>(scales, of, job.column, job.from);
+            for (i32 depth = job.from; depth < job.to; depth += HOPPER_DEPTH) {
+                f32 scale = next;
+                if constexpr (T::CODES) next = stage_scale<T>(scales, of, job.column, depth + HOPPER_DEPTH);
+                begin(T::TOKEN_BYTES + T::WEIGHT_BYTES);
+                if (leads) copy_weight(memory, of, weight, job, at.slot, depth);
+                u8* tokens = memory.tokens(at.slot);
+                if (gathers) {
+                    copy_box(tokens + row * HOPPER_DEPTH * 2, left, depth, source, 0, memory.full(at.slot));
+                } else if (leads && !schedule.gathers()) {
+                    copy_box(tokens, left, depth, i32(job.row), 0, memory.full(at.slot));
+                }
+                if constexpr (T::CODES) memory.scales(at.slot)[threadIdx.x] = scale;
+                end();
             }
-            if constexpr (T::CODES) memory.scales(at.slot)[threadIdx.x] = scale;
-            end();
         }
-        for (i32 depth = 0; depth < of.depth2; depth += HOPPER_DEPTH) {
+        for (i32 depth = 0; depth < job.low_rank(of); depth += HOPPER_DEPTH) {
             begin(T::TOKEN_BYTES);
             if (leads) copy_box(memory.tokens(at.slot), of.left2, depth, i32(job.row), 0, memory.full(at.slot));
             end();
@@ -311,15 +346,15 @@ DEVICE void release(const HopperMemory<T>& memory, i32 slot) {
     if (slot >= 0 && lane_index() == 0) barrier_arrive(memory.empty(slot));
 }
 
-// Adds the frozen matrix's term. The left factor's registers are four sets used by turns: one is decoded into when the product that
+// Adds the frozen matrix's term, so many stages of it. The left factor's registers are four sets used by turns: one is decoded into when the product that
 // read it, four before, has ended.
 template <class T>
-DEVICE void add_codes(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const Multiplier& me, RingPlace& at, i32 depth) {
+DEVICE void add_codes(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const Multiplier& me, RingPlace& at, i32 stages) {
     typename CodesOf<T::COLUMNS, T>::Type codes(memory, me);
     u64 ring = factor(memory.tokens(0), SWIZZLE_REPEAT);
     u32 a[4][4];
     i32 owed = -1;
-    for (i32 k = 0; k < depth; k += HOPPER_DEPTH) {
+    for (i32 stage = 0; stage < stages; stage++) {
         barrier_wait(memory.full(at.slot), at.parity);
         codes.load(memory, me, at.slot);
         u64 tokens = moved(ring, at.slot * T::TOKEN_BYTES);
@@ -340,11 +375,11 @@ DEVICE void add_codes(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const
 }
 
 template <class T>
-DEVICE void add_elements(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const Multiplier& me, RingPlace& at, i32 depth) {
+DEVICE void add_elements(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const Multiplier& me, RingPlace& at, i32 stages) {
     u64 ring = factor(memory.tokens(0), SWIZZLE_REPEAT);
     u64 weights = factor(memory.weight(0) + me.group * (T::WEIGHT_BYTES / 2), SWIZZLE_REPEAT);
     i32 owed = -1;
-    for (i32 k = 0; k < depth; k += HOPPER_DEPTH) {
+    for (i32 stage = 0; stage < stages; stage++) {
         barrier_wait(memory.full(at.slot), at.parity);
         u64 tokens = moved(ring, at.slot * T::TOKEN_BYTES), weight = moved(weights, at.slot * T::WEIGHT_BYTES);
         products_begin();
@@ -379,16 +414,20 @@ DEVICE u32 low_rank_pair(const HopperOperands& of, const bf16* right2, i32 outpu
 template <class T>
 DEVICE void add_low_rank(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const Multiplier& me, RingPlace& at,
                          const HopperOperands& of, const HopperJob& job) {
-    const bf16* right2 = of.right2 + i64(job.expert) * of.columns * of.depth2;
+    // Beside each other, matrices have a right2 each, and the groups one of them.
+    constexpr i32 EACH = T::FORM == BESIDE ? 2 : 1;
+    i64 of_expert = i64(of.columns) * of.depth2;
+    const bf16* right2 = of.right2 + (i64(job.expert) * EACH + (EACH == 2 ? me.group : 0)) * of_expert;
+    i32 column = job.column - (EACH == 2 ? me.group * T::OUTPUTS : 0);
     u64 ring = factor(memory.tokens(0), SWIZZLE_REPEAT);
     u32 a[4];
-    for (i32 k = 0; k < of.depth2; k += HOPPER_DEPTH) {
+    for (i32 k = 0; k < job.low_rank(of); k += HOPPER_DEPTH) {
         barrier_wait(memory.full(at.slot), at.parity);
 #pragma unroll 1
         for (i32 step = 0; step < 4 && k + 16 * step < of.depth2; step++) {
 #pragma unroll
             for (i32 i = 0; i < 4; i++)
-                a[i] = low_rank_pair<T>(of, right2, job.column + me.place<T>(i % 2), k + 16 * step + 8 * (i / 2) + 2 * me.t);
+                a[i] = low_rank_pair<T>(of, right2, column + me.place<T>(i % 2), k + 16 * step + 8 * (i / 2) + 2 * me.t);
             products_begin();
             multiply_async(sum, a, moved(ring, at.slot * T::TOKEN_BYTES + 32 * step));
             products_commit();
@@ -396,6 +435,16 @@ DEVICE void add_low_rank(f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, co
         }
         release(memory, at.slot);
         at.advance<T::STAGES>();
+    }
+}
+
+// Writes 32 tokens' sums of this group to its staging area.
+template <class T>
+DEVICE void stage_piece(const f32 (&sum)[T::N / 2], f32* staging, const Multiplier& me, i32 piece) {
+#pragma unroll
+    for (i32 i = 0; i < PIECE / 2; i++) {
+        i32 token = i / 4 * 8 + 2 * me.t + i % 2;
+        staging[token * PIECE_PITCH + me.place<T>(i / 2 % 2) - me.group * 64] = sum[piece * (PIECE / 2) + i];
     }
 }
 
@@ -407,11 +456,7 @@ DEVICE void for_each_run(const f32 (&sum)[T::N / 2], const HopperMemory<T>& memo
 #pragma unroll
     for (i32 piece = 0; piece < T::N / PIECE; piece++) {
         numbered_barrier(1 + me.group, WARP_GROUP);  // the last piece's readers are done
-#pragma unroll
-        for (i32 i = 0; i < PIECE / 2; i++) {
-            i32 token = i / 4 * 8 + 2 * me.t + i % 2;
-            staging[token * PIECE_PITCH + me.place<T>(i / 2 % 2) - first] = sum[piece * (PIECE / 2) + i];
-        }
+        stage_piece<T>(sum, staging, me, piece);
         numbered_barrier(1 + me.group, WARP_GROUP);
 #pragma unroll 1
         for (i32 i = thread; i < PIECE * 64 / PACK; i += WARP_GROUP) {
@@ -419,6 +464,22 @@ DEVICE void for_each_run(const f32 (&sum)[T::N / 2], const HopperMemory<T>& memo
             load_wide(pack, staging + i / 8 * PIECE_PITCH + i % 8 * PACK);
             store(piece * PIECE + i / 8, first + i % 8 * PACK, pack);
         }
+    }
+}
+
+// The same for two matrices beside each other: `store` gets the token, the first output, and the runs of both.
+template <class T, class STORE>
+DEVICE void for_each_pair(const f32 (&sum)[T::N / 2], const HopperMemory<T>& memory, const Multiplier& me, STORE store) {
+    static_assert(PIECE * T::OUTPUTS / PACK == 2 * WARP_GROUP, "a run of each for every thread");
+    i32 i = i32(threadIdx.x) - WARP_GROUP, at = i / 8 * PIECE_PITCH + i % 8 * PACK;
+#pragma unroll
+    for (i32 piece = 0; piece < T::N / PIECE; piece++) {
+        numbered_barrier(1, 2 * WARP_GROUP);  // both groups are done with reading the last piece
+        stage_piece<T>(sum, memory.staging(me.group), me, piece);
+        numbered_barrier(1, 2 * WARP_GROUP);
+        Pack first, second;
+        load_wide(first, memory.staging(0) + at), load_wide(second, memory.staging(1) + at);
+        store(piece * PIECE + i / 8, i % 8 * PACK, first, second);
     }
 }
 
@@ -432,15 +493,22 @@ DEVICE void multiply_tiles(const HopperMemory<T>& memory, const HopperOperands& 
         f32 sum[T::N / 2];
 #pragma unroll
         for (i32 i = 0; i < T::N / 2; i++) sum[i] = 0.0f;
+        i32 stages = T::TURNS * job.stages();
         if constexpr (T::CODES) {
-            add_codes<T>(sum, memory, me, at, of.depth);
+            add_codes<T>(sum, memory, me, at, stages);
         } else {
-            add_elements<T>(sum, memory, me, at, of.depth);
+            add_elements<T>(sum, memory, me, at, stages);
         }
         add_low_rank<T>(sum, memory, me, at, of, job);
         pin(sum);
-        for_each_run<T>(sum, memory, me,
-                        [&](i32 token, i32 output, Pack& pack) { schedule.store(job, token, job.column + output, pack); });
+        if constexpr (T::FORM == BESIDE) {
+            for_each_pair<T>(sum, memory, me, [&](i32 token, i32 output, const Pack& first, const Pack& second) {
+                schedule.store(job, token, job.column + output, first, second);
+            });
+        } else {
+            for_each_run<T>(sum, memory, me,
+                            [&](i32 token, i32 output, Pack& pack) { schedule.store(job, token, job.column + output, pack); });
+        }
     }
 }
 
@@ -480,7 +548,10 @@ DEVICE void hopper_product(const HopperOperands& of, const SCHEDULE& schedule) {
     memory.prepare();
     if (threadIdx.x < WARP_GROUP) {
         give_registers<COPY_REGISTERS>();
-        if (threadIdx.x == 0) prefetch_map(of.left), prefetch_map(of.weight);
+        if (threadIdx.x == 0) {
+            prefetch_map(of.left), prefetch_map(of.weight);
+            if constexpr (T::FORM != ALONE) prefetch_map(of.other_weight);
+        }
         copy_tiles<T>(memory, of, schedule);
     } else {
         take_registers<MULTIPLY_REGISTERS>();

@@ -4,6 +4,10 @@
 //   product_columns   out [M, N] = left [M, K] · W [K, N]  + left2 [M, R] · right2 [R, N]              dx = dy W + v A
 //   product_outer     parts [S, M, N] = left [K, M]ᵀ · right [K, N], K cut into S parts                dA = vᵀ x,  dBᵀ = uᵀ dy
 //   add_parts         gradient += scale · Σ parts, in order of the parts, straight or transposed
+//   sum_parts         out [M, N] = Σ parts [S, M, N], in order of the parts, + bias
+//
+// Where a product has too few tiles for a device, product_rows and product_columns write parts [S, M, N] instead, without bias: K cut
+// into S parts, the last of which has the low-rank term. How many is decided by the shape alone (gpu/matmul/choice.rs), so bits are too.
 //
 // Tensors: left, left2, right2, right: bf16. W: bf16, or NF4 codes with their scales (see nf4.cuh): the same codes are read
 // straight for y and transposed for dx, and decoded on their way to shared memory, so no decoded matrix exists. out: f32 or
@@ -63,12 +67,17 @@ struct Epilogue {
 
 template <class T, bool COLUMNS, class W, class OUT>
 DEVICE void product(const bf16* left, const W* weight, Nf4Scales scales, const bf16* left2, const bf16* right2,
-                    Epilogue<OUT> epilogue, i32 depth, i32 depth2) {
+                    Epilogue<OUT> epilogue, i32 depth, i32 depth2, i32 part) {
     DYNAMIC_SHARED(memory);
     i64 m = i64(blockIdx.x) * T::M, n = i64(blockIdx.y) * T::N;
     i64 rows = epilogue.rows, columns = epilogue.columns;
     auto right = right_factor(weight, scales, COLUMNS ? depth : columns, COLUMNS ? columns : depth);
-    Term<Rows, decltype(right)> terms[1] = {{Rows{left, rows, depth}, right, depth}};
+    // Of several parts, the one that this block has.
+    i32 begin = i32(blockIdx.z) * part, deep = min(part, depth - begin);
+    if (begin + deep < depth) depth2 = 0;
+    if (blockIdx.z > 0) epilogue.out += i64(blockIdx.z) * rows * columns;
+    right = COLUMNS ? below(right, begin) : beyond(right, begin);
+    Term<Rows, decltype(right)> terms[1] = {{Rows{left + begin, rows, depth}, right, deep}};
     Term<Rows, DenseRight> low_rank{
         Rows{left2, rows, depth2}, DenseRight{{right2, COLUMNS ? depth2 : columns, COLUMNS ? columns : depth2}}, depth2};
     Sums<T> sums;
@@ -97,10 +106,10 @@ DEVICE void outer(const bf16* left, const bf16* right, f32* parts, i64 depth, i3
         const u8* __restrict__ nested_codes, const f32* __restrict__ nested_map, f32 offset, const bf16* __restrict__ left2, \
         const bf16* __restrict__ right2, const f32* __restrict__ bias_f32, const bf16* __restrict__ bias_bf16,               \
         OUT* __restrict__ out, bf16* __restrict__ copy, f32 copy_scale, i64 rows, i32 columns, i32 depth, i32 depth2,        \
-        i32 accumulate) {                                                                                                    \
+        i32 part, i32 accumulate) {                                                                                          \
         Epilogue<OUT> epilogue{bias_f32, bias_bf16, out, copy, copy_scale, rows, columns, accumulate};                       \
         product<T, COLUMNS>(left, weight, Nf4Scales{absmax, nested_codes, nested_map, offset}, left2, right2, epilogue,      \
-                            depth, depth2);                                                                                  \
+                            depth, depth2, part);                                                                            \
     }
 PRODUCT(rows, Large, large, false, bf16, f32)
 PRODUCT(rows, Large, large, false, bf16, bf16)
@@ -135,3 +144,25 @@ add_parts(const f32* __restrict__ parts, f32* __restrict__ gradient, i32 count, 
     for (i32 part = 0; part < count; part++) sum += parts[part * size + i];
     gradient[transposed ? i % columns * rows + i / columns : i] += scale * sum;
 }
+
+// out [rows, columns] and `copy` as those of products; a thread a pack.
+template <class OUT>
+DEVICE void sum_parts(const f32* parts, i32 count, const Epilogue<OUT>& epilogue) {
+    i64 columns = epilogue.columns, packs = (columns + PACK - 1) / PACK, i = global_thread();
+    i64 row = i / packs, column = i % packs * PACK;
+    if (row >= epilogue.rows) return;
+    Pack sum{};
+    for (i32 part = 0; part < count; part++)
+        Epilogue<OUT>::add(sum, load_pack(parts + (part * epilogue.rows + row) * columns, column, columns, columns % PACK == 0));
+    epilogue(row, column, sum);
+}
+
+#define SUM_PARTS(OUT)                                                                                                       \
+    ENTRY(256)                                                                                                               \
+    sum_parts_##OUT(const f32* __restrict__ parts, const f32* __restrict__ bias_f32, const bf16* __restrict__ bias_bf16,     \
+                    OUT* __restrict__ out, bf16* __restrict__ copy, f32 copy_scale, i64 rows, i32 columns, i32 count,        \
+                    i32 accumulate) {                                                                                        \
+        sum_parts<OUT>(parts, count, {bias_f32, bias_bf16, out, copy, copy_scale, rows, columns, accumulate});               \
+    }
+SUM_PARTS(f32)
+SUM_PARTS(bf16)

@@ -3,6 +3,9 @@
 //   hopper_rows      out [M, N] = left [M, K] · W [N, K]ᵀ + left2 [M, R] · right2 [N, R]ᵀ + bias
 //   hopper_columns   out [M, N] = left [M, K] · W [K, N]  + left2 [M, R] · right2 [R, N]
 //
+// or, where there are too few tiles of the result for a device, `sums` [S, M, N] of S parts of the depth, each `part` deep, without bias;
+// sum_parts of matmul.cu adds them in their order.
+//
 // Tensors: left, left2 bf16 by maps; W bf16 or NF4 codes by a map, codes with scales as in nf4.cuh; right2 bf16; out bf16, replaced or
 // added to. K, N and R are multiples of 8 (rows begin at 16 bytes, which the copy engine wants); in NF4, blocks do not cross rows.
 // The contract is matmul.cu's, and that is the twin which does what this cannot.
@@ -21,15 +24,23 @@ constexpr i32 BAND_TOKENS = 2048;
 template <class T>
 struct MatrixTiles {
     i64 rows;
+    i32 depth, part;  // of all, and of a part: no less than the depth if there is one
     Nf4Scales of_matrix;
     HopperOutput output;
+    f32* sums;  // null if there is one part
 
     DEVICE i64 row_tiles() const { return (rows + T::N - 1) / T::N; }
     DEVICE i64 column_tiles() const { return (output.columns + HOPPER_OUTPUTS - 1) / HOPPER_OUTPUTS; }
-    DEVICE i64 count() const { return row_tiles() * column_tiles(); }
+    DEVICE i64 tiles() const { return row_tiles() * column_tiles(); }
+    DEVICE i64 count() const { return sums == nullptr ? tiles() : tiles() * ((depth + part - 1) / part); }
 
     DEVICE bool find(i64 index, HopperJob& job) const {
         constexpr i32 BAND = BAND_TOKENS / T::N;
+        job.part = 0, job.from = 0, job.to = depth;
+        if (sums != nullptr) {
+            job.part = i32(index / tiles()), index -= job.part * tiles();
+            job.from = job.part * part, job.to = min(depth, job.from + part);
+        }
         i64 of_band = BAND * column_tiles(), band = index / of_band, within = index % of_band;
         i64 height = min(i64(BAND), row_tiles() - band * BAND);
         job.row = (band * BAND + within % height) * T::N;
@@ -37,11 +48,17 @@ struct MatrixTiles {
         job.end = rows, job.expert = 0;
         return true;
     }
-    DEVICE Nf4Scales scales(const HopperJob&) const { return of_matrix; }
+    DEVICE Nf4Scales scales(const HopperJob&, i32) const { return of_matrix; }
     DEVICE bool gathers() const { return false; }
     DEVICE i32 gathered(const HopperJob&, i32) const { return -1; }
     DEVICE void store(const HopperJob& job, i32 token, i32 column, Pack& pack) const {
-        if (job.row + token < job.end) output.store(job.row + token, column, pack);
+        i64 row = job.row + token;
+        if (row >= job.end) return;
+        if (sums == nullptr) {
+            output.store(row, column, pack);
+        } else if (column < output.columns) {
+            store_wide(sums + (job.part * rows + row) * output.columns + column, pack);
+        }
     }
 };
 
@@ -50,10 +67,11 @@ struct MatrixTiles {
     hopper_##name##_##size##_##W(                                                                                         \
         MAP left, MAP weight, const f32* __restrict__ absmax, const u8* __restrict__ nested_codes,                        \
         const f32* __restrict__ nested_map, f32 offset, MAP left2, const bf16* __restrict__ right2,                       \
-        const f32* __restrict__ bias_f32, const bf16* __restrict__ bias_bf16, bf16* __restrict__ out, i64 rows,           \
-        i32 columns, i32 depth, i32 depth2, i32 accumulate) {                                                             \
+        const f32* __restrict__ bias_f32, const bf16* __restrict__ bias_bf16, bf16* __restrict__ out,                     \
+        f32* __restrict__ sums, i64 rows, i32 columns, i32 depth, i32 depth2, i32 part, i32 accumulate) {                 \
         using T = HopperTile<N, COLUMNS, W>;                                                                              \
-        MatrixTiles<T> tiles{rows, {absmax, nested_codes, nested_map, offset}, {bias_f32, bias_bf16, out, columns, accumulate}}; \
+        Nf4Scales scales{absmax, nested_codes, nested_map, offset};                                                       \
+        MatrixTiles<T> tiles{rows, depth, part, scales, {bias_f32, bias_bf16, out, columns, accumulate}, sums};           \
         hopper_product<T>({&left, &weight, &left2, right2, columns, depth, depth2}, tiles);                               \
     }
 HOPPER(rows, false, narrow, 64, bf16)

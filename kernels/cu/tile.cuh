@@ -284,6 +284,7 @@ struct Nf4Right {
     Nf4Scales scales;
     i64 count, width, skipped;
     const f32* table;  // the sixteen values, in shared memory
+    i64 before = 0;    // elements of each row that are left out, a multiple of 64
 
     // From one tile to the next, codes and scales move by a constant: a tile is a multiple of 64 elements deep.
     template <class T, i32 N, bool COLUMNS>
@@ -319,6 +320,7 @@ struct Nf4Right {
                     own_column = first + column < of.width ? first + column : column % of.width;
                 } else {
                     own_row = first + own_row < of.count ? first + own_row : of.count - 1;
+                    own_column += of.before;
                 }
                 i64 element = (of.skipped + own_row) * of.width + own_column;
                 codes[run] = of.codes + element / 2;
@@ -405,6 +407,15 @@ DEVICE DenseRight below(const DenseRight& right, i64 rows) {
 }
 DEVICE Nf4Right below(Nf4Right right, i64 rows) {
     right.skipped += rows, right.count -= rows;
+    return right;
+}
+
+// The same from a column on, a multiple of 64.
+DEVICE DenseRight beyond(const DenseRight& right, i64 columns) {
+    return {{right.matrix.values + columns, right.matrix.count, right.matrix.width}};
+}
+DEVICE Nf4Right beyond(Nf4Right right, i64 columns) {
+    right.before += columns;
     return right;
 }
 

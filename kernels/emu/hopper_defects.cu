@@ -5,6 +5,7 @@
 #include "hopper.cuh"
 
 constexpr i32 THREADS = WARP_GROUP;
+constexpr i32 TWO_GROUPS = 256;
 constexpr i32 SIDE = 64;
 constexpr i32 TILE_BYTES = SIDE * SIDE * 2;
 
@@ -113,6 +114,30 @@ PRODUCT(factor_overwritten, OVERWRITTEN)
 PRODUCT(factor_not_shown, NOT_SHOWN)
 PRODUCT(wrong_stride, WRONG_STRIDE)
 PRODUCT(different_products, DIFFERENT_PRODUCTS)
+
+enum Meeting { MET, NOT_MET, MET_ALONE, NOT_LEFT };
+
+// Two groups write half a piece each and read the other's, piece after piece, as they hand each other finished sums.
+template <Meeting MEETING>
+DEVICE void meeting(f32* out, i32 pieces) {
+    DYNAMIC_SHARED(memory);
+    f32* staging = reinterpret_cast<f32*>(memory);
+    i32 thread = i32(threadIdx.x), group = thread / WARP_GROUP;
+    for (i32 piece = 0; piece < pieces; piece++) {
+        if (MEETING != NOT_LEFT) numbered_barrier(1, TWO_GROUPS);
+        staging[thread] = f32(1000 * piece + thread);
+        if (MEETING == MET_ALONE) numbered_barrier(2 + group, WARP_GROUP);
+        if (MEETING == MET || MEETING == NOT_LEFT) numbered_barrier(1, TWO_GROUPS);
+        out[piece * TWO_GROUPS + thread] = staging[TWO_GROUPS - 1 - thread];
+    }
+}
+
+#define MEETING(name, MISTAKE) \
+    ENTRY(TWO_GROUPS) name(f32* __restrict__ out, i32 pieces) { meeting<MISTAKE>(out, pieces); }
+MEETING(groups_meet, MET)
+MEETING(groups_do_not_meet, NOT_MET)
+MEETING(groups_meet_alone, MET_ALONE)
+MEETING(groups_leave_too_early, NOT_LEFT)
 
 // Boxes at (x, y) of a map, as they lie in shared memory, 64 rows of 128 bytes.
 ENTRY(THREADS) box(MAP map, u8* __restrict__ out, i32 x, i32 y, i32 bytes) {

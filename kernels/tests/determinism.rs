@@ -7,9 +7,9 @@ use brightrun_kernels::emu::{Emulated, emulated, emulated_as};
 use brightrun_kernels::ops::{
     ActivationOps, AdamW, AttentionBackward, AttentionForward, AttentionOps, DELTA_CHUNK, DeltaBackward, DeltaForward,
     DeltaOps, Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward,
-    GroupedLoraForward, LinearBackward, LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, LossOps,
-    MatmulOps, MoeOps, NormBackward, NormForward, NormOps, NormWeight, OptimizerOps, Precision, QuantizeOps,
-    RopeDirection, RopeOps, RopeTable, Routing, RowOrder, Write,
+    GroupedLoraForward, GroupedPairBackward, GroupedSwigluForward, LinearBackward, LinearCrossEntropy, LinearForward,
+    LoraBackward, LoraForward, LossOps, MatmulOps, MoeOps, NormBackward, NormForward, NormOps, NormWeight,
+    OptimizerOps, Precision, QuantizeOps, RopeDirection, RopeOps, RopeTable, Routing, RowOrder, Write,
 };
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Error, Nf4Scales, Segments, Shape, Tensor, Weight, WeightStack};
@@ -54,57 +54,233 @@ fn same_bits_emulated(op: &str, run: impl Fn(&Emulated, Precision) -> Vec<Vec<u8
     }
 }
 
-/// A layer as Hopper's kernels do it: the tiles of a block that stays, whatever other blocks do.
-#[test]
-fn layers_on_hopper_have_the_same_bits_in_any_order_of_blocks() {
-    let (tokens, inputs, outputs, rank) = (150, 192, 264, 8);
-    let layer = |device: &Emulated| {
-        let half = |shape: &[usize], seed| activation(device, Precision::Bf16, shape, seed);
-        let weight = random(device, &[outputs, inputs], 1);
-        let weight = Weight::Nf4(device.quantize_nf4(&weight, true).unwrap());
-        let (x, dy) = (half(&[tokens, inputs], 2), half(&[tokens, outputs], 3));
-        let (a, b) = (random(device, &[rank, inputs], 4), random(device, &[outputs, rank], 5));
-        let mut hidden = device.alloc(DType::F32, [tokens, rank]).unwrap();
-        let mut y = device.alloc(DType::BF16, [tokens, outputs]).unwrap();
-        let lora = Some(LoraForward {
-            a: &a,
-            b: &b,
-            scale: 2.0,
-            hidden: &mut hidden,
-        });
-        let call = LinearForward {
-            x: &x,
-            weight: &weight,
-            bias: None,
-            lora,
-            precision: Precision::Bf16,
-            y: &mut y,
-        };
-        device.linear_forward(call).unwrap();
-        let mut dx = device.alloc(DType::BF16, [tokens, inputs]).unwrap();
-        let call = LinearBackward {
-            dy: &dy,
-            weight: &weight,
-            lora: None,
-            precision: Precision::Bf16,
-            dx: Some((&mut dx, Write::Overwrite)),
-        };
-        device.linear_backward(call).unwrap();
-        [device.read(&y).unwrap(), device.read(&dx).unwrap()]
-    };
-    let mut first = None;
+/// The same for the kernels that Hopper has of its own: the tiles of a block that stays, whatever other blocks do.
+fn same_bits_on_hopper(run: impl Fn(&Emulated) -> Vec<Vec<u8>>) {
+    let mut first: Option<Vec<Vec<u8>>> = None;
     for threads in [1, 3, 3] {
         let device = match emulated_as(Some(threads), (9, 0)) {
             Ok(device) => device,
             Err(Error::Unsupported { reason, .. }) => return println!("emulated: absent: {reason}"),
             Err(error) => panic!("{error}"),
         };
-        let bits = layer(&device);
+        let bits = run(&device);
         assert!(
             *first.get_or_insert_with(|| bits.clone()) == bits,
             "at {threads} threads"
         );
     }
+}
+
+fn half<D: Device>(device: &D, shape: &[usize], seed: u64) -> Tensor<D> {
+    activation(device, Precision::Bf16, shape, seed)
+}
+
+#[test]
+fn layers_on_hopper_have_the_same_bits_in_any_order_of_blocks() {
+    // Many tiles; and few, whose depth is cut into parts, of y and of dx.
+    for (tokens, inputs, outputs, rank) in [(150, 192, 264, 8), (40, 2_112, 136, 16), (40, 128, 2_112, 8)] {
+        same_bits_on_hopper(|device| {
+            let weight = random(device, &[outputs, inputs], 1);
+            let weight = Weight::Nf4(device.quantize_nf4(&weight, true).unwrap());
+            let (x, dy) = (half(device, &[tokens, inputs], 2), half(device, &[tokens, outputs], 3));
+            let (a, b) = (random(device, &[rank, inputs], 4), random(device, &[outputs, rank], 5));
+            let mut hidden = device.alloc(DType::F32, [tokens, rank]).unwrap();
+            let mut y = device.alloc(DType::BF16, [tokens, outputs]).unwrap();
+            let lora = Some(LoraForward {
+                a: &a,
+                b: &b,
+                scale: 2.0,
+                hidden: &mut hidden,
+            });
+            let call = LinearForward {
+                x: &x,
+                weight: &weight,
+                bias: None,
+                lora,
+                precision: Precision::Bf16,
+                y: &mut y,
+            };
+            device.linear_forward(call).unwrap();
+            let mut dx = device.alloc(DType::BF16, [tokens, inputs]).unwrap();
+            let call = LinearBackward {
+                dy: &dy,
+                weight: &weight,
+                lora: None,
+                precision: Precision::Bf16,
+                dx: Some((&mut dx, Write::Overwrite)),
+            };
+            device.linear_backward(call).unwrap();
+            read(device, [&y, &hidden, &dx])
+        });
+    }
+}
+
+/// A stack of random experts in NF4.
+fn experts<D: Device + QuantizeOps + MoeOps>(
+    device: &D,
+    [count, outputs, inputs]: [usize; 3],
+    seed: u64,
+) -> WeightStack<D> {
+    let matrix = |expert: usize| {
+        let values = random(device, &[outputs, inputs], seed + expert as u64);
+        Weight::Nf4(device.quantize_nf4(&values, true).unwrap())
+    };
+    let mut stack = WeightStack::alloc_like(device, count, &matrix(0)).unwrap();
+    for expert in 0..count {
+        device.stack_expert(&matrix(expert), expert, &mut stack).unwrap();
+    }
+    stack
+}
+
+#[test]
+fn both_wide_projections_on_hopper_have_the_same_bits_in_any_order_of_blocks() {
+    let (tokens, inputs, width, rank) = (150, 192, 136, 8);
+    let (count, top) = (4, 2);
+    same_bits_on_hopper(|device| {
+        let [gate, up] = [10, 20].map(|seed| experts(device, [count, width, inputs], seed));
+        let mut routing = Routing::alloc(device, tokens, count, top).unwrap();
+        let logits = random(device, &[tokens, count], 1);
+        device.route(&logits, true, &mut routing).unwrap();
+        let x = half(device, &[tokens, inputs], 2);
+        let [dgate, dup] = [3, 4].map(|seed| half(device, &[tokens * top, width], seed));
+        let a = random(device, &[count, rank, inputs], 5);
+        let b = random(device, &[count, 2 * width, rank], 6);
+        let mut hidden = device.alloc(DType::F32, [tokens * top, rank]).unwrap();
+        let [mut gate_y, mut up_y, mut y] = [(); 3].map(|()| device.alloc(DType::BF16, [tokens * top, width]).unwrap());
+        let call = GroupedSwigluForward {
+            x: &x,
+            routing: &routing,
+            gate: &gate,
+            up: &up,
+            lora: Some(GroupedLoraForward {
+                a: &a,
+                b: &b,
+                scale: 2.0,
+                hidden: &mut hidden,
+            }),
+            precision: Precision::Bf16,
+            wide: Some((&mut gate_y, &mut up_y)),
+            y: Some(&mut y),
+        };
+        device.grouped_swiglu_forward(call).unwrap();
+        let [mut da, mut db] = [&a, &b].map(|like| device.zeros(DType::F32, like.shape()).unwrap());
+        let mut dx = device.alloc(DType::BF16, [tokens * top, inputs]).unwrap();
+        let call = GroupedPairBackward {
+            dgate: &dgate,
+            dup: &dup,
+            routing: &routing,
+            gate: &gate,
+            up: &up,
+            lora: Some(GroupedLoraBackward {
+                x: &x,
+                x_order: RowOrder::Token,
+                a: &a,
+                b: &b,
+                scale: 2.0,
+                hidden: &hidden,
+                gradient_a: &mut da,
+                gradient_b: &mut db,
+            }),
+            precision: Precision::Bf16,
+            dx: Some(&mut dx),
+        };
+        device.grouped_pair_backward(call).unwrap();
+        read(device, [&gate_y, &up_y, &y, &dx, &da, &db])
+    });
+}
+
+/// What the fused kernel keeps of gate and up is what each projection alone gives, to the bit: a pass may recompute one way what
+/// another pass stored.
+#[test]
+fn gate_and_up_on_hopper_have_the_bits_of_each_projection_alone() {
+    let (tokens, inputs, width, rank) = (150, 128, 136, 8);
+    let (count, top) = (4, 2);
+    let device = match emulated_as(Some(2), (9, 0)) {
+        Ok(device) => device,
+        Err(Error::Unsupported { reason, .. }) => return println!("emulated: absent: {reason}"),
+        Err(error) => panic!("{error}"),
+    };
+    let stacks = [10, 20].map(|seed| experts(&device, [count, width, inputs], seed));
+    let mut routing = Routing::alloc(&device, tokens, count, top).unwrap();
+    device
+        .route(&random(&device, &[tokens, count], 1), true, &mut routing)
+        .unwrap();
+    let x = half(&device, &[tokens, inputs], 2);
+    let a = random(&device, &[count, rank, inputs], 5);
+    let b = random(&device, &[count, 2 * width, rank], 6);
+    let mut hidden = device.alloc(DType::F32, [tokens * top, rank]).unwrap();
+    let mut wide = [(); 2].map(|()| device.alloc(DType::BF16, [tokens * top, width]).unwrap());
+    let [gate_y, up_y] = &mut wide;
+    let call = GroupedSwigluForward {
+        x: &x,
+        routing: &routing,
+        gate: &stacks[0],
+        up: &stacks[1],
+        lora: Some(GroupedLoraForward {
+            a: &a,
+            b: &b,
+            scale: 2.0,
+            hidden: &mut hidden,
+        }),
+        precision: Precision::Bf16,
+        wide: Some((gate_y, up_y)),
+        y: None,
+    };
+    device.grouped_swiglu_forward(call).unwrap();
+    let values = device.read_f32(&b).unwrap();
+    for (half, (stack, together)) in stacks.iter().zip(&wide).enumerate() {
+        let own: Vec<f32> = values
+            .chunks_exact(2 * width * rank)
+            .flat_map(|of_expert| of_expert[half * width * rank..][..width * rank].to_vec())
+            .collect();
+        let b = device.upload_f32([count, width, rank], &own).unwrap();
+        let mut alone = device.alloc(DType::BF16, [tokens * top, width]).unwrap();
+        let call = GroupedLinearForward {
+            x: &x,
+            x_order: RowOrder::Token,
+            routing: &routing,
+            weight: stack,
+            lora: Some(GroupedLoraForward {
+                a: &a,
+                b: &b,
+                scale: 2.0,
+                hidden: &mut hidden,
+            }),
+            precision: Precision::Bf16,
+            y: &mut alone,
+        };
+        device.grouped_linear_forward(call).unwrap();
+        assert!(
+            device.read(together).unwrap() == device.read(&alone).unwrap(),
+            "projection {half}"
+        );
+    }
+}
+
+#[test]
+fn the_head_on_hopper_has_the_same_bits_in_any_order_of_blocks() {
+    let (tokens, width, vocabulary) = (400, 136, 2_008);
+    same_bits_on_hopper(|device| {
+        let head = Weight::Dense(half(device, &[vocabulary, width], 1));
+        let x = half(device, &[tokens, width], 2);
+        let labels: Vec<i32> = (0..tokens)
+            .map(|t| if t % 3 == 0 { -100 } else { (t * 5) as i32 })
+            .collect();
+        let labels = device.upload_i32([tokens], &labels).unwrap();
+        let mut losses = device.alloc(DType::F32, [tokens]).unwrap();
+        let mut dx = device.alloc(DType::BF16, [tokens, width]).unwrap();
+        let factor = device.upload_f32([1], &[0.5]).unwrap();
+        let call = LinearCrossEntropy {
+            x: &x,
+            head: &head,
+            labels: &labels,
+            precision: Precision::Bf16,
+            losses: &mut losses,
+            dx: Some((&mut dx, &factor)),
+        };
+        device.linear_cross_entropy(call).unwrap();
+        read(device, [&losses, &dx])
+    });
 }
 
 /// Compiles a body for the CPU and for the emulated kernels.
@@ -427,19 +603,19 @@ fn grouped_layers() {
 fn the_delta_rule() {
     let segments = Segments::from_lengths([70, 1, 66]);
     let (tokens, key_heads, value_heads, dim) = (137, 2, 6, 16);
-    same_bits_everywhere!("delta_rule", |cpu, _precision| {
+    same_bits_everywhere!("delta_rule", |cpu, precision| {
         let (q, k) = (
-            random(cpu, &[tokens, key_heads, dim], 1),
-            random(cpu, &[tokens, key_heads, dim], 2),
+            activation(cpu, precision, &[tokens, key_heads, dim], 1),
+            activation(cpu, precision, &[tokens, key_heads, dim], 2),
         );
-        let v = random(cpu, &[tokens, value_heads, dim], 3);
+        let v = activation(cpu, precision, &[tokens, value_heads, dim], 3);
         let decay = cpu
             .upload_f32([tokens, value_heads], &vec![-0.7; tokens * value_heads])
             .unwrap();
         let beta = cpu
             .upload_f32([tokens, value_heads], &vec![0.04; tokens * value_heads])
             .unwrap();
-        let like = |tensor: &Tensor<_>| cpu.alloc(DType::F32, tensor.shape()).unwrap();
+        let like = |tensor: &Tensor<_>| cpu.alloc(tensor.dtype(), tensor.shape()).unwrap();
         let (mut out, mut solved) = (
             like(&v),
             cpu.alloc(DType::F32, [tokens, value_heads, DELTA_CHUNK]).unwrap(),

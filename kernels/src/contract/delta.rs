@@ -4,7 +4,8 @@ use super::{Rules, VECTOR};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
-    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, Device,
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsBackward,
+    DeltaInputsForward, Device,
 };
 use crate::tensor::{Segments, Tensor};
 
@@ -113,31 +114,71 @@ fn common<D: Device>(
 pub(crate) fn delta_inputs_forward<D: Device>(call: &DeltaInputsForward<'_, D>) -> Result<DeltaSizes> {
     let rules = Rules("delta_inputs_forward");
     let sizes = common(rules, call.q, call.k, call.v, call.segments)?;
+    projected(rules, [("fused", call.fused), ("ba", call.ba)], call.q, sizes)?;
+    rules.alike("z", call.z, call.q)?;
+    rules.shape("z", call.z, "the shape of v", call.v.shape().extents())?;
+    frozen(rules, call.taps, call.a_log, call.dt_bias, sizes)?;
+    per_head(rules, &[("decay", &*call.decay), ("beta", &*call.beta)], sizes)?;
+    Ok(sizes)
+}
+
+/// The same.
+pub(crate) fn delta_inputs_backward<D: Device>(call: &DeltaInputsBackward<'_, D>) -> Result<DeltaSizes> {
+    let rules = Rules("delta_inputs_backward");
+    let sizes = common(rules, call.dq, call.dk, call.dv, call.segments)?;
+    projected(rules, [("fused", call.fused), ("ba", call.ba)], call.dq, sizes)?;
+    projected(rules, [("dfused", call.dfused), ("dba", call.dba)], call.dq, sizes)?;
+    rules.alike("dz", call.dz, call.dq)?;
+    rules.shape("dz", call.dz, "the shape of dv", call.dv.shape().extents())?;
+    frozen(rules, call.taps, call.a_log, call.dt_bias, sizes)?;
+    let wide = [("beta", call.beta), ("ddecay", call.ddecay), ("dbeta", call.dbeta)];
+    per_head(rules, &wide, sizes)?;
+    Ok(sizes)
+}
+
+/// The outputs of both projections, or their gradients, in the dtype of `like`.
+fn projected<D: Device>(
+    rules: Rules,
+    [fused, ba]: [(&'static str, &Tensor<D>); 2],
+    like: &Tensor<D>,
+    sizes: DeltaSizes,
+) -> Result<()> {
     let group = sizes.value_heads / sizes.key_heads * sizes.value_dim;
     let columns = sizes.key_heads * (2 * sizes.key_dim + 2 * group);
-    for (argument, tensor) in [("fused", call.fused), ("ba", call.ba), ("z", &*call.z)] {
-        rules.alike(argument, tensor, call.q)?;
+    for ((argument, tensor), expected, columns) in [
+        (fused, "[T, Hk·(2·Dk + 2·G·Dv)]", columns),
+        (ba, "[T, 2·Hv]", 2 * sizes.value_heads),
+    ] {
+        rules.alike(argument, tensor, like)?;
+        rules.shape(argument, tensor, expected, &[sizes.tokens, columns])?;
     }
-    rules.shape("fused", call.fused, "[T, Hk·(2·Dk + 2·G·Dv)]", &[sizes.tokens, columns])?;
-    rules.shape("ba", call.ba, "[T, 2·Hv]", &[sizes.tokens, 2 * sizes.value_heads])?;
-    rules.shape("z", call.z, "the shape of v", call.v.shape().extents())?;
+    Ok(())
+}
+
+/// The convolution's taps and the gates' constants.
+fn frozen<D: Device>(
+    rules: Rules,
+    taps: [&Tensor<D>; 3],
+    a_log: &Tensor<D>,
+    dt_bias: &Tensor<D>,
+    sizes: DeltaSizes,
+) -> Result<()> {
     let (keys, values) = (sizes.key_heads * sizes.key_dim, sizes.value_heads * sizes.value_dim);
-    let mut taps = None;
+    let mut width = None;
     for (argument, tensor, channels) in [
-        ("taps of q", call.taps[0], keys),
-        ("taps of k", call.taps[1], keys),
-        ("taps of v", call.taps[2], values),
+        ("taps of q", taps[0], keys),
+        ("taps of k", taps[1], keys),
+        ("taps of v", taps[2], values),
     ] {
         rules.dtype(argument, tensor, VECTOR)?;
         let [_, own] = rules.extents(argument, tensor, "[C, K]")?;
-        rules.shape(argument, tensor, "[C, K]", &[channels, *taps.get_or_insert(own)])?;
+        rules.shape(argument, tensor, "[C, K]", &[channels, *width.get_or_insert(own)])?;
     }
-    for (argument, tensor) in [("a_log", call.a_log), ("dt_bias", call.dt_bias)] {
+    for (argument, tensor) in [("a_log", a_log), ("dt_bias", dt_bias)] {
         rules.dtype(argument, tensor, VECTOR)?;
         rules.shape(argument, tensor, "[Hv]", &[sizes.value_heads])?;
     }
-    per_head(rules, &[("decay", &*call.decay), ("beta", &*call.beta)], sizes)?;
-    Ok(sizes)
+    Ok(())
 }
 
 fn per_head<D: Device>(rules: Rules, tensors: &[(&'static str, &Tensor<D>)], sizes: DeltaSizes) -> Result<()> {

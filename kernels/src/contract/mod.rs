@@ -19,7 +19,7 @@ mod rows;
 pub(crate) use self::attention::{AttentionSizes, attention_backward, attention_forward};
 pub(crate) use self::convolution::{ConvolutionSizes, convolution_backward, convolution_forward};
 pub(crate) use self::delta::{
-    DeltaSizes, delta_gates_backward, delta_gates_forward, delta_inputs_forward, delta_rule_backward,
+    DeltaSizes, delta_gates_backward, delta_gates_forward, delta_inputs_backward, delta_inputs_forward, delta_rule_backward,
     delta_rule_forward,
 };
 pub(crate) use self::elementwise::{adamw_8bit_step, adamw_step, same_shape, squared_norm, zero_many};

@@ -54,6 +54,24 @@ static FACTOR_NOT_SHOWN: Kernel = product("factor_not_shown");
 static WRONG_STRIDE: Kernel = product("wrong_stride");
 static DIFFERENT_PRODUCTS: Kernel = product("different_products");
 
+const fn meeting(stem: &'static str) -> Kernel {
+    Kernel {
+        source: &SOURCE,
+        stem,
+        types: &[],
+        threads: 256,
+        parameters: &[
+            ("out", Parameter::Out(Element::Is(DType::F32))),
+            ("pieces", Parameter::I32),
+        ],
+    }
+}
+
+static MEET: Kernel = meeting("groups_meet");
+static DO_NOT_MEET: Kernel = meeting("groups_do_not_meet");
+static MEET_ALONE: Kernel = meeting("groups_meet_alone");
+static LEAVE_TOO_EARLY: Kernel = meeting("groups_leave_too_early");
+
 static BOX: Kernel = Kernel {
     source: &SOURCE,
     stem: "box",
@@ -88,6 +106,10 @@ pub(crate) static FAMILY: Family = Family {
         &WRONG_STRIDE,
         &DIFFERENT_PRODUCTS,
         &BOX,
+        &MEET,
+        &DO_NOT_MEET,
+        &MEET_ALONE,
+        &LEAVE_TOO_EARLY,
     ],
     ops: &[],
 };
@@ -241,6 +263,24 @@ fn engines_do_not_see_ordinary_stores_and_follow_a_wrong_description() {
         run(&device, &WRONG_STRIDE, Left::Straight).unwrap(),
         expected(Left::Straight)
     );
+}
+
+#[test]
+fn groups_that_hand_each_other_sums_must_meet_before_and_after() {
+    const PIECES: usize = 3;
+    let Some(device) = device() else { return };
+    let met = |kernel: &'static Kernel| {
+        let mut out = device.zeros(DType::F32, [PIECES, 256]).unwrap();
+        let geometry = Geometry::cover(1, 1).with_shared(256 * 4);
+        let arguments = [Argument::Out(&mut out), Argument::Size(PIECES)];
+        device.launch(kernel, &[], geometry, &arguments).unwrap();
+        let expected = (0..PIECES * 256).map(|i| (1000 * (i / 256) + 255 - i % 256) as f32);
+        device.read_f32(&out).unwrap().into_iter().eq(expected)
+    };
+    assert!(met(&MEET));
+    for kernel in [&DO_NOT_MEET, &MEET_ALONE, &LEAVE_TOO_EARLY] {
+        assert!(!met(kernel), "{}", kernel.stem);
+    }
 }
 
 /// What a box of bytes looks like in shared memory.

@@ -3,7 +3,7 @@
 use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
-    attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, matmul, moe, norm, optimizer,
+    attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, loss_hopper, matmul, moe, norm, optimizer,
     quantize, rows,
 };
 use crate::ops::{Op, Support};
@@ -28,6 +28,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &gate::FAMILY,
     &convolution::FAMILY,
     &delta::FAMILY,
+    &delta::CARRY_FAMILY,
     &delta_inputs::FAMILY,
     &moe::FAMILY,
     &moe::TENSOR_FAMILY,
@@ -40,6 +41,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &matmul::HOPPER_FAMILY,
     &matmul::EXACT_FAMILY,
     &loss::FAMILY,
+    &loss_hopper::FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,
     #[cfg(test)]

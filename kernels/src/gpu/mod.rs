@@ -35,6 +35,7 @@ mod gate;
 mod kernel;
 mod layouts;
 mod loss;
+mod loss_hopper;
 mod map;
 mod matmul;
 mod memory;

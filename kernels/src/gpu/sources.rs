@@ -48,6 +48,7 @@ pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static CONVOLUTION: Source = source!("convolution");
 pub(crate) static GATE: Source = source!("gate");
 pub(crate) static GATED_DELTA: Source = source!("gated_delta");
+pub(crate) static DELTA_CARRY: Source = source!("delta_carry");
 pub(crate) static DELTA_INPUTS: Source = source!("delta_inputs");
 pub(crate) static MOE: Source = source!("moe");
 pub(crate) static GROUPED: Source = source!("grouped");
@@ -60,6 +61,7 @@ pub(crate) static MATMUL_HOPPER: Source = source!("matmul_hopper", HOPPER);
 pub(crate) static GROUPED_HOPPER: Source = source!("grouped_hopper", HOPPER);
 pub(crate) static MATMUL_F32: Source = source!("matmul_f32");
 pub(crate) static CROSS_ENTROPY: Source = source!("cross_entropy");
+pub(crate) static CROSS_ENTROPY_HOPPER: Source = source!("cross_entropy_hopper", HOPPER);
 
 /// What the sources include, by name.
 pub const HEADERS: &[(&str, &str)] = &[
@@ -69,7 +71,9 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("attention.cuh", include_str!("../../cu/attention.cuh")),
     ("documents.cuh", include_str!("../../cu/documents.cuh")),
     ("product.cuh", include_str!("../../cu/product.cuh")),
+    ("delta.cuh", include_str!("../../cu/delta.cuh")),
     ("grouped.cuh", include_str!("../../cu/grouped.cuh")),
+    ("cross_entropy.cuh", include_str!("../../cu/cross_entropy.cuh")),
     ("tile.cuh", include_str!("../../cu/tile.cuh")),
     ("hopper.cuh", include_str!("../../cu/hopper.cuh")),
     ("hopper_tile.cuh", include_str!("../../cu/hopper_tile.cuh")),

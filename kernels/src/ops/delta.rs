@@ -167,6 +167,42 @@ pub struct DeltaInputsForward<'a, D: Device> {
     pub beta: &'a mut Tensor<D>,
 }
 
+/// Arguments of [`DeltaOps::delta_inputs_backward`]; those of the forward pass are what it had.
+pub struct DeltaInputsBackward<'a, D: Device> {
+    /// See [`DeltaInputsForward::fused`].
+    pub fused: &'a Tensor<D>,
+    /// See [`DeltaInputsForward::ba`].
+    pub ba: &'a Tensor<D>,
+    /// See [`DeltaInputsForward::taps`].
+    pub taps: [&'a Tensor<D>; 3],
+    /// Frozen f32 or bf16 `[Hv]`.
+    pub a_log: &'a Tensor<D>,
+    /// Frozen f32 or bf16 `[Hv]`.
+    pub dt_bias: &'a Tensor<D>,
+    /// Added to the sum of squares of a head of q or k.
+    pub eps: f32,
+    /// Documents, none of which has a past.
+    pub segments: &'a Segments,
+    /// Forward `β`, f32 `[T, Hv]`.
+    pub beta: &'a Tensor<D>,
+    /// Activation `[T, Hk, Dk]`.
+    pub dq: &'a Tensor<D>,
+    /// Activation `[T, Hk, Dk]`.
+    pub dk: &'a Tensor<D>,
+    /// Activation `[T, Hv, Dv]`.
+    pub dv: &'a Tensor<D>,
+    /// Activation `[T, Hv, Dv]`.
+    pub dz: &'a Tensor<D>,
+    /// f32 `[T, Hv]`.
+    pub ddecay: &'a Tensor<D>,
+    /// f32 `[T, Hv]`.
+    pub dbeta: &'a Tensor<D>,
+    /// Out: as `fused`.
+    pub dfused: &'a mut Tensor<D>,
+    /// Out: as `ba`.
+    pub dba: &'a mut Tensor<D>,
+}
+
 /// Gated DeltaNet's recurrence.
 pub trait DeltaOps: Device {
     /// Writes `out`, `solved` and, if given, the final `state`. Factors enter products in the activations' dtype; the state, the
@@ -194,9 +230,9 @@ pub trait DeltaOps: Device {
     /// Shapes or dtypes outside the contract.
     fn delta_gates_backward(&self, call: DeltaGatesBackward<'_, Self>) -> Result<()>;
 
-    /// Everything between the input projections and the delta rule, for a pass that keeps nothing of it: the projections cut
-    /// apart ([`GateOps::copy_columns`]), [`ConvolutionOps::convolution_forward`] of q, k and v, [`GateOps::l2_norm_forward`] of
-    /// the heads of q and k, and [`DeltaOps::delta_gates_forward`].
+    /// Everything between the input projections and the delta rule: the projections cut apart ([`GateOps::copy_columns`]),
+    /// [`ConvolutionOps::convolution_forward`] of q, k and v, [`GateOps::l2_norm_forward`] of the heads of q and k, and
+    /// [`DeltaOps::delta_gates_forward`].
     ///
     /// # Errors
     /// Shapes or dtypes outside the contract.
@@ -205,5 +241,18 @@ pub trait DeltaOps: Device {
         Self: GateOps + ConvolutionOps,
     {
         delta_parts::inputs_forward(self, call)
+    }
+
+    /// The way back of [`DeltaOps::delta_inputs_forward`], which computes again what it needs of it: writes `dfused` and `dba`.
+    /// [`GateOps::l2_norm_backward`], [`ConvolutionOps::convolution_backward`] and [`DeltaOps::delta_gates_backward`], and their
+    /// results put together as the projections have them.
+    ///
+    /// # Errors
+    /// Shapes or dtypes outside the contract.
+    fn delta_inputs_backward(&self, call: DeltaInputsBackward<'_, Self>) -> Result<()>
+    where
+        Self: GateOps + ConvolutionOps,
+    {
+        delta_parts::inputs_backward(self, call)
     }
 }

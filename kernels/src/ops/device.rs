@@ -46,6 +46,7 @@ pub enum Op {
     DeltaGatesForward,
     DeltaGatesBackward,
     DeltaInputsForward,
+    DeltaInputsBackward,
     ConvolutionForward,
     ConvolutionBackward,
     SigmoidGateForward,

@@ -37,7 +37,8 @@ pub use self::activation::ActivationOps;
 pub use self::attention::{AttentionBackward, AttentionForward, AttentionOps};
 pub use self::convolution::{ConvolutionBackward, ConvolutionForward, ConvolutionOps};
 pub use self::delta::{
-    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsForward, DeltaOps,
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsBackward,
+    DeltaInputsForward, DeltaOps,
 };
 pub use self::device::{Device, MemoryStats, Op, Support};
 pub use self::embedding::EmbeddingOps;

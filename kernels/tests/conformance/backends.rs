@@ -94,7 +94,13 @@ pub fn has_hopper_kernels(ops: &[Op]) -> bool {
     let own = |op: &Op| {
         matches!(
             op,
-            Op::LinearForward | Op::LinearBackward | Op::GroupedLinearForward | Op::GroupedLinearBackward
+            Op::LinearForward
+                | Op::LinearBackward
+                | Op::LinearCrossEntropy
+                | Op::GroupedLinearForward
+                | Op::GroupedLinearBackward
+                | Op::GroupedSwigluForward
+                | Op::GroupedPairBackward
         )
     };
     ops.iter().any(own)

@@ -51,6 +51,7 @@ const SHAPES: &[Shape] = &[
     shape(&[70, 70], (1, 1), (17, 33), 5.0),
     shape(&[150], (1, 1), (8, 8), 60.0),
     shape(&[70], (1, 2), (128, 128), 0.02),
+    shape(&[330, 5], (1, 1), (72, 40), 0.02),
 ];
 
 struct Inputs {
@@ -198,6 +199,36 @@ impl<B: Traits> Uploaded<B> {
         device.delta_rule_forward(call).unwrap();
         (out, solved)
     }
+
+    /// Gradients of q, k, v, decay and beta.
+    fn backward(
+        &self,
+        device: &B,
+        segments: &Segments,
+        scale: f32,
+        (solved, dout): (&Tensor<B>, &Tensor<B>),
+    ) -> [Tensor<B>; 5] {
+        let [mut dq, mut dk, mut dv, mut ddecay, mut dbeta] = [&self.q, &self.k, &self.v, &self.decay, &self.beta]
+            .map(|tensor| device.alloc(tensor.dtype(), tensor.shape()).unwrap());
+        let call = DeltaBackward {
+            q: &self.q,
+            k: &self.k,
+            v: &self.v,
+            decay: &self.decay,
+            beta: &self.beta,
+            solved,
+            dout,
+            segments,
+            scale,
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+            ddecay: &mut ddecay,
+            dbeta: &mut dbeta,
+        };
+        device.delta_rule_backward(call).unwrap();
+        [dq, dk, dv, ddecay, dbeta]
+    }
 }
 
 fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, activation: DType) {
@@ -229,6 +260,8 @@ fn forward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, activation: DType) {
     }
 }
 
+const GRADIENTS: [&str; 5] = ["dq", "dk", "dv", "ddecay", "dbeta"];
+
 fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, activation: DType) {
     let (mut inputs, segments, heads) = (shape.inputs(), shape.segments(), shape.heads());
     let device = run.backend;
@@ -236,26 +269,7 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, activation: DType) {
     let (_, solved) = on.forward(device, &segments, shape.scale(), None);
     let dout = [segments.tokens(), shape.value_heads, shape.value_dim];
     let dout = rounded(device, activation, dout, &mut inputs.dout);
-    let like = |tensor: &Tensor<B>| device.alloc(tensor.dtype(), tensor.shape()).unwrap();
-    let (mut dq, mut dk, mut dv) = (like(&on.q), like(&on.k), like(&on.v));
-    let (mut ddecay, mut dbeta) = (like(&on.decay), like(&on.beta));
-    let call = DeltaBackward {
-        q: &on.q,
-        k: &on.k,
-        v: &on.v,
-        decay: &on.decay,
-        beta: &on.beta,
-        solved: &solved,
-        dout: &dout,
-        segments: &segments,
-        scale: shape.scale(),
-        dq: &mut dq,
-        dk: &mut dk,
-        dv: &mut dv,
-        ddecay: &mut ddecay,
-        dbeta: &mut dbeta,
-    };
-    device.delta_rule_backward(call).unwrap();
+    let gradients = on.backward(device, &segments, shape.scale(), (&solved, &dout));
     let (plain, oracle) = judged!(precision(activation), N, {
         let mut own = Default::default();
         let inputs_n = inputs.in_precision::<N>(&mut own);
@@ -272,14 +286,7 @@ fn backward<B: Traits>(run: &mut Run<'_, B>, shape: &Shape, activation: DType) {
     let extra = if activation == DType::BF16 { 4 } else { 0 };
     let what = format_args!("delta_rule_backward {shape:?} {activation}");
     let mut case = run.case(what, shape.length()).rounding(extra);
-    let ours = [
-        ("dq", &dq),
-        ("dk", &dk),
-        ("dv", &dv),
-        ("ddecay", &ddecay),
-        ("dbeta", &dbeta),
-    ];
-    for (i, (name, tensor)) in ours.into_iter().enumerate() {
+    for (i, (name, tensor)) in GRADIENTS.into_iter().zip(&gradients).enumerate() {
         case.compare(name, tensor, &plain[i], &oracle[i]);
     }
 }
@@ -331,26 +338,44 @@ impl Inputs {
     }
 }
 
+impl Shape {
+    /// Widths of a token in q, k, v, decay and beta, and so in their gradients.
+    fn widths(&self) -> [usize; 5] {
+        let (keys, values) = (self.key_heads * self.key_dim, self.value_heads * self.value_dim);
+        [keys, keys, values, self.value_heads, self.value_heads]
+    }
+
+    /// The output and all gradients of these documents.
+    fn both<B: Traits>(&self, device: &B, inputs: &mut Inputs, segments: &Segments, dtype: DType) -> Vec<Vec<f32>> {
+        let on = Uploaded::new(device, self, inputs, dtype);
+        let (out, solved) = on.forward(device, segments, self.scale(), None);
+        let dout = [segments.tokens(), self.value_heads, self.value_dim];
+        let dout = rounded(device, dtype, dout, &mut inputs.dout);
+        let gradients = on.backward(device, segments, self.scale(), (&solved, &dout));
+        let all = std::iter::once(&out).chain(&gradients);
+        all.map(|tensor| device.read_f32(tensor).unwrap()).collect()
+    }
+}
+
 #[test]
 fn packed_documents_give_the_bits_they_give_alone() {
     let packed = shape(&[70, 1, 64, 129], (2, 4), (16, 8), 0.2);
     let inputs = packed.inputs();
-    on_every_backend!("delta_rule, packed", [DeltaRuleForward], |run| {
+    let widths = std::iter::once(packed.value_heads * packed.value_dim).chain(packed.widths());
+    let widths: Vec<usize> = widths.collect();
+    on_every_backend!("delta_rule, packed", [DeltaRuleForward, DeltaRuleBackward], |run| {
         let device = run.backend;
         for activation in run.activations() {
-            let on = Uploaded::new(device, &packed, &mut packed.inputs(), *activation);
-            let (out, _) = on.forward(device, &packed.segments(), packed.scale(), None);
-            let together = device.read_f32(&out).unwrap();
+            let together = packed.both(device, &mut packed.inputs(), &packed.segments(), *activation);
             for range in packed.segments().ranges() {
                 let segments = Segments::from_lengths([range.len()]);
                 let mut part = inputs.part(&packed, range.clone());
-                let on = Uploaded::new(device, &packed, &mut part, *activation);
-                let (out, _) = on.forward(device, &segments, packed.scale(), None);
-                let width = packed.value_heads * packed.value_dim;
-                let alone = rows(&together, width, range.clone()).into_iter().map(f64::from);
-                let alone: Vec<f64> = alone.collect();
-                run.case(format_args!("document {range:?} {activation}"), 0)
-                    .compare("out", &out, &alone, &alone);
+                let alone = packed.both(device, &mut part, &segments, *activation);
+                for (i, ((together, alone), width)) in together.iter().zip(&alone).zip(&widths).enumerate() {
+                    let same = rows(together, *width, range.clone()) == *alone;
+                    assert!(same, "tensor {i} of {range:?} {activation} on {}", run.name);
+                }
+                run.case(format_args!("document {range:?} {activation}"), 0);
             }
         }
     });

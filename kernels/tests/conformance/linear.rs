@@ -48,13 +48,22 @@ const SHAPES: &[(usize, usize, usize, usize, bool, bool)] = &[
     (200, 128, 136, 8, false, true),
     (530, 128, 136, 16, true, true),
     (600, 72, 264, 0, false, false),
+    // So few tiles for their depth that it is cut into parts: of y, of dx, of the adapter's products.
+    (33, CUT, 72, 24, true, true),
+    (33, 128, CUT, 8, false, true),
 ];
+
+/// From this depth on shapes are there for the parts that tensor-core kernels cut them into, and tried at bf16 only.
+const CUT: usize = 2_112;
 
 /// Every shape with every encoding, precision and dtype of activations that the backend can afford.
 fn shapes<B: Traits>(run: &mut Run<'_, B>) -> Vec<Shape> {
     let mut all = Vec::new();
     for (i, &(tokens, inputs, outputs, rank, bias, accumulate)) in SHAPES.iter().enumerate() {
         for (encoding, precision) in ENCODINGS.into_iter().flat_map(|e| PRECISIONS.map(|p| (e, p))) {
+            if precision == Precision::F32 && inputs.max(outputs) >= CUT {
+                continue;
+            }
             for activation in run.activations() {
                 // Tiles are whole, whatever is asked of them.
                 if run.affords(tokens.max(32) * inputs.max(64) * outputs.max(64)) {

@@ -70,6 +70,19 @@ fn linear_cross_entropy_agrees_with_the_oracle() {
                     check(run, *dtype, (9, 33, 130, 2), encoding, precision);
                     check(run, *dtype, (9, 64, 70, 2), encoding, precision);
                 }
+                // What Hopper's kernels take: several tiles of rows, entries and width, with tails; and rows that are all passed over.
+                for (shape, encoding) in ENCODINGS
+                    .iter()
+                    .map(|encoding| ((300, 64, 264, 2), *encoding))
+                    .chain([
+                        ((7, 192, 136, 1), Encoding::Nf4),
+                        ((20, 136, 72, 1_000_000), Encoding::Bf16),
+                    ])
+                {
+                    if run.affords(shape.0 * shape.1 * shape.2) {
+                        check(run, *dtype, shape, encoding, precision);
+                    }
+                }
                 for shape in [
                     (0, 4, 4, 1),
                     (1, 1, 1, 1),

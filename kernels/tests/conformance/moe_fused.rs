@@ -13,7 +13,7 @@ use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, WeightStack};
 
 use super::backends::{PRECISIONS, Run, Traits, narrow, wide};
-use super::moe::{CROWDS, Crowd, SCALE, accumulated, as_route};
+use super::moe::{CROWDS, Crowd, MANY, SCALE, accumulated, as_route};
 use super::weights::{ENCODINGS, Encoding, weight};
 use crate::{judged, on_every_backend};
 
@@ -32,8 +32,17 @@ struct Shape {
     crowded: bool,
 }
 
-/// I, F, R: whole tiles and one more, less than a tile, odd, and a rank beyond a tile.
-const LAYERS: &[(usize, usize, usize)] = &[(64, 65, 0), (33, 7, 3), (130, 64, 8), (192, 24, 65)];
+/// I, F, R: whole tiles and one more, less than a tile, odd, and a rank beyond a tile; then what Hopper's kernels take, with tails in
+/// every direction and a rank beyond a stage.
+const LAYERS: &[(usize, usize, usize)] = &[
+    (64, 65, 0),
+    (33, 7, 3),
+    (130, 64, 8),
+    (192, 24, 65),
+    (128, 72, 16),
+    (64, 136, 0),
+    (72, 24, 72),
+];
 
 fn shapes<B: Traits>(run: &mut Run<'_, B>) -> Vec<Shape> {
     let mut shapes = Vec::new();
@@ -43,7 +52,8 @@ fn shapes<B: Traits>(run: &mut Run<'_, B>) -> Vec<Shape> {
                 // The large crowds run once in every encoding.
                 let tiles = crowd.slots().div_ceil(64) + crowd.experts.min(crowd.slots());
                 let work = 2 * tiles * 64 * inputs.next_multiple_of(64) * width.next_multiple_of(64);
-                if crowd.experts > 100 && j > 0 || !run.affords(work) {
+                let is_beside_the_point = crowd.experts > 100 && j > 0 || crowd.tokens == MANY && j < 4;
+                if is_beside_the_point || !run.affords(work) {
                     continue;
                 }
                 let activations = run.activations();

@@ -36,11 +36,18 @@ const LARGE: usize = 3 * (128 + 128) * 64 * 2;
 const SMALL: usize = 4 * (32 + 64) * 64 * 2;
 /// Of the tile for routed experts in `gpu/moe/tensor.rs`.
 const WIDE: usize = 3 * (64 + 128) * 64 * 2;
-/// Of the passes over a document in `gpu/delta.rs`, heads of 128.
+/// Of the passes over a document in `gpu/delta/direct.rs`, heads of 128.
 const SCAN: usize = ((64 + 32) * 33 + 5 * 64 + (128 + 64) * 33) * 4;
-/// Of the same with what a chunk reads: the triangle in f32, k and 32 columns of v, and in all but `delta_states` q and `P`.
-const STAGED_STATES: usize = SCAN + 64 * 68 * 4 + 64 * (136 + 40) * 2;
-const STAGED: usize = STAGED_STATES + 64 * (136 + 72) * 2;
+/// Of `gpu/delta/carried.rs`, for keys of 64 and 128.
+const fn carry(keys: usize) -> usize {
+    (keys + 64) * 40 * 2 + 4 * 64 * (keys + 8) * 2
+}
+const fn pulls(keys: usize) -> usize {
+    2 * 64 * (keys + 8) * 2 + 2 * 64 * 72 * 2 + 5 * 64 * 4
+}
+const fn outputs(keys: usize) -> usize {
+    2 * 64 * (keys + 8) * 2 + (64 + keys) * 72 * 2 + 5 * 64 * 4
+}
 
 /// Rows that stay and pass × bytes of a row, of the tiles in `gpu/attention_kernels.rs`.
 const fn rows(head: usize, count: usize) -> usize {
@@ -94,12 +101,19 @@ pub const MATRIX: &[Matrix] = &[
     warp("cross_entropy_gradient", LARGE),
     warp_of_bf16("delta_products", (128 * 33 + 5 * 64) * 4),
     warp_of_bf16("delta_solve", (128 * 33 + 2 * 64 * 65 + 5 * 64) * 4),
-    warp_of_bf16("delta_forward_direct", SCAN),
-    warp_of_bf16("delta_states_direct", SCAN),
-    warp_of_bf16("delta_reverse_direct", SCAN),
-    warp("delta_forward_staged", STAGED),
-    warp("delta_states_staged", STAGED_STATES),
-    warp("delta_reverse_staged", STAGED),
+    warp_of_bf16("delta_forward", SCAN),
+    warp_of_bf16("delta_states", SCAN),
+    warp_of_bf16("delta_reverse", SCAN),
+    warp("delta_factors", 3 * 64 * 72 * 2 + 5 * 64 * 4),
+    warp("delta_residuals", 2 * 64 * 72 * 2),
+    warp("delta_pulls_keys64", pulls(64)),
+    warp("delta_carry_forward_keys64", carry(64)),
+    warp("delta_carry_back_keys64", carry(64)),
+    warp("delta_outputs_keys64", outputs(64)),
+    warp("delta_pulls_keys128", pulls(128)),
+    warp("delta_carry_forward_keys128", carry(128)),
+    warp("delta_carry_back_keys128", carry(128)),
+    warp("delta_outputs_keys128", outputs(128)),
     warp_of_bf16(
         "delta_gradients",
         (128 * 33 + 2 * 64 * 65 + 2 * 64 + 5 * 64 + 4 * 64) * 4,
@@ -128,10 +142,28 @@ pub const MATRIX: &[Matrix] = &[
     group("hopper_grouped_rows_narrow", "_u8", ring(64, CODES)),
     group("hopper_grouped_rows_middle", "_bf16", ring(128, ELEMENTS)),
     group("hopper_grouped_rows_middle", "_u8", ring(128, CODES)),
+    group("hopper_grouped_rows_wide", "_bf16", ring(256, ELEMENTS)),
+    group("hopper_grouped_rows_wide", "_u8", ring(256, CODES)),
     group("hopper_grouped_columns_narrow", "_bf16", ring(64, ELEMENTS)),
     group("hopper_grouped_columns_narrow", "_u8", ring(64, CODES)),
     group("hopper_grouped_columns_middle", "_bf16", ring(128, ELEMENTS)),
     group("hopper_grouped_columns_middle", "_u8", ring(128, CODES)),
+    group("hopper_grouped_columns_wide", "_bf16", ring(256, ELEMENTS)),
+    group("hopper_grouped_columns_wide", "_u8", ring(256, CODES)),
+    group("hopper_grouped_swiglu_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_grouped_swiglu_narrow", "_u8", ring(64, CODES)),
+    group("hopper_grouped_swiglu_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_grouped_swiglu_middle", "_u8", ring(128, CODES)),
+    group("hopper_grouped_pair_narrow", "_bf16", ring(64, ELEMENTS)),
+    group("hopper_grouped_pair_narrow", "_u8", ring(64, CODES)),
+    group("hopper_grouped_pair_middle", "_bf16", ring(128, ELEMENTS)),
+    group("hopper_grouped_pair_middle", "_u8", ring(128, CODES)),
+    group("hopper_grouped_pair_wide", "_bf16", ring(256, ELEMENTS)),
+    group("hopper_grouped_pair_wide", "_u8", ring(256, CODES)),
+    group("hopper_logits", "_bf16", ring(256, ELEMENTS)),
+    group("hopper_logits", "_u8", ring(256, CODES)),
+    group("hopper_head_dx", "_bf16", ring(256, ELEMENTS)),
+    group("hopper_head_dx", "_u8", ring(256, CODES)),
 ];
 
 /// Kernels that may keep something in local memory, at most so many bytes of a thread, and why that is right: none.

@@ -12,11 +12,14 @@
 
 #![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
 
+mod cost;
 mod expected;
 mod occupancy;
 mod page;
 mod resources;
+mod roofline;
 mod sass;
+mod shapes;
 mod tools;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -9,7 +9,7 @@ use crate::expected::launched_bytes;
 use crate::occupancy::occupancy;
 use crate::sass::Counts;
 use crate::tools::{Tools, root};
-use crate::{Read, Readings, is_for, sources};
+use crate::{Read, Readings, is_for, roofline, sources};
 
 const PAGE: &str = "docs/reference/kernels.md";
 const UPDATE: &str = "BRIGHTRUN_UPDATE_PAGES";
@@ -44,6 +44,7 @@ fn render(tools: &Tools, readings: &Readings) -> String {
     let mut page = String::new();
     let head = HEAD.replace("COMPILER", &compiler(tools));
     page.push_str(&head);
+    page.push_str(&roofline::render(readings));
     for source in sources() {
         let _ = write!(page, "\n## {source}.cu\n");
         for (target, read) in readings {

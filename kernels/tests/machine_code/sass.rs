@@ -1,6 +1,9 @@
 //! What `nvdisasm` says: the instructions of each entry, and of the loop that does its work.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::cost::Cost;
 
 /// How many instructions of each kind there are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,11 +34,16 @@ pub struct Counts {
 }
 
 /// An entry's instructions.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Code {
     pub whole: Counts,
     /// The innermost loop with the most tensor-core instructions; where there are none, the longest innermost loop.
     pub main_loop: Option<Counts>,
+    /// What that loop costs a warp.
+    pub main_cost: Cost,
+    /// The same of the outermost loop around it, or of everything where there is none: outside of the innermost loops with tensor
+    /// instructions, and in those.
+    pub around_cost: [Cost; 2],
 }
 
 struct Function<'a> {
@@ -89,17 +97,54 @@ fn instruction(line: &str) -> Option<&str> {
 
 impl Function<'_> {
     fn code(&self) -> Code {
-        let main = self.innermost_loops().into_iter().map(|range| self.count(range));
-        let main = main.max_by_key(|counts| (counts.hmma + counts.hgmma, counts.all));
+        let loops = self.loops();
+        let inner = innermost(&loops);
+        let tensor = |range: &Range<usize>| {
+            let counts = self.count(range.clone());
+            counts.hmma + counts.hgmma
+        };
+        let main = inner
+            .iter()
+            .max_by_key(|range| (tensor(range), self.count((*range).clone()).all));
+        let all = 0..self.instructions.len();
+        let around = main.and_then(|main| {
+            let outer = loops
+                .iter()
+                .filter(|range| range.start <= main.start && range.end >= main.end && *range != main);
+            outer.max_by_key(|range| range.len()).cloned()
+        });
+        let around = around.unwrap_or_else(|| all.clone());
+        let products = inner
+            .iter()
+            .filter(|range| range.start >= around.start && range.end <= around.end && tensor(range) > 0);
+        // Where rare ways have loops of their own inside, the loop with the products is not the innermost one, and those are left out.
+        let products_loop = loops
+            .iter()
+            .filter(|range| tensor(range) > 0)
+            .min_by_key(|range| range.len());
+        let main_cost = match (main, products_loop) {
+            (Some(main), _) if tensor(main) > 0 => self.cost(main.clone()),
+            (_, Some(outer)) => {
+                let within = inner
+                    .iter()
+                    .filter(|range| range.start >= outer.start && range.end <= outer.end);
+                within.fold(self.cost(outer.clone()), |sum, range| {
+                    sum + self.cost(range.clone()) * -1.0
+                })
+            }
+            _ => main.map_or_else(Cost::default, |range| self.cost(range.clone())),
+        };
+        let in_products = products.fold(Cost::default(), |sum, range| sum + self.cost(range.clone()));
         Code {
-            whole: self.count(0..self.instructions.len()),
-            main_loop: main,
+            whole: self.count(all),
+            main_loop: main.map(|range| self.count(range.clone())),
+            main_cost,
+            around_cost: [self.cost(around) + in_products * -1.0, in_products],
         }
     }
 
-    /// From a label to a branch back to it, without another such pair inside. The compiler ends code with a branch to itself,
-    /// which is none.
-    fn innermost_loops(&self) -> Vec<std::ops::Range<usize>> {
+    /// From a label to a branch back to it. The compiler ends code with a branch to itself, which is none.
+    fn loops(&self) -> Vec<Range<usize>> {
         let mut loops = Vec::new();
         for (at, instruction) in self.instructions.iter().enumerate() {
             if !opcode(instruction).starts_with("BRA") {
@@ -112,21 +157,30 @@ impl Function<'_> {
                 loops.push(*start..at + 1);
             }
         }
-        let inner = |outer: &std::ops::Range<usize>| {
-            loops
-                .iter()
-                .any(|other| other != outer && other.start >= outer.start && other.end <= outer.end)
-        };
-        loops.iter().filter(|range| !inner(range)).cloned().collect()
+        loops
     }
 
-    fn count(&self, range: std::ops::Range<usize>) -> Counts {
+    fn cost(&self, range: Range<usize>) -> Cost {
+        let costs = self.instructions[range].iter().map(|instruction| Cost::of(instruction));
+        costs.fold(Cost::default(), |sum, one| sum + one)
+    }
+
+    fn count(&self, range: Range<usize>) -> Counts {
         let mut counts = Counts::default();
         for instruction in &self.instructions[range] {
             counts.add(opcode(instruction));
         }
         counts
     }
+}
+
+/// Loops without another one inside.
+fn innermost(loops: &[Range<usize>]) -> Vec<Range<usize>> {
+    let has_inner = |outer: &Range<usize>| {
+        let mut others = loops.iter().filter(|other| *other != outer);
+        others.any(|other| other.start >= outer.start && other.end <= outer.end)
+    };
+    loops.iter().filter(|range| !has_inner(range)).cloned().collect()
 }
 
 fn opcode(instruction: &str) -> &str {
@@ -213,4 +267,8 @@ product_bf16:
     );
     let main = code.main_loop.unwrap();
     assert_eq!((main.all, main.hmma, main.integer, main.local), (5, 2, 1, 0));
+    assert_eq!((code.main_cost.issued, code.main_cost.tensor_flops), (5.0, 8192.0));
+    // No loop is around it, so everything is.
+    let [outside, inside] = code.around_cost;
+    assert_eq!((outside.issued, inside.issued, inside.tensor_flops), (7.0, 5.0, 8192.0));
 }

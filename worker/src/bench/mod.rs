@@ -1,16 +1,23 @@
 //! A whole training step measured without a checkpoint.
 //!
-//! The model has the shapes of a configuration and seeded contents made on the device ([`Contents::Skewed`]): codes of 4-bit
-//! matrices that are neither zero nor all alike, and routers whose choice is as uneven as a trained one's. A step is all of one: the
-//! batch's copies, forward, computing again, backward, norm, clipping and update, as [`Trainer`] does it.
+//! The model has the shapes of a configuration and seeded contents ([`Contents::Skewed`]): every layer has weights of its own in memory,
+//! none like another's, and routers whose choice is as uneven as a trained one's. A step is all of one: the batch's copies, forward,
+//! computing again, backward, norm, clipping and update, as [`Trainer`] does it.
 //!
 //! Time is the host's clock around whole steps, which end with a copy from the device. Of that the device was idle as long as it
-//! was not between the beginning of the first micro-batch and the end of the update, where the backend can tell ([`Meter`]).
+//! was not between the beginning of the first micro-batch and the end of the update, where the backend can tell ([`Meter`]): the
+//! device waiting for the host. Gaps between kernels within are not seen so; [`BenchEvent::Measuring`] says when measured steps begin,
+//! for whoever samples the device's own counter of busy time beside this.
+//!
+//! Memory is what the device says is in use after the steps, by all its users: the pool and the arena give nothing back until the end,
+//! so this is the peak. What was in use before the model is told too. Operations are counted by the planner's own step
+//! ([`footprint`]): what this program does, recomputation included, and nothing else.
 
 mod meter;
 
 use std::time::Instant;
 
+use brightrun_kernels::counting::Habits;
 use brightrun_kernels::{Backend, DType};
 use serde::Serialize;
 
@@ -18,13 +25,13 @@ pub use self::meter::{Meter, NoMeter};
 use crate::error::{Failure, Result};
 use crate::model::random::CounterRandom;
 use crate::model::{ExpertLoads, LoadOptions, LoraConfig, LoraSet, Model, ModelConfig, RoutingBalance};
-use crate::plan::{Contents, skeleton_with};
+use crate::plan::{Contents, Footprint, Shape, footprint, skeleton_with};
 use crate::spec::TrainSpec;
 use crate::train::EncodedExample;
 use crate::train::step::{Trainer, packed};
 
-/// Steps that are not measured: the first plans memory and compiles kernels, the second records.
-const WARM_UP: usize = 3;
+/// Steps that need not be measured: the first plans memory and compiles kernels, the second records.
+pub const WARM_UP: usize = 3;
 
 /// What is measured.
 #[derive(Clone, Debug)]
@@ -37,8 +44,21 @@ pub struct BenchRequest {
     pub tokens: Vec<usize>,
     /// Documents of equal length in it.
     pub documents: usize,
+    /// Steps before those that are measured; [`WARM_UP`] or more for times, 0 where memory is what is asked.
+    pub warm_up: usize,
     /// Steps that are measured.
     pub steps: usize,
+}
+
+/// What happens, in this order.
+#[derive(Clone, Debug)]
+pub enum BenchEvent<'a> {
+    /// The model was built.
+    Model(&'a BenchModel),
+    /// Steps of so many tokens have warmed up, and those that count begin.
+    Measuring(usize),
+    /// They are done.
+    Step(&'a BenchStep),
 }
 
 /// The model as it was built.
@@ -54,6 +74,8 @@ pub struct BenchModel {
     pub trainable_parameters: usize,
     /// Seconds it took to make.
     pub build_seconds: f64,
+    /// Bytes of the device's memory in use before it, by all its users.
+    pub device_bytes_before: Option<u64>,
 }
 
 /// One measurement.
@@ -71,6 +93,10 @@ pub struct BenchStep {
     pub tokens_per_second: f64,
     /// Seconds of the first step, which compiles, plans and fills caches.
     pub first_step_seconds: f64,
+    /// Operations of matrix products of a step, as counted.
+    pub flops: u64,
+    /// The most bytes that a step was planned to take.
+    pub planned_bytes: u64,
     /// Whether the micro-batch was replayed from a recording.
     pub is_recorded: bool,
     /// The most bytes of tensors at once.
@@ -85,7 +111,7 @@ pub struct BenchStep {
     pub routing: Option<RoutingBalance>,
 }
 
-/// Measures steps of a model that is made on `device`. `on_step` gets each measurement as soon as it is there: a later one may
+/// Measures steps of a model that is made on `device`. `on_event` gets each measurement as soon as it is there: a later one may
 /// not fit the device.
 ///
 /// # Errors
@@ -94,23 +120,25 @@ pub fn bench<B: Backend>(
     device: &B,
     meter: &dyn Meter,
     request: &BenchRequest,
-    on_model: &mut dyn FnMut(&BenchModel) -> Result<()>,
-    on_step: &mut dyn FnMut(&BenchStep) -> Result<()>,
+    on_event: &mut dyn FnMut(BenchEvent<'_>) -> Result<()>,
 ) -> Result<()> {
     request.check()?;
+    let device_bytes_before = meter.device_bytes()?;
     let begun = Instant::now();
     let model = request.model(device)?;
     let mut lora = request.lora(&model)?;
     device.read(&lora.pairs()[0].a)?;
-    on_model(&BenchModel {
+    on_event(BenchEvent::Model(&BenchModel {
         model_type: request.config.family.model_type(),
         layers: request.config.layers,
         weight_bytes: model.weight_bytes().values().sum(),
         trainable_parameters: lora.parameters(),
         build_seconds: begun.elapsed().as_secs_f64(),
-    })?;
+        device_bytes_before,
+    }))?;
     for tokens in &request.tokens {
-        on_step(&request.measure(&model, &mut lora, meter, *tokens)?)?;
+        let measured = request.measure(&model, &mut lora, meter, *tokens, on_event)?;
+        on_event(BenchEvent::Step(&measured))?;
     }
     Ok(())
 }
@@ -255,16 +283,18 @@ impl BenchRequest {
         lora: &mut LoraSet<B>,
         meter: &dyn Meter,
         tokens: usize,
+        on_event: &mut dyn FnMut(BenchEvent<'_>) -> Result<()>,
     ) -> Result<BenchStep> {
+        let planned = self.planned(tokens)?;
         let device = model.device();
         device.reset_peak();
         let mut trainer = self.trainer(model, lora, tokens)?;
-        let first = self.step(&mut trainer, meter, tokens, 0)?.seconds;
-        for step in 1..WARM_UP {
-            self.step(&mut trainer, meter, tokens, step)?;
-        }
-        let timed = (0..self.steps).map(|step| self.step(&mut trainer, meter, tokens, WARM_UP + step));
+        let warm = (0..self.warm_up).map(|step| self.step(&mut trainer, meter, tokens, step));
+        let warm = warm.collect::<Result<Vec<_>>>()?;
+        on_event(BenchEvent::Measuring(tokens))?;
+        let timed = (0..self.steps).map(|step| self.step(&mut trainer, meter, tokens, self.warm_up + step));
         let timed = timed.collect::<Result<Vec<_>>>()?;
+        let first = warm.iter().chain(&timed).next().map_or(f64::NAN, |one| one.seconds);
         let is_recorded = trainer.recorded() > 0;
         drop(trainer);
         let total: f64 = timed.iter().map(|one| one.seconds).sum();
@@ -278,6 +308,8 @@ impl BenchRequest {
             steps: self.steps,
             tokens_per_second: tokens as f64 / seconds[0].max(1e-9),
             first_step_seconds: first,
+            flops: planned.work.iter().map(|work| work.flops).sum(),
+            planned_bytes: planned.bytes.total(),
             is_recorded,
             tensor_peak_bytes: device.memory().peak_bytes,
             device_bytes: meter.device_bytes()?,
@@ -285,6 +317,15 @@ impl BenchRequest {
             loss,
             routing: self.routing(model, tokens)?,
         })
+    }
+
+    /// What a step takes, as planned: its operations, and its bytes.
+    fn planned(&self, tokens: usize) -> Result<Footprint> {
+        let shape = Shape {
+            sequences: self.documents,
+            length: tokens / self.documents,
+        };
+        footprint(&self.config, DType::BF16, &self.spec, Habits::gpu(), shape)
     }
 
     fn routing<B: Backend>(&self, model: &Model<B>, tokens: usize) -> Result<Option<RoutingBalance>> {

@@ -1,6 +1,7 @@
 //! `brightrun bench`: whole training steps of a model without a checkpoint.
 
 use std::cell::RefCell;
+use std::path::Path;
 
 use brightrun_kernels::Backend;
 use brightrun_kernels::cuda::{Cuda, Mark};
@@ -10,17 +11,17 @@ use serde_json::json;
 use super::device::{Chosen, on_device};
 use super::output::{print_json, print_line};
 use super::{OutputArguments, TrainFlags};
-use crate::bench::{BenchRequest, BenchStep, Meter, NoMeter, bench, serve};
+use crate::bench::{BenchEvent, BenchModel, BenchRequest, BenchStep, Meter, NoMeter, WARM_UP, bench, serve};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Failure, Result};
 use crate::model::ModelConfig;
 use crate::plan::preset;
 
 /// `bench`.
 #[derive(Debug, Args)]
 pub struct BenchArguments {
-    /// The name of a preset such as qwen3-next-80b-a3b
-    #[arg(long, value_name = "PRESET", default_value = "qwen3-next-80b-a3b")]
+    /// The name of a preset such as qwen3-next-80b-a3b, or a config.json, or a folder that holds one
+    #[arg(long, value_name = "FILE|PRESET", default_value = "qwen3-next-80b-a3b")]
     pub model: String,
     /// Only the first N layers
     #[arg(long, value_name = "N")]
@@ -31,6 +32,9 @@ pub struct BenchArguments {
     /// Documents of equal length in a step
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub documents: usize,
+    /// Steps before those; fewer than 3 leave planning and compiling in the times
+    #[arg(long, value_name = "N", default_value_t = WARM_UP)]
+    pub warm_up: usize,
     /// Steps that are measured, for each number of tokens
     #[arg(long, value_name = "N", default_value_t = 20)]
     pub repetitions: usize,
@@ -47,7 +51,7 @@ pub struct BenchArguments {
 
 /// Runs it on the backend that the settings name.
 pub fn run(config: &Config, arguments: &BenchArguments) -> Result<()> {
-    let mut model = ModelConfig::parse(preset(&arguments.model)?)?;
+    let mut model = ModelConfig::parse(&config_text(&arguments.model)?)?;
     if let Some(layers) = arguments.layers {
         model.layers = layers.clamp(1, model.layers);
     }
@@ -58,6 +62,7 @@ pub fn run(config: &Config, arguments: &BenchArguments) -> Result<()> {
         spec,
         tokens: arguments.tokens.clone(),
         documents: arguments.documents,
+        warm_up: arguments.warm_up,
         steps: arguments.repetitions,
     };
     if arguments.serve {
@@ -78,27 +83,46 @@ fn served<B: Backend>(device: &B, request: &BenchRequest) -> Result<()> {
     })
 }
 
+/// The text of a `config.json` that is named, or of a preset.
+fn config_text(named: &str) -> Result<String> {
+    let path = Path::new(named);
+    let file = if path.is_dir() {
+        path.join("config.json")
+    } else {
+        path.to_owned()
+    };
+    if !file.is_file() {
+        return preset(named).map(str::to_owned);
+    }
+    std::fs::read_to_string(&file).map_err(|error| {
+        Failure::user(
+            "MODEL_CONFIG_MISSING",
+            format!("The model's config.json cannot be read: {error}"),
+        )
+        .at(file.display().to_string())
+        .hint("Make the file readable, or give the name of a preset")
+    })
+}
+
 fn measured<B: Backend>(device: &B, meter: &dyn Meter, request: &BenchRequest, as_json: bool) -> Result<()> {
-    bench(
-        device,
-        meter,
-        request,
-        &mut |model| match as_json {
-            true => print_json(&json!({ "device": device.name(), "model": model })),
-            false => print_line(&format!(
-                "{} with {} layers on {}: {:.1} GB of weights, {} trained values, made in {:.1} s",
-                model.model_type,
-                model.layers,
-                device.name(),
-                model.weight_bytes as f64 / 1e9,
-                model.trainable_parameters,
-                model.build_seconds
-            )),
-        },
-        &mut |step| match as_json {
-            true => print_json(step),
-            false => print_line(&text(step)),
-        },
+    bench(device, meter, request, &mut |event| match (event, as_json) {
+        (BenchEvent::Model(model), true) => print_json(&json!({ "device": device.name(), "model": model })),
+        (BenchEvent::Model(model), false) => print_line(&model_text(device.name(), model)),
+        (BenchEvent::Measuring(tokens), true) => print_json(&json!({ "measuring": tokens })),
+        (BenchEvent::Measuring(_), false) => Ok(()),
+        (BenchEvent::Step(step), true) => print_json(step),
+        (BenchEvent::Step(step), false) => print_line(&text(step)),
+    })
+}
+
+fn model_text(device: &str, model: &BenchModel) -> String {
+    format!(
+        "{} with {} layers on {device}: {:.1} GB of weights, {} trained values, made in {:.1} s",
+        model.model_type,
+        model.layers,
+        model.weight_bytes as f64 / 1e9,
+        model.trainable_parameters,
+        model.build_seconds
     )
 }
 
@@ -106,9 +130,10 @@ fn text(step: &BenchStep) -> String {
     let [median, fast, slow] = step.seconds;
     let told = |value: Option<String>| value.unwrap_or_else(|| "not told".to_owned());
     format!(
-        "{:>6} tokens  {median:.3} s ({fast:.3} to {slow:.3})  {:.0} tokens/s  tensors {:.2} GB  device {}  idle {}  {}",
+        "{:>6} tokens  {median:.3} s ({fast:.3} to {slow:.3})  {:.0} tokens/s  {:.1} TFLOP/s  tensors {:.2} GB  device {}  idle {}  {}",
         step.tokens,
         step.tokens_per_second,
+        step.flops as f64 / median / 1e12,
         step.tensor_peak_bytes as f64 / 1e9,
         told(step.device_bytes.map(|bytes| format!("{:.2} GB", bytes as f64 / 1e9))),
         told(step.idle_share.map(|share| format!("{:.1} %", 100.0 * share))),

@@ -12,17 +12,17 @@
 //!
 //! The convolution works on each channel by itself, so q, k and v each have a part of it and are never concatenated.
 //!
-//! Kept for the backward pass: what the two input projections gave, the gates, the delta rule's solved triangles and its
-//! output. Convolutions and norms are computed again: they cost no product.
+//! Kept for the backward pass: what the two input projections gave, the delta rule's solved triangles and its output. Convolutions,
+//! norms and gates are computed again: they cost no product.
 
 use brightrun_kernels::ops::{
-    Columns, ConvolutionBackward, ConvolutionForward, DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward,
-    DeltaGatesForward, DeltaInputsForward, GatedNormBackward, GatedNormForward, Write,
+    Columns, ConvolutionForward, DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesForward, DeltaInputsBackward,
+    DeltaInputsForward, GatedNormBackward, GatedNormForward, Write,
 };
 use brightrun_kernels::{Backend, DType, Tensor};
 
 use crate::error::Result;
-use crate::model::attention::{joined, reversed};
+use crate::model::attention::joined;
 use crate::model::linear::Linear;
 use crate::model::lora::LoraGradients;
 use crate::model::pass::Pass;
@@ -53,8 +53,7 @@ pub struct DeltaNet<B: Backend> {
 
 /// What the backward pass needs of the forward pass.
 pub struct DeltaTrace<B: Backend> {
-    inputs: Inputs<B>,
-    gates: Gates<B>,
+    projected: Projected<B>,
     /// f32 `[T, Hv, chunk]`.
     solved: Tensor<B>,
     /// Activation `[T, Hv, Dv]`.
@@ -72,40 +71,25 @@ pub struct DeltaState<B: Backend> {
     delta: Tensor<B>,
 }
 
-/// The parts of `in_proj_qkvz`'s output.
-struct Inputs<B: Backend> {
-    /// q, k and v before the convolution, activations `[T, channels]`.
-    parts: [Tensor<B>; 3],
-    /// Activation `[T, Hv, Dv]`.
-    z: Tensor<B>,
+/// Outputs of the input projections.
+struct Projected<B: Backend> {
+    /// Activation `[T, Hk·(2·Dk + 2·G·Dv)]`.
+    fused: Tensor<B>,
+    /// Activation `[T, 2·Hv]`.
+    ba: Tensor<B>,
 }
 
-/// The delta rule's gates.
-struct Gates<B: Backend> {
-    /// Activation `[T, Hv]`.
-    a: Tensor<B>,
+/// What the delta rule and the norm behind it take.
+struct Inputs<B: Backend> {
+    /// Activations `[T, Hk, Dk]`.
+    q: Tensor<B>,
+    k: Tensor<B>,
+    /// Activations `[T, Hv, Dv]`.
+    v: Tensor<B>,
+    z: Tensor<B>,
     /// f32 `[T, Hv]`.
     decay: Tensor<B>,
-    /// f32 `[T, Hv]`.
     beta: Tensor<B>,
-}
-
-/// Convolved and normalised inputs of the delta rule.
-struct Mixed<B: Backend> {
-    q: Unit<B>,
-    k: Unit<B>,
-    /// Activation `[T, Hv, Dv]`.
-    v: Tensor<B>,
-}
-
-/// l2-normalised heads.
-struct Unit<B: Backend> {
-    /// Before the norm, activation `[T, Hk, Dk]`.
-    raw: Tensor<B>,
-    /// f32 `[T·Hk]`.
-    rnorm: Tensor<B>,
-    /// Activation `[T, Hk, Dk]`.
-    y: Tensor<B>,
 }
 
 impl<B: Backend> DeltaNet<B> {
@@ -116,9 +100,8 @@ impl<B: Backend> DeltaNet<B> {
 
     /// Bytes a trace of this pass occupies.
     pub fn trace_bytes(&self, pass: &Pass<'_, B>) -> u64 {
-        let values = self.value_heads * self.value_dim;
-        let activations = self.qkvz.outputs() + values + self.value_heads;
-        let floats = self.value_heads * (2 + DELTA_CHUNK);
+        let activations = self.qkvz.outputs() + self.ba.outputs() + self.value_heads * self.value_dim;
+        let floats = self.value_heads * DELTA_CHUNK;
         let bytes = activations * pass.dtype.size_bytes() + floats * DType::F32.size_bytes();
         (pass.tokens() * bytes) as u64 + pass.hidden_bytes(&self.linears())
     }
@@ -128,60 +111,40 @@ impl<B: Backend> DeltaNet<B> {
     /// # Errors
     /// The backend's own.
     pub fn forward(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<(Tensor<B>, DeltaTrace<B>)> {
-        self.run(pass, x, None)
+        let (qkvz, ba) = (self.qkvz.forward(pass, x)?, self.ba.forward(pass, x)?);
+        let projected = Projected {
+            fused: qkvz.y,
+            ba: ba.y,
+        };
+        let inputs = self.inputs(pass, &projected)?;
+        let (out, solved) = self.rule(pass, &inputs, None)?;
+        let z = inputs.z;
+        let (normed, _) = self.normed(pass, &out, &z)?;
+        drop(z);
+        let last = self.out.forward(pass, &joined(normed)?)?;
+        let trace = DeltaTrace {
+            projected,
+            solved,
+            out,
+            qkvz_hidden: qkvz.hidden,
+            ba_hidden: ba.hidden,
+            out_hidden: last.hidden,
+        };
+        Ok((last.y, trace))
     }
 
-    /// As [`DeltaNet::forward`] for a pass that keeps nothing: what lies between the projections is one op.
+    /// As [`DeltaNet::forward`] for a pass that keeps nothing.
     ///
     /// # Errors
     /// The backend's own.
     pub fn output(&self, pass: &Pass<'_, B>, x: &Tensor<B>) -> Result<Tensor<B>> {
-        let (fused, ba) = (self.qkvz.forward(pass, x)?.y, self.ba.forward(pass, x)?.y);
-        let keys = [pass.tokens(), self.key_heads, self.key_dim];
-        let values = [pass.tokens(), self.value_heads, self.value_dim];
-        let (mut q, mut k) = (pass.activation(keys)?, pass.activation(keys)?);
-        let (mut v, mut z) = (pass.activation(values)?, pass.activation(values)?);
-        let gates = [pass.tokens(), self.value_heads];
-        let (mut decay, mut beta) = (
-            pass.device.alloc(DType::F32, gates)?,
-            pass.device.alloc(DType::F32, gates)?,
-        );
-        pass.device.delta_inputs_forward(DeltaInputsForward {
-            fused: &fused,
-            ba: &ba,
-            taps: self.taps.each_ref(),
-            a_log: &self.a_log,
-            dt_bias: &self.dt_bias,
-            eps: L2_EPS,
-            segments: pass.segments,
-            q: &mut q,
-            k: &mut k,
-            v: &mut v,
-            z: &mut z,
-            decay: &mut decay,
-            beta: &mut beta,
-        })?;
-        drop((fused, ba));
-        let mut out = pass.activation(values)?;
-        let mut solved = pass
-            .device
-            .alloc(DType::F32, [pass.tokens(), self.value_heads, DELTA_CHUNK])?;
-        pass.device.delta_rule_forward(DeltaForward {
-            q: &q,
-            k: &k,
-            v: &v,
-            decay: &decay,
-            beta: &beta,
-            segments: pass.segments,
-            scale: self.scale(),
-            state: None,
-            out: &mut out,
-            solved: &mut solved,
-        })?;
-        drop((q, k, v, decay, beta, solved));
-        let (normed, _) = self.normed(pass, &out, &z)?;
-        drop((out, z));
-        Ok(self.out.forward(pass, &joined(normed)?)?.y)
+        let projected = Projected {
+            fused: self.qkvz.forward(pass, x)?.y,
+            ba: self.ba.forward(pass, x)?.y,
+        };
+        let inputs = self.inputs(pass, &projected)?;
+        drop(projected);
+        self.finished(pass, inputs, None)
     }
 
     /// An empty memory for one document.
@@ -205,55 +168,48 @@ impl<B: Backend> DeltaNet<B> {
     /// # Errors
     /// The backend's own.
     pub fn forward_cached(&self, pass: &Pass<'_, B>, x: &Tensor<B>, state: &mut DeltaState<B>) -> Result<Tensor<B>> {
-        Ok(self.run(pass, x, Some(state))?.0)
+        let projected = Projected {
+            fused: self.qkvz.forward(pass, x)?.y,
+            ba: self.ba.forward(pass, x)?.y,
+        };
+        let inputs = self.continued(pass, &projected, &mut state.convolution)?;
+        drop(projected);
+        self.finished(pass, inputs, Some(&mut state.delta))
     }
 
-    fn run(
+    /// What follows the inputs, keeping nothing.
+    fn finished(&self, pass: &Pass<'_, B>, inputs: Inputs<B>, state: Option<&mut Tensor<B>>) -> Result<Tensor<B>> {
+        let (out, solved) = self.rule(pass, &inputs, state)?;
+        let z = inputs.z;
+        drop(solved);
+        let (normed, _) = self.normed(pass, &out, &z)?;
+        drop((out, z));
+        Ok(self.out.forward(pass, &joined(normed)?)?.y)
+    }
+
+    /// The delta rule's output and its solved triangles.
+    fn rule(
         &self,
         pass: &Pass<'_, B>,
-        x: &Tensor<B>,
-        state: Option<&mut DeltaState<B>>,
-    ) -> Result<(Tensor<B>, DeltaTrace<B>)> {
-        let (convolution, delta) = match state {
-            Some(state) => (Some(&mut state.convolution), Some(&mut state.delta)),
-            None => (None, None),
-        };
-        let qkvz = self.qkvz.forward(pass, x)?;
-        let inputs = self.inputs(pass, &qkvz.y)?;
-        drop(qkvz.y);
-        let ba = self.ba.forward(pass, x)?;
-        let gates = self.gates(pass, &ba.y)?;
-        drop(ba.y);
-        let Mixed { q, k, v } = self.mixed(pass, &inputs.parts, convolution)?;
-        let mut out = pass.activation(v.shape())?;
-        let mut solved = pass
-            .device
-            .alloc(DType::F32, [pass.tokens(), self.value_heads, DELTA_CHUNK])?;
+        inputs: &Inputs<B>,
+        state: Option<&mut Tensor<B>>,
+    ) -> Result<(Tensor<B>, Tensor<B>)> {
+        let mut out = pass.activation(inputs.v.shape())?;
+        let solved = [pass.tokens(), self.value_heads, DELTA_CHUNK];
+        let mut solved = pass.device.alloc(DType::F32, solved)?;
         pass.device.delta_rule_forward(DeltaForward {
-            q: &q.y,
-            k: &k.y,
-            v: &v,
-            decay: &gates.decay,
-            beta: &gates.beta,
+            q: &inputs.q,
+            k: &inputs.k,
+            v: &inputs.v,
+            decay: &inputs.decay,
+            beta: &inputs.beta,
             segments: pass.segments,
             scale: self.scale(),
-            state: delta,
+            state,
             out: &mut out,
             solved: &mut solved,
         })?;
-        drop((q, k, v));
-        let (normed, _) = self.normed(pass, &out, &inputs.z)?;
-        let projected = self.out.forward(pass, &joined(normed)?)?;
-        let trace = DeltaTrace {
-            inputs,
-            gates,
-            solved,
-            out,
-            qkvz_hidden: qkvz.hidden,
-            ba_hidden: ba.hidden,
-            out_hidden: projected.hidden,
-        };
-        Ok((projected.y, trace))
+        Ok((out, solved))
     }
 
     fn scale(&self) -> f32 {
@@ -285,17 +241,59 @@ impl<B: Backend> DeltaNet<B> {
         }
     }
 
-    fn inputs(&self, pass: &Pass<'_, B>, fused: &Tensor<B>) -> Result<Inputs<B>> {
-        let [q, k, v, z] = self.qkvz_columns();
+    /// What the projections gave, cut apart, convolved and normalised: of documents without a past.
+    fn inputs(&self, pass: &Pass<'_, B>, projected: &Projected<B>) -> Result<Inputs<B>> {
+        let mut inputs = self.unwritten(pass)?;
+        pass.device.delta_inputs_forward(DeltaInputsForward {
+            fused: &projected.fused,
+            ba: &projected.ba,
+            taps: self.taps.each_ref(),
+            a_log: &self.a_log,
+            dt_bias: &self.dt_bias,
+            eps: L2_EPS,
+            segments: pass.segments,
+            q: &mut inputs.q,
+            k: &mut inputs.k,
+            v: &mut inputs.v,
+            z: &mut inputs.z,
+            decay: &mut inputs.decay,
+            beta: &mut inputs.beta,
+        })?;
+        Ok(inputs)
+    }
+
+    fn unwritten(&self, pass: &Pass<'_, B>) -> Result<Inputs<B>> {
+        let keys = [pass.tokens(), self.key_heads, self.key_dim];
+        let values = [pass.tokens(), self.value_heads, self.value_dim];
+        let gates = [pass.tokens(), self.value_heads];
         Ok(Inputs {
-            parts: [cut(pass, fused, q)?, cut(pass, fused, k)?, cut(pass, fused, v)?],
-            z: self.value_heads_of(cut(pass, fused, z)?)?,
+            q: pass.activation(keys)?,
+            k: pass.activation(keys)?,
+            v: pass.activation(values)?,
+            z: pass.activation(values)?,
+            decay: pass.device.alloc(DType::F32, gates)?,
+            beta: pass.device.alloc(DType::F32, gates)?,
         })
     }
 
-    fn gates(&self, pass: &Pass<'_, B>, fused: &Tensor<B>) -> Result<Gates<B>> {
-        let [b, a] = self.ba_columns();
-        let (b, a) = (cut(pass, fused, b)?, cut(pass, fused, a)?);
+    /// The same of one document that goes on, op by op: the convolution remembers its last inputs.
+    fn continued(
+        &self,
+        pass: &Pass<'_, B>,
+        projected: &Projected<B>,
+        [q_state, k_state, v_state]: &mut [Tensor<B>; 3],
+    ) -> Result<Inputs<B>> {
+        let [q_columns, k_columns, v_columns, z_columns] = self.qkvz_columns();
+        let [q_taps, k_taps, v_taps] = &self.taps;
+        let fused = &projected.fused;
+        let q = convolved(pass, &cut(pass, fused, q_columns)?, q_taps, q_state)?;
+        let k = convolved(pass, &cut(pass, fused, k_columns)?, k_taps, k_state)?;
+        let v = convolved(pass, &cut(pass, fused, v_columns)?, v_taps, v_state)?;
+        let [b_columns, a_columns] = self.ba_columns();
+        let (b, a) = (
+            cut(pass, &projected.ba, b_columns)?,
+            cut(pass, &projected.ba, a_columns)?,
+        );
         let mut decay = pass.device.alloc(DType::F32, a.shape())?;
         let mut beta = pass.device.alloc(DType::F32, b.shape())?;
         pass.device.delta_gates_forward(DeltaGatesForward {
@@ -306,38 +304,24 @@ impl<B: Backend> DeltaNet<B> {
             decay: &mut decay,
             beta: &mut beta,
         })?;
-        Ok(Gates { a, decay, beta })
-    }
-
-    fn mixed(
-        &self,
-        pass: &Pass<'_, B>,
-        parts: &[Tensor<B>; 3],
-        states: Option<&mut [Tensor<B>; 3]>,
-    ) -> Result<Mixed<B>> {
-        let [q_state, k_state, v_state] = match states {
-            Some(states) => states.each_mut().map(Some),
-            None => [None, None, None],
-        };
-        let ([q, k, v], [q_taps, k_taps, v_taps]) = (parts, &self.taps);
-        let q = convolved(pass, q, q_taps, q_state)?;
-        let k = convolved(pass, k, k_taps, k_state)?;
-        let v = convolved(pass, v, v_taps, v_state)?;
-        Ok(Mixed {
+        Ok(Inputs {
             q: self.unit(pass, q)?,
             k: self.unit(pass, k)?,
             v: self.value_heads_of(v)?,
+            z: self.value_heads_of(cut(pass, fused, z_columns)?)?,
+            decay,
+            beta,
         })
     }
 
     /// l2-normalises each head of `[T, Hk·Dk]`.
-    fn unit(&self, pass: &Pass<'_, B>, joined: Tensor<B>) -> Result<Unit<B>> {
+    fn unit(&self, pass: &Pass<'_, B>, joined: Tensor<B>) -> Result<Tensor<B>> {
         let rows = joined.shape().rows();
         let raw = joined.reshaped([rows, self.key_heads, self.key_dim])?;
         let mut y = pass.activation(raw.shape())?;
         let mut rnorm = pass.device.alloc(DType::F32, [raw.shape().rows()])?;
         pass.device.l2_norm_forward(&raw, L2_EPS, &mut y, &mut rnorm)?;
-        Ok(Unit { raw, rnorm, y })
+        Ok(y)
     }
 
     fn value_heads_of(&self, joined: Tensor<B>) -> Result<Tensor<B>> {
@@ -375,8 +359,7 @@ impl<B: Backend> DeltaNet<B> {
         mut dx: Option<&mut Tensor<B>>,
     ) -> Result<()> {
         let DeltaTrace {
-            inputs,
-            gates,
+            projected,
             solved,
             out,
             qkvz_hidden,
@@ -384,6 +367,7 @@ impl<B: Backend> DeltaNet<B> {
             out_hidden,
         } = trace;
         let inputs_matter = dx.is_some() || pass.adapts_any(&[self.qkvz.module, self.ba.module]);
+        let inputs = self.inputs(pass, &projected)?;
         let (normed, rstd) = self.normed(pass, &out, &inputs.z)?;
         let normed = joined(normed)?;
         let saved = (&normed, out_hidden.as_ref());
@@ -397,18 +381,10 @@ impl<B: Backend> DeltaNet<B> {
         let dnormed = self.value_heads_of(dnormed)?;
         let (dout, dz) = self.normed_backward(pass, (&out, &inputs.z, &rstd), &dnormed)?;
         drop((out, dnormed));
-        let (dqkv, dba) = self.rule_backward(pass, inputs.parts, gates, solved, dout)?;
-        let [dq, dk, dv] = &dqkv;
-        let dqkvz = fuse(
-            pass,
-            self.qkvz.outputs(),
-            &[dq, dk, dv, &joined(dz)?],
-            &self.qkvz_columns(),
-        )?;
-        drop(dqkv);
+        let Projected { fused: dfused, ba: dba } = self.inputs_backward(pass, projected, inputs, solved, (dout, dz))?;
         let wanted = dx.as_deref_mut().map(|dx| (dx, Write::Overwrite));
         self.qkvz
-            .backward(pass, gradients, (x, qkvz_hidden.as_ref()), &dqkvz, wanted)?;
+            .backward(pass, gradients, (x, qkvz_hidden.as_ref()), &dfused, wanted)?;
         let wanted = dx.map(|dx| (dx, Write::Accumulate));
         self.ba.backward(pass, gradients, (x, ba_hidden.as_ref()), &dba, wanted)
     }
@@ -433,27 +409,34 @@ impl<B: Backend> DeltaNet<B> {
         Ok((dx, dgate))
     }
 
-    /// Back through the delta rule, the norms, the convolution and the gates: gradients of q, k and v as they were projected,
-    /// and of `in_proj_ba`'s output.
-    fn rule_backward(
+    /// Back through the delta rule, the norms, the convolution and the gates: gradients of what the projections gave.
+    fn inputs_backward(
         &self,
         pass: &Pass<'_, B>,
-        parts: [Tensor<B>; 3],
-        gates: Gates<B>,
+        projected: Projected<B>,
+        inputs: Inputs<B>,
         solved: Tensor<B>,
-        dout: Tensor<B>,
-    ) -> Result<([Tensor<B>; 3], Tensor<B>)> {
-        let Mixed { q, k, v } = self.mixed(pass, &parts, None)?;
-        let (mut dq, mut dk) = (pass.activation(q.y.shape())?, pass.activation(k.y.shape())?);
+        (dout, dz): (Tensor<B>, Tensor<B>),
+    ) -> Result<Projected<B>> {
+        let Inputs {
+            q,
+            k,
+            v,
+            z,
+            decay,
+            beta,
+        } = inputs;
+        drop(z);
+        let (mut dq, mut dk) = (pass.activation(q.shape())?, pass.activation(k.shape())?);
         let mut dv = pass.activation(v.shape())?;
-        let mut ddecay = pass.device.alloc(DType::F32, gates.decay.shape())?;
-        let mut dbeta = pass.device.alloc(DType::F32, gates.beta.shape())?;
+        let mut ddecay = pass.device.alloc(DType::F32, decay.shape())?;
+        let mut dbeta = pass.device.alloc(DType::F32, beta.shape())?;
         pass.device.delta_rule_backward(DeltaBackward {
-            q: &q.y,
-            k: &k.y,
+            q: &q,
+            k: &k,
             v: &v,
-            decay: &gates.decay,
-            beta: &gates.beta,
+            decay: &decay,
+            beta: &beta,
             solved: &solved,
             dout: &dout,
             segments: pass.segments,
@@ -464,36 +447,30 @@ impl<B: Backend> DeltaNet<B> {
             ddecay: &mut ddecay,
             dbeta: &mut dbeta,
         })?;
-        drop((solved, dout, v));
-        let (dq, dk) = (unit_backward(pass, q, dq)?, unit_backward(pass, k, dk)?);
-        let ([q, k, v], [q_taps, k_taps, v_taps]) = (&parts, &self.taps);
-        let gradients = [
-            convolved_backward(pass, q, q_taps, &dq)?,
-            convolved_backward(pass, k, k_taps, &dk)?,
-            convolved_backward(pass, v, v_taps, &joined(dv)?)?,
-        ];
-        Ok((gradients, self.gates_backward(pass, &gates, &ddecay, &dbeta)?))
-    }
-
-    fn gates_backward(
-        &self,
-        pass: &Pass<'_, B>,
-        gates: &Gates<B>,
-        ddecay: &Tensor<B>,
-        dbeta: &Tensor<B>,
-    ) -> Result<Tensor<B>> {
-        let (mut da, mut db) = (pass.activation(gates.a.shape())?, pass.activation(gates.a.shape())?);
-        pass.device.delta_gates_backward(DeltaGatesBackward {
-            a: &gates.a,
+        drop((q, k, v, decay, solved, dout));
+        let mut gradients = Projected {
+            fused: pass.activation(projected.fused.shape())?,
+            ba: pass.activation(projected.ba.shape())?,
+        };
+        pass.device.delta_inputs_backward(DeltaInputsBackward {
+            fused: &projected.fused,
+            ba: &projected.ba,
+            taps: self.taps.each_ref(),
             a_log: &self.a_log,
             dt_bias: &self.dt_bias,
-            beta: &gates.beta,
-            ddecay,
-            dbeta,
-            da: &mut da,
-            db: &mut db,
+            eps: L2_EPS,
+            segments: pass.segments,
+            beta: &beta,
+            dq: &dq,
+            dk: &dk,
+            dv: &dv,
+            dz: &dz,
+            ddecay: &ddecay,
+            dbeta: &dbeta,
+            dfused: &mut gradients.fused,
+            dba: &mut gradients.ba,
         })?;
-        fuse(pass, self.ba.outputs(), &[&db, &da], &self.ba_columns())
+        Ok(gradients)
     }
 }
 
@@ -504,20 +481,11 @@ fn cut<B: Backend>(pass: &Pass<'_, B>, fused: &Tensor<B>, columns: Columns) -> R
     Ok(part)
 }
 
-/// The parts of a fused projection's gradient, put together: the way back of [`cut`].
-fn fuse<B: Backend>(pass: &Pass<'_, B>, width: usize, parts: &[&Tensor<B>], columns: &[Columns]) -> Result<Tensor<B>> {
-    let mut fused = pass.activation([pass.tokens(), width])?;
-    for (part, columns) in parts.iter().zip(columns) {
-        pass.device.copy_columns(part, &mut fused, reversed(*columns))?;
-    }
-    Ok(fused)
-}
-
 fn convolved<B: Backend>(
     pass: &Pass<'_, B>,
     x: &Tensor<B>,
     taps: &Tensor<B>,
-    state: Option<&mut Tensor<B>>,
+    state: &mut Tensor<B>,
 ) -> Result<Tensor<B>> {
     let mut y = pass.activation(x.shape())?;
     pass.device.convolution_forward(ConvolutionForward {
@@ -525,33 +493,8 @@ fn convolved<B: Backend>(
         weight: taps,
         bias: None,
         segments: pass.segments,
-        state,
+        state: Some(state),
         y: &mut y,
     })?;
     Ok(y)
-}
-
-fn convolved_backward<B: Backend>(
-    pass: &Pass<'_, B>,
-    x: &Tensor<B>,
-    taps: &Tensor<B>,
-    dy: &Tensor<B>,
-) -> Result<Tensor<B>> {
-    let mut dx = pass.activation(x.shape())?;
-    pass.device.convolution_backward(ConvolutionBackward {
-        x,
-        weight: taps,
-        bias: None,
-        segments: pass.segments,
-        dy,
-        dx: &mut dx,
-    })?;
-    Ok(dx)
-}
-
-/// Gradient of the heads before their norm, `[T, Hk·Dk]`.
-fn unit_backward<B: Backend>(pass: &Pass<'_, B>, unit: Unit<B>, dy: Tensor<B>) -> Result<Tensor<B>> {
-    let mut dx = pass.activation(unit.raw.shape())?;
-    pass.device.l2_norm_backward(&unit.raw, &unit.rnorm, &dy, &mut dx)?;
-    joined(dx)
 }

@@ -4,10 +4,12 @@
 //! It mirrors [`load`](crate::model::load), which a test of every family and encoding guards: the same bytes by encoding, the
 //! same modules in the same order.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 use brightrun_kernels::ops::NormWeight;
 use brightrun_kernels::{Backend, DType, Tensor, Weight, WeightStack};
+use half::bf16;
 
 use crate::error::Result;
 use crate::model::attention::Attention;
@@ -32,15 +34,22 @@ use crate::model::transformer::Model;
 pub enum Contents {
     /// Nothing in particular.
     None,
-    /// Seeded small random numbers, one matrix for all experts of a stack: for measuring a layer without a checkpoint.
+    /// Seeded small random numbers, others in every tensor; experts of a stack take a few matrices in turn. For measuring without a
+    /// checkpoint.
     Random(u64),
     /// The same, but such that routers choose as unevenly as trained ones in every layer: a residual stream that all layers leave
     /// nearly as the embedding made it has one constant element, by which a router sees its experts' popularity.
     Skewed(u64),
 }
 
+/// Numbers that a tensor repeats: a prime, so that the rows of no matrix are alike.
+const CYCLE: u64 = 8191;
+
 /// Elements of seeded contents.
 const SMALL: f64 = 0.02;
+
+/// Different matrices of a stack of experts, which are taken in turn: neighbours differ, and making them takes little.
+const DIFFERENT: usize = 8;
 
 /// What keeps the residual stream nearly as it was: a projection of 2048 such elements gives a tenth of its input.
 const SMALLER: f64 = 0.002;
@@ -85,6 +94,7 @@ pub fn skeleton_with<B: Backend>(
             Contents::None => None,
             Contents::Random(seed) | Contents::Skewed(seed) => Some(CounterRandom::new(seed, "skeleton")),
         },
+        drawn: Cell::new(0),
         is_skewed: matches!(contents, Contents::Skewed(_)),
         encoding: options.encoding,
         // Block-scaled FP8 is decoded to f32 when it is read.
@@ -112,7 +122,13 @@ pub fn skeleton_with<B: Backend>(
         layers,
         final_norm,
         head,
-        rope: RopeCache::uncomputed(config.rotary, device, positions)?,
+        rope: match contents {
+            Contents::None => RopeCache::uncomputed(config.rotary, device, positions)?,
+            // What a step computes with must be numbers.
+            Contents::Random(_) | Contents::Skewed(_) => {
+                RopeCache::new(config.rope_theta, config.rotary, options.rope_frequencies)
+            }
+        },
         modules: builder.modules,
         weight_bytes: builder.weight_bytes,
         fingerprint: String::new(),
@@ -124,6 +140,8 @@ struct Builder<'a, B: Backend> {
     device: &'a B,
     /// What fills the tensors, if anything.
     noise: Option<CounterRandom>,
+    /// How many of its numbers tensors have had.
+    drawn: Cell<u64>,
     is_skewed: bool,
     encoding: Encoding,
     /// What projections are after they were read.
@@ -239,11 +257,15 @@ impl<B: Backend> Builder<'_, B> {
     }
 
     fn stack(&mut self, experts: usize, shape: [usize; 2]) -> Result<WeightStack<B>> {
-        let first = self.encoded(shape, matches!(self.encoding, Encoding::Nf4 | Encoding::Nf4Experts))?;
+        let is_quantised = matches!(self.encoding, Encoding::Nf4 | Encoding::Nf4Experts);
+        let first = self.encoded(shape, is_quantised)?;
         let mut stack = WeightStack::alloc_like(self.device, experts, &first)?;
         if self.noise.is_some() {
-            for expert in 0..experts {
-                self.device.stack_expert(&first, expert, &mut stack)?;
+            let others = (1..DIFFERENT.min(experts)).map(|_| self.encoded(shape, is_quantised));
+            let others = others.collect::<Result<Vec<_>>>()?;
+            let in_turn = std::iter::once(&first).chain(&others).cycle();
+            for (expert, matrix) in in_turn.take(experts).enumerate() {
+                self.device.stack_expert(matrix, expert, &mut stack)?;
             }
         }
         drop(first);
@@ -388,18 +410,28 @@ impl<B: Backend> Builder<'_, B> {
         self.converted(dtype, shape.extents(), &self.values(shape.elements(), scale))
     }
 
-    /// A short cycle of numbers: what they are does not matter, that they are not zero does. Its length is a prime, so that the
-    /// rows of no matrix are alike.
+    /// A short cycle of numbers, others for every tensor: what they are does not matter, that they are not zero and not alike does.
     fn values(&self, count: usize, scale: f64) -> Vec<f32> {
         let Some(noise) = &self.noise else {
             return vec![0.0; count];
         };
-        let cycle: Vec<f32> = (0..8191).map(|place| (scale * noise.normal(place)) as f32).collect();
+        let begin = self.drawn.get();
+        self.drawn.set(begin + CYCLE);
+        let places = begin..begin + CYCLE;
+        let cycle: Vec<f32> = places.map(|place| (scale * noise.normal(place)) as f32).collect();
         cycle.iter().copied().cycle().take(count).collect()
     }
 
     fn converted(&self, dtype: DType, shape: &[usize], values: &[f32]) -> Result<Tensor<B>> {
         let shape = brightrun_kernels::Shape::new(shape);
+        if dtype == DType::BF16 {
+            // As they will lie: a copy in f32 on the device would count among the memory of what is measured.
+            let halves: Vec<u8> = values
+                .iter()
+                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
+                .collect();
+            return Ok(self.device.upload(dtype, shape, &halves)?);
+        }
         let exact = self.device.upload_f32(shape, values)?;
         let mut tensor = self.device.alloc(dtype, shape)?;
         self.device.copy(&exact, &mut tensor)?;
@@ -408,5 +440,49 @@ impl<B: Backend> Builder<'_, B> {
 
     fn count(&mut self, encoding: &'static str, bytes: usize) {
         *self.weight_bytes.entry(encoding).or_default() += bytes as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use std::collections::HashSet;
+
+    use brightrun_kernels::cpu::Cpu;
+    use brightrun_kernels::ops::Device;
+
+    use super::*;
+    use crate::model::Family;
+    use crate::model::feed_forward::FeedForward;
+    use crate::spec::BaseDtype;
+
+    /// Measured memory and caches would mean little if layers shared their weights.
+    #[test]
+    fn every_layer_and_every_neighbouring_expert_has_weights_of_its_own() {
+        let device = Cpu::new(Some(1)).unwrap();
+        let before = device.memory().in_use_bytes;
+        let config = ModelConfig::miniature(Family::Qwen3Next, 320);
+        let options = LoadOptions::from(BaseDtype::Nf4Experts);
+        let model = skeleton_with(&device, config, options, DType::BF16, 64, Contents::Skewed(1)).unwrap();
+        let weights: u64 = model.weight_bytes().values().sum();
+        assert!(
+            device.memory().in_use_bytes - before >= weights,
+            "a weight has no memory of its own"
+        );
+        let mut seen = HashSet::new();
+        for (number, layer) in model.layers.iter().enumerate() {
+            let FeedForward::Moe(moe) = &layer.feed_forward else {
+                panic!("layer {number} has no experts");
+            };
+            for stack in [&moe.experts.gate, &moe.experts.up, &moe.experts.down] {
+                let WeightStack::Nf4(stack) = stack else {
+                    panic!("experts of layer {number} are not quantised");
+                };
+                let codes = device.read(&stack.codes).unwrap();
+                for matrix in codes.chunks_exact(codes.len() / stack.experts) {
+                    assert!(seen.insert(matrix.to_vec()), "layer {number} repeats a matrix");
+                }
+            }
+        }
     }
 }

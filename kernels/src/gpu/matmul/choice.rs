@@ -1,9 +1,9 @@
-//! Which kernel does a product of bf16 factors: a table, and the limits of Hopper's kernels.
+//! Which kernel does a product of bf16 factors, and in how many parts: tables, and the limits of Hopper's kernels.
 
 use super::super::map::MAP_GRANULE;
 use super::super::{Machine, Runtime};
-use super::hopper::Width;
-use super::tensor::weight_type;
+use super::hopper::{OUTPUTS, Width};
+use super::tensor::{LARGE, SMALL, weight_type};
 use super::{Product, Reads};
 use crate::dtype::DType;
 
@@ -52,6 +52,56 @@ const LINES: &[Line] = &[
     line(true, ANY, ANY, Path::Hopper(Width::Wide)),
     line(false, ANY, ANY, Path::Large),
 ];
+
+/// How a product is cut that has few tiles.
+///
+/// Its depth is divided so that about `full` blocks have work, and added up again in the order of the parts: 8 bytes are written and
+/// read for each element and part, and there is one launch more. It pays where a part is still several stages deep.
+struct Cut {
+    /// Tiles that keep a device busy. A constant of the table and not of the device, since it decides the order of sums: 132
+    /// multiprocessors, and as many blocks on each as its shared memory has room for.
+    full: usize,
+    /// A part is at least so deep.
+    least: usize,
+}
+
+impl Path {
+    /// By count, not measured. Few tiles are what `dx` of a wide layer has (512 tokens of 12288 → 2048: 64 tiles of Hopper's, 192
+    /// stages deep) and what an adapter's first products have (512 tokens, rank 16: 16 small tiles). A stage of Hopper's is 0.2 to
+    /// 0.6 µs; parts of 16 of them leave launch and sum small.
+    const fn cut(self) -> Cut {
+        match self {
+            Self::Small => Cut { full: 528, least: 256 },
+            Self::Large => Cut { full: 264, least: 512 },
+            Self::Hopper(_) => Cut {
+                full: 132,
+                least: 1_024,
+            },
+        }
+    }
+
+    fn tiles(self, rows: usize, columns: usize) -> usize {
+        let [of_rows, of_columns] = match self {
+            Self::Small => [SMALL.rows, SMALL.columns],
+            Self::Large => [LARGE.rows, LARGE.columns],
+            Self::Hopper(width) => [width.tokens(), OUTPUTS],
+        };
+        rows.div_ceil(of_rows) * columns.div_ceil(of_columns)
+    }
+
+    /// How deep the parts of a product are: a multiple of a stage, or all of it where it is not cut. Depends on the extents alone.
+    pub(super) fn part(self, [rows, columns, depth]: [usize; 3]) -> usize {
+        let Cut { full, least } = self.cut();
+        let parts = (full / self.tiles(rows, columns).max(1)).min(depth / least);
+        if parts < 2 {
+            return depth.max(1);
+        }
+        depth.div_ceil(parts).next_multiple_of(DEPTH)
+    }
+}
+
+/// The depth of a stage.
+const DEPTH: usize = 64;
 
 /// What does a product on a machine.
 pub(super) fn path<R: Runtime>(machine: Machine, product: &Product<'_, R>) -> Path {
@@ -105,6 +155,34 @@ mod tests {
         assert_eq!(look_up(true, 4_096, 16), Path::Small);
         assert_eq!(look_up(true, 32, 12_288), Path::Small);
         assert_eq!(look_up(false, 4_096, 12_288), Path::Large);
+    }
+
+    #[test]
+    fn a_product_of_few_tiles_is_cut_in_depth_and_one_of_many_is_not() {
+        let count = |path: Path, sizes: [usize; 3]| sizes[2].div_ceil(path.part(sizes));
+        let [narrow, middle, wide] = [Width::Narrow, Width::Middle, Width::Wide].map(Path::Hopper);
+        // y of 2048 → 12288 has tiles enough; dx has a sixth of them, six times as deep.
+        assert_eq!(count(narrow, [64, 12_288, 2_048]), 1);
+        assert_eq!(count(narrow, [64, 2_048, 12_288]), 8);
+        assert_eq!(count(middle, [512, 2_048, 12_288]), 2);
+        assert_eq!(count(wide, [4_096, 2_048, 12_288]), 1);
+        // An adapter's first products.
+        assert_eq!(count(Path::Small, [512, 16, 2_048]), 8);
+        assert_eq!(count(Path::Small, [16_384, 16, 12_288]), 1);
+        // Too shallow to be worth another launch.
+        assert_eq!(count(Path::Small, [32, 64, 511]), 1);
+        assert_eq!(count(Path::Large, [64, 128, 0]), 0);
+    }
+
+    #[test]
+    fn parts_are_whole_stages_none_is_empty_and_they_reach_to_the_end() {
+        for path in [Path::Small, Path::Large, Path::Hopper(Width::Middle)] {
+            for depth in (1..40_000).step_by(61) {
+                let part = path.part([64, 128, depth]);
+                assert!(part >= depth || part.is_multiple_of(DEPTH) && (depth.div_ceil(part) - 1) * part < depth);
+                assert!(part >= path.cut().least.min(depth), "{path:?} {depth}");
+            }
+        }
     }
 
     #[test]

@@ -69,10 +69,12 @@ const fn product(stem: &'static str) -> Kernel {
             ("bias_f32", In(SINGLE)),
             ("bias_bf16", In(HALF)),
             ("out", Out(HALF)),
+            ("sums", Out(SINGLE)),
             ("rows", I64),
             ("columns", I32),
             ("depth", I32),
             ("depth2", I32),
+            ("part", I32),
             ("accumulate", I32),
         ],
     }
@@ -133,15 +135,32 @@ pub(in crate::gpu) fn weight_map<R: Runtime>(
     }
 }
 
-fn frozen<'a, R: Runtime>(right: &'a Right<'_, R>) -> &'a Tensor<Gpu<R>> {
+/// Elements or codes.
+pub(in crate::gpu) fn frozen<'a, R: Runtime>(right: &'a Right<'_, R>) -> &'a Tensor<Gpu<R>> {
     match right {
         Right::Dense(tensor) => tensor,
         Right::Nf4(weight) => &weight.codes,
     }
 }
 
+/// The same in boxes of half as many rows: one of two matrices beside each other.
+pub(in crate::gpu) fn half_map<R: Runtime>(tensor: &Tensor<Gpu<R>>, planes: usize, sizes: [usize; 2]) -> Map<'_, R> {
+    let whole = weight_map(tensor, true, planes, sizes);
+    Map {
+        rectangle: [whole.rectangle[0], OUTPUTS / 2],
+        ..whole
+    }
+}
+
 impl<R: Runtime> Gpu<R> {
-    pub(super) fn hopper_product(&self, product: Product<'_, R>, width: Width) -> Result<()> {
+    /// The product, or its parts `[S, M, N]`, each `part` deep, if there is room for them.
+    pub(super) fn hopper_product(
+        &self,
+        product: Product<'_, R>,
+        width: Width,
+        part: usize,
+        sums: Option<&mut Tensor<Self>>,
+    ) -> Result<()> {
         let [rows, columns, depth, depth2] = product.sizes;
         let kernel = match (product.reads, width) {
             (Reads::Rows, Width::Narrow) => &ROWS_NARROW,
@@ -170,13 +189,15 @@ impl<R: Runtime> Gpu<R> {
             bias_f32,
             bias_bf16,
             Argument::OptionalOut(product.out.map(|(out, _)| out)),
+            Argument::OptionalOut(sums),
             Argument::Size(rows),
             Argument::Size(columns),
             Argument::Size(depth),
             Argument::Size(product.second.map_or(0, |_| depth2)),
+            Argument::Size(part),
             Argument::Flag(accumulate),
         ];
-        let tiles = rows.div_ceil(width.tokens()) * columns.div_ceil(OUTPUTS);
+        let tiles = rows.div_ceil(width.tokens()) * columns.div_ceil(OUTPUTS) * depth.div_ceil(part);
         let geometry = self.persistent(tiles).with_shared(width.shared_bytes(weight));
         self.launch(kernel, &[weight], geometry, &arguments)
     }

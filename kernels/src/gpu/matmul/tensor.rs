@@ -1,6 +1,6 @@
 //! Products of bf16 factors on tensor cores: `matmul.cu`.
 
-use super::super::elementwise::ACTIVATION;
+use super::super::elementwise::{ACTIVATION, PACK};
 use super::super::kernel::Parameter::{F32, I32, I64, In, Out};
 use super::super::sources::MATMUL;
 use super::super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
@@ -31,7 +31,7 @@ pub(in crate::gpu) const LARGE: Tile = Tile {
     stages: 3,
 };
 
-const SMALL: Tile = Tile {
+pub(super) const SMALL: Tile = Tile {
     rows: 32,
     columns: 64,
     warps: 4,
@@ -87,6 +87,7 @@ const fn product(stem: &'static str, tile: Tile) -> Kernel {
             ("columns", I32),
             ("depth", I32),
             ("depth2", I32),
+            ("part", I32),
             ("accumulate", I32),
         ],
     }
@@ -129,6 +130,25 @@ static ADD_PARTS: Kernel = Kernel {
     ],
 };
 
+static SUM_PARTS: Kernel = Kernel {
+    source: &MATMUL,
+    stem: "sum_parts",
+    types: &[ACTIVATION],
+    threads: 256,
+    parameters: &[
+        ("parts", In(SINGLE)),
+        ("bias_f32", In(SINGLE)),
+        ("bias_bf16", In(HALF)),
+        ("out", Out(Element::Type(0))),
+        ("copy", Out(HALF)),
+        ("copy_scale", F32),
+        ("rows", I64),
+        ("columns", I32),
+        ("count", I32),
+        ("accumulate", I32),
+    ],
+};
+
 pub(super) const KERNELS: &[&Kernel] = &[
     &ROWS_LARGE,
     &ROWS_SMALL,
@@ -136,6 +156,7 @@ pub(super) const KERNELS: &[&Kernel] = &[
     &COLUMNS_SMALL,
     &PRODUCT_OUTER,
     &ADD_PARTS,
+    &SUM_PARTS,
 ];
 
 /// Tokens of a part of an outer product. It decides the order of the sum, so it is a constant.
@@ -193,11 +214,45 @@ pub(in crate::gpu) fn weight_type<R: Runtime>(right: &Right<'_, R>) -> DType {
     }
 }
 
+/// What is done with a product that was made in parts: of [`Product`], what concerns its result.
+struct Whole<'a, R: Runtime> {
+    bias: Option<&'a Tensor<Gpu<R>>>,
+    out: Option<(&'a mut Tensor<Gpu<R>>, Write)>,
+    copy: Option<(&'a mut Tensor<Gpu<R>>, f32)>,
+    /// `M` and `N`.
+    sizes: [usize; 2],
+}
+
 impl<R: Runtime> Gpu<R> {
-    pub(super) fn tensor_product(&self, product: Product<'_, R>) -> Result<()> {
+    pub(super) fn tensor_product(&self, mut product: Product<'_, R>) -> Result<()> {
+        let [rows, columns, depth, _] = product.sizes;
+        let path = choice::path(self.runtime().machine(), &product);
+        let part = path.part([rows, columns, depth]);
+        let count = depth.div_ceil(part);
+        if count < 2 {
+            return self.product_on(path, product, part);
+        }
+        let mut parts = self.alloc(DType::F32, [count, rows, columns])?;
+        let whole = Whole {
+            bias: product.bias.take(),
+            out: product.out.take(),
+            copy: product.copy.take(),
+            sizes: [rows, columns],
+        };
+        if let Path::Hopper(width) = path {
+            self.hopper_product(product, width, part, Some(&mut parts))?;
+        } else {
+            let out = Some((&mut parts, Write::Overwrite));
+            self.product_on(path, Product { out, ..product }, part)?;
+        }
+        self.sum_parts(&parts, whole)
+    }
+
+    /// The product by one launch; with parts less deep than it is, `out` is `[S, M, N]`.
+    fn product_on(&self, path: Path, product: Product<'_, R>, part: usize) -> Result<()> {
         let [rows, columns, depth, depth2] = product.sizes;
-        let (kernel, tile) = match (product.reads, choice::path(self.runtime().machine(), &product)) {
-            (_, Path::Hopper(width)) => return self.hopper_product(product, width),
+        let (kernel, tile) = match (product.reads, path) {
+            (_, Path::Hopper(width)) => return self.hopper_product(product, width, part, None),
             (Reads::Rows, Path::Large) => (&ROWS_LARGE, LARGE),
             (Reads::Rows, Path::Small) => (&ROWS_SMALL, SMALL),
             (Reads::Columns, Path::Large) => (&COLUMNS_LARGE, LARGE),
@@ -227,9 +282,34 @@ impl<R: Runtime> Gpu<R> {
             Argument::Size(columns),
             Argument::Size(depth),
             Argument::Size(product.second.map_or(0, |_| depth2)),
+            Argument::Size(part),
             Argument::Flag(accumulate),
         ];
-        self.launch(kernel, &types, tile.geometry(rows, columns, 1), &arguments)
+        let parts = depth.div_ceil(part).max(1);
+        self.launch(kernel, &types, tile.geometry(rows, columns, parts), &arguments)
+    }
+
+    /// Adds the parts of a product in their order, and does with the sum what would have been done with the product.
+    fn sum_parts(&self, parts: &Tensor<Self>, whole: Whole<'_, R>) -> Result<()> {
+        let [rows, columns] = whole.sizes;
+        let [bias_f32, bias_bf16] = bias_arguments(whole.bias);
+        let accumulate = matches!(whole.out, Some((_, Write::Accumulate)));
+        let out_type = whole.out.as_ref().map_or(DType::F32, |(out, _)| out.dtype());
+        let (copy, copy_scale) = whole.copy.unzip();
+        let arguments = [
+            Argument::In(parts),
+            bias_f32,
+            bias_bf16,
+            Argument::OptionalOut(whole.out.map(|(out, _)| out)),
+            Argument::OptionalOut(copy),
+            Argument::F32(copy_scale.unwrap_or(0.0)),
+            Argument::Size(rows),
+            Argument::Size(columns),
+            Argument::Size(parts.shape().elements() / (rows * columns).max(1)),
+            Argument::Flag(accumulate),
+        ];
+        let geometry = Geometry::cover(rows * columns.div_ceil(PACK), SUM_PARTS.threads as usize);
+        self.launch(&SUM_PARTS, &[out_type], geometry, &arguments)
     }
 
     pub(super) fn tensor_outer(&self, outer: Outer<'_, R>) -> Result<()> {

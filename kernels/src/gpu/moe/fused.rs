@@ -1,13 +1,15 @@
-//! Fused ops of grouped rows on tensor cores (`grouped.cu`), and the sum that ends a layer of experts (`moe.cu`).
+//! Fused ops of grouped rows on tensor cores (`grouped.cu`, or `hopper_fused` where Hopper's kernels can), and the sum that ends a layer
+//! of experts (`moe.cu`).
 //!
 //! In f32, where nothing is fused, the ops are put together from their parts.
 
 use super::super::elementwise::{ACTIVATION, PACK};
 use super::super::faults::Fault;
 use super::super::kernel::Parameter::{F32, I32, In, Out};
-use super::super::matmul::{Held, factors};
+use super::super::matmul::{Held, LowRank, factors};
 use super::super::sources::GROUPED;
 use super::super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
+use super::hopper;
 use super::linear::{Experts, Grouped, GroupedOuter, Reads, extents};
 use super::tensor::{NARROW, WIDE, expert_arguments, expert_type};
 use super::{THREADS, kernel};
@@ -15,7 +17,7 @@ use crate::contract::{self, GroupedSizes};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
-    CombineResidual, Device, GroupedPairBackward, GroupedSwigluForward, Precision, RowOrder, Write, moe_parts,
+    CombineResidual, Device, GroupedPairBackward, GroupedSwigluForward, Precision, Routing, RowOrder, Write, moe_parts,
 };
 use crate::tensor::Tensor;
 
@@ -126,10 +128,43 @@ pub(super) static COMBINE_RESIDUAL: Kernel = kernel(
     ],
 );
 
+/// Room for gate and up.
+type Wide<'a, R> = (&'a mut Tensor<Gpu<R>>, &'a mut Tensor<Gpu<R>>);
+
+/// Both wide projections and their activation, once what the adapter's first product gives is there.
+pub(super) struct Opened<'a, R: Runtime> {
+    /// By token, in bf16.
+    pub(super) x: &'a Tensor<Gpu<R>>,
+    /// Gate and up, in one form.
+    pub(super) experts: [&'a Experts<'a, R>; 2],
+    /// `[M, R]` and `[E, 2·F, R]`.
+    pub(super) second: Option<LowRank<'a, R>>,
+    pub(super) routing: &'a Routing<Gpu<R>>,
+    /// Gate and up, and the activation: what is wanted of them.
+    pub(super) wide: Option<Wide<'a, R>>,
+    pub(super) y: Option<&'a mut Tensor<Gpu<R>>>,
+    /// `M`, `F`, `I`, and `R` of the second term, or 0.
+    pub(super) sizes: [usize; 4],
+}
+
+/// `dx = dgate · gate_e + dup · up_e + v · A_e`, once `v` is there.
+pub(super) struct Paired<'a, R: Runtime> {
+    /// Of gate and up, `[M, F]` in bf16.
+    pub(super) gradients: [&'a Tensor<Gpu<R>>; 2],
+    /// Gate and up, in one form.
+    pub(super) experts: [&'a Experts<'a, R>; 2],
+    /// `[M, R]` and `[E, R, I]`.
+    pub(super) second: Option<LowRank<'a, R>>,
+    pub(super) routing: &'a Routing<Gpu<R>>,
+    pub(super) dx: &'a mut Tensor<Gpu<R>>,
+    /// `M`, `I`, `F`, and `R` of the second term, or 0.
+    pub(super) sizes: [usize; 4],
+}
+
 impl<R: Runtime> Gpu<R> {
     /// [`MoeOps::grouped_swiglu_forward`](crate::ops::MoeOps::grouped_swiglu_forward).
     pub(super) fn open_experts(&self, call: GroupedSwigluForward<'_, Self>) -> Result<()> {
-        if call.precision == Precision::F32 || super::hopper::opens_in_parts(self.runtime().machine(), &call)? {
+        if call.precision == Precision::F32 {
             return moe_parts::swiglu_forward(self, call);
         }
         let sizes = contract::grouped_swiglu_forward(&call)?;
@@ -159,16 +194,38 @@ impl<R: Runtime> Gpu<R> {
             second = Some((scaled, self.held(lora.b, dtype)?));
         }
         let [gate, up] = self.pair_of_rows([call.gate, call.up], call.precision, rows)?;
-        let tiles = self.grouped_tiles(call.routing, rows, WIDE.rows)?;
-        let types = [expert_type(&gate), call.x.dtype()];
-        let [gate, gate_absmax, gate_codes, gate_map, gate_offsets] = expert_arguments(&gate);
-        let [up, up_absmax, up_codes, up_map, up_offsets] = expert_arguments(&up);
-        let (gate_out, up_out) = call.wide.unzip();
-        let (_, top) = extents(call.routing);
+        let dtype = call.x.dtype();
+        let opened = Opened {
+            x: &x,
+            experts: [&gate, &up],
+            second: second.as_ref().map(|(scaled, b)| (scaled, &**b)),
+            routing: call.routing,
+            wide: call.wide,
+            y: call.y,
+            sizes: [rows, outputs, inputs, second.as_ref().map_or(0, |_| rank)],
+        };
+        let kind = (&gate, Reads::Rows, RowOrder::Token);
+        let width = hopper::width_within_limits(self.runtime().machine(), kind, call.routing, opened.sizes);
+        match width.filter(|_| dtype == DType::BF16) {
+            Some(width) => self.hopper_open(opened, width),
+            None => self.portable_open(opened, dtype),
+        }
+    }
+
+    fn portable_open(&self, opened: Opened<'_, R>, dtype: DType) -> Result<()> {
+        let [rows, outputs, inputs, rank] = opened.sizes;
+        let routing = opened.routing;
+        let tiles = self.grouped_tiles(routing, rows, WIDE.rows)?;
+        let [gate, up] = opened.experts;
+        let types = [expert_type(gate), dtype];
+        let [gate, gate_absmax, gate_codes, gate_map, gate_offsets] = expert_arguments(gate);
+        let [up, up_absmax, up_codes, up_map, up_offsets] = expert_arguments(up);
+        let (gate_out, up_out) = opened.wide.unzip();
+        let (_, top) = extents(routing);
         let arguments = [
-            Argument::In(&x),
-            Argument::In(&call.routing.slots),
-            Argument::In(&call.routing.weights),
+            Argument::In(opened.x),
+            Argument::In(&routing.slots),
+            Argument::In(&routing.weights),
             gate,
             gate_absmax,
             gate_codes,
@@ -179,17 +236,17 @@ impl<R: Runtime> Gpu<R> {
             up_codes,
             up_map,
             up_offsets,
-            Argument::Optional(second.as_ref().map(|(scaled, _)| scaled)),
-            Argument::Optional(second.as_ref().map(|(_, b)| &**b)),
+            Argument::Optional(opened.second.map(|(scaled, _)| scaled)),
+            Argument::Optional(opened.second.map(|(_, b)| b)),
             Argument::In(&tiles),
-            Argument::In(&call.routing.offsets),
+            Argument::In(&routing.offsets),
             Argument::OptionalOut(gate_out),
             Argument::OptionalOut(up_out),
-            Argument::OptionalOut(call.y),
+            Argument::OptionalOut(opened.y),
             Argument::Size(top),
             Argument::Size(outputs),
             Argument::Size(inputs),
-            Argument::Size(second.as_ref().map_or(0, |_| rank)),
+            Argument::Size(rank),
         ];
         let grid = [tiles.shape().rows(), outputs.div_ceil(WIDE.columns / 2), 1];
         let geometry = Geometry::grid(grid).with_shared(WIDE.shared_bytes());
@@ -260,13 +317,34 @@ impl<R: Runtime> Gpu<R> {
             return Ok(());
         };
         let [gate, up] = self.pair_of_rows([call.gate, call.up], call.precision, rows)?;
-        let tiles = self.grouped_tiles(call.routing, rows, WIDE.rows)?;
-        let types = [expert_type(&gate), dx.dtype()];
-        let [gate, gate_absmax, gate_codes, gate_map, gate_offsets] = expert_arguments(&gate);
-        let [up, up_absmax, up_codes, up_map, up_offsets] = expert_arguments(&up);
+        let dtype = dx.dtype();
+        let pair = Paired {
+            gradients: [&dgate, &dup],
+            experts: [&gate, &up],
+            second: second.as_ref().map(|(v, a)| (v, &**a)),
+            routing: call.routing,
+            dx,
+            sizes: [rows, inputs, outputs, second.as_ref().map_or(0, |_| rank)],
+        };
+        let kind = (&gate, Reads::Columns, RowOrder::Grouped);
+        let width = hopper::width_within_limits(self.runtime().machine(), kind, call.routing, pair.sizes);
+        match width.filter(|_| dtype == DType::BF16) {
+            Some(width) => self.hopper_pair(pair, width),
+            None => self.portable_pair(pair, dtype),
+        }
+    }
+
+    fn portable_pair(&self, pair: Paired<'_, R>, dtype: DType) -> Result<()> {
+        let [rows, inputs, outputs, rank] = pair.sizes;
+        let tiles = self.grouped_tiles(pair.routing, rows, WIDE.rows)?;
+        let [gate, up] = pair.experts;
+        let types = [expert_type(gate), dtype];
+        let [gate, gate_absmax, gate_codes, gate_map, gate_offsets] = expert_arguments(gate);
+        let [up, up_absmax, up_codes, up_map, up_offsets] = expert_arguments(up);
+        let [dgate, dup] = pair.gradients;
         let arguments = [
-            Argument::In(&dgate),
-            Argument::In(&dup),
+            Argument::In(dgate),
+            Argument::In(dup),
             gate,
             gate_absmax,
             gate_codes,
@@ -277,14 +355,14 @@ impl<R: Runtime> Gpu<R> {
             up_codes,
             up_map,
             up_offsets,
-            Argument::Optional(second.as_ref().map(|(v, _)| v)),
-            Argument::Optional(second.as_ref().map(|(_, a)| &**a)),
+            Argument::Optional(pair.second.map(|(v, _)| v)),
+            Argument::Optional(pair.second.map(|(_, a)| a)),
             Argument::In(&tiles),
-            Argument::In(&call.routing.offsets),
-            Argument::Out(dx),
+            Argument::In(&pair.routing.offsets),
+            Argument::Out(pair.dx),
             Argument::Size(inputs),
             Argument::Size(outputs),
-            Argument::Size(second.as_ref().map_or(0, |_| rank)),
+            Argument::Size(rank),
             Argument::Flag(false),
         ];
         let grid = [tiles.shape().rows(), inputs.div_ceil(WIDE.columns), 1];

@@ -7,12 +7,13 @@
 //! | `linear` | the passes of a grouped layer, written once for both precisions |
 //! | `tensor`, `exact` | the products of the two precisions |
 //! | `fused` | both wide projections with their activation, the way back through them, the sum behind the last one |
-//! | `hopper` | the same on sm_90a, and when |
+//! | `hopper`, `hopper_fused` | products and fused ops on sm_90a, and when |
 //! | `stack` | one expert's matrix to its place |
 
 mod exact;
 mod fused;
 mod hopper;
+mod hopper_fused;
 mod linear;
 mod routing;
 mod rows;
