@@ -237,7 +237,7 @@ DEVICE void step_chunk(const Blocks& row, i64 first, const f32* maps, const Step
         step_scaled(row, begin, signed_map, unsigned_map, step);
 }
 
-ENTRY(THREADS)
+ENTRY(THREADS, 3)
 adamw_8bit_step(f32* __restrict__ parameter, const f32* __restrict__ gradient, u8* __restrict__ m_codes,
                 f32* __restrict__ m_absmax, u8* __restrict__ v_codes, f32* __restrict__ v_absmax, const f32* __restrict__ maps,
                 i64 count, f32 gradient_scale, f32 keep, f32 one_minus_beta1, f32 beta2, f32 one_minus_beta2, f32 rate, f32 root2,
@@ -246,7 +246,7 @@ adamw_8bit_step(f32* __restrict__ parameter, const f32* __restrict__ gradient, u
     step_chunk({parameter, gradient, m_codes, m_absmax, v_codes, v_absmax, count}, i64(blockIdx.x) * CHUNK, maps, step);
 }
 
-ENTRY(THREADS)
+ENTRY(THREADS, 3)
 adamw_8bit_step_many(const Blocks* __restrict__ rows, const i32* __restrict__ chunks, const f32* __restrict__ maps,
                      f32 gradient_scale, f32 keep, f32 one_minus_beta1, f32 beta2, f32 one_minus_beta2, f32 rate, f32 root2,
                      f32 epsilon) {
