@@ -3,7 +3,7 @@
 use super::scratch::floats;
 use crate::contract::{DeltaSizes, GroupedSizes, LinearSizes};
 use crate::dtype::DType;
-use crate::gpu::{LossExtents, OUTER_PART, loss_extents};
+use crate::gpu::{LossExtents, OUTER_PART, carries_delta, loss_extents};
 use crate::ops::{DELTA_CHUNK, Precision};
 
 /// Bytes of a factor in the precision's dtype.
@@ -92,15 +92,43 @@ pub(super) fn attention_backward(tokens: usize, heads: usize) -> u64 {
     floats(tokens * heads)
 }
 
-/// Products within chunks, in activations of so many bytes.
-pub(super) fn delta_forward(sizes: DeltaSizes, element: usize) -> u64 {
-    (sizes.tokens * sizes.value_heads * DELTA_CHUNK * element) as u64
+/// The numbers of a chunk and head by which a state fades.
+const FADES: usize = DELTA_CHUNK + 1;
+
+fn chunks(sizes: DeltaSizes, documents: usize) -> usize {
+    sizes.tokens / DELTA_CHUNK + documents
 }
 
-/// States before the chunks and their gradients, two tensors like the values, and the products.
-pub(super) fn delta_backward(sizes: DeltaSizes, documents: usize, element: usize) -> u64 {
-    let chunks = sizes.tokens / DELTA_CHUNK + documents;
-    let states = chunks * sizes.value_heads * sizes.key_dim * sizes.value_dim;
-    let values = sizes.tokens * sizes.value_heads * sizes.value_dim;
-    (2 * (states + values) * element) as u64 + delta_forward(sizes, element)
+/// Elements of a state for every chunk and head.
+fn states(sizes: DeltaSizes, documents: usize) -> usize {
+    chunks(sizes, documents) * sizes.value_heads * sizes.key_dim * sizes.value_dim
+}
+
+/// What the carry reads of every chunk, and where that begins; or the products within chunks.
+fn factors(sizes: DeltaSizes, documents: usize, dtype: DType) -> u64 {
+    let rows = sizes.tokens * sizes.value_heads;
+    if carries_delta(dtype, sizes) {
+        let elements = rows * (sizes.key_dim + sizes.value_dim);
+        (elements * dtype.size_bytes()) as u64 + floats(chunks(sizes, documents) * sizes.value_heads * FADES)
+    } else {
+        (rows * DELTA_CHUNK * dtype.size_bytes()) as u64
+    }
+}
+
+/// The carry leaves a state before every chunk.
+pub(super) fn delta_forward(sizes: DeltaSizes, documents: usize, dtype: DType) -> u64 {
+    let carried = if carries_delta(dtype, sizes) {
+        states(sizes, documents)
+    } else {
+        0
+    };
+    (carried * dtype.size_bytes()) as u64 + factors(sizes, documents, dtype)
+}
+
+/// States before the chunks and their gradients, and two tensors like the values, of which the carry's factors have one.
+pub(super) fn delta_backward(sizes: DeltaSizes, documents: usize, dtype: DType) -> u64 {
+    let tensors = if carries_delta(dtype, sizes) { 1 } else { 2 };
+    let values = tensors * sizes.tokens * sizes.value_heads * sizes.value_dim;
+    let elements = 2 * states(sizes, documents) + values;
+    (elements * dtype.size_bytes()) as u64 + factors(sizes, documents, dtype)
 }

@@ -4,10 +4,11 @@ use super::scratch::{Kernels, floats};
 use super::{Counting, Work, bytes_of, gpu};
 use crate::contract::{self, AttentionSizes, DeltaSizes};
 use crate::error::Result;
+use crate::gpu::fuses_delta_inputs;
 use crate::ops::{
     AttentionBackward, AttentionForward, AttentionOps, ConvolutionBackward, ConvolutionForward, ConvolutionOps,
-    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaOps, Op, RopeDirection,
-    RopeOps, RopeTable,
+    DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaGatesBackward, DeltaGatesForward, DeltaInputsBackward,
+    DeltaInputsForward, DeltaOps, Op, RopeDirection, RopeOps, RopeTable, delta_parts,
 };
 use crate::tensor::{Segments, Tensor};
 
@@ -74,7 +75,7 @@ impl DeltaOps for Counting {
         };
         match self.habits.kernels {
             Kernels::Cpu => self.did(work, &[]),
-            Kernels::Gpu => self.did(work, &[gpu::delta_forward(sizes, call.q.dtype().size_bytes())]),
+            Kernels::Gpu => self.did(work, &[gpu::delta_forward(sizes, call.segments.len(), call.q.dtype())]),
         }
         Ok(())
     }
@@ -83,7 +84,7 @@ impl DeltaOps for Counting {
         let sizes = contract::delta_rule_backward(&call)?;
         let scratch = match self.habits.kernels {
             Kernels::Cpu => 0,
-            Kernels::Gpu => gpu::delta_backward(sizes, call.segments.len(), call.q.dtype().size_bytes()),
+            Kernels::Gpu => gpu::delta_backward(sizes, call.segments.len(), call.q.dtype()),
         };
         let work = Work {
             op: Op::DeltaRuleBackward,
@@ -102,6 +103,37 @@ impl DeltaOps for Counting {
             decoded_bytes: 0,
         };
         self.did(work, &[scratch]);
+        Ok(())
+    }
+
+    fn delta_inputs_forward(&self, call: DeltaInputsForward<'_, Self>) -> Result<()> {
+        let sizes = contract::delta_inputs_forward(&call)?;
+        if self.habits.kernels == Kernels::Cpu || !fuses_delta_inputs(sizes, call.taps) {
+            return delta_parts::inputs_forward(self, call);
+        }
+        let tensors = [
+            call.fused, call.ba, call.q, call.k, call.v, call.z, call.decay, call.beta,
+        ];
+        self.moved(Op::DeltaInputsForward, &tensors);
+        Ok(())
+    }
+
+    fn delta_inputs_backward(&self, call: DeltaInputsBackward<'_, Self>) -> Result<()> {
+        let sizes = contract::delta_inputs_backward(&call)?;
+        if self.habits.kernels == Kernels::Cpu || !fuses_delta_inputs(sizes, call.taps) {
+            return delta_parts::inputs_backward(self, call);
+        }
+        let tensors = [
+            call.fused,
+            call.ba,
+            call.dq,
+            call.dk,
+            call.dv,
+            call.dz,
+            call.dfused,
+            call.dba,
+        ];
+        self.moved(Op::DeltaInputsBackward, &tensors);
         Ok(())
     }
 

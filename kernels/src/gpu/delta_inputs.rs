@@ -9,7 +9,7 @@ use super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
 use crate::contract::{self, DeltaSizes};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{DeltaInputsBackward, DeltaInputsForward, Op, delta_parts};
+use crate::ops::{DeltaInputsBackward, DeltaInputsForward, Device, Op, delta_parts};
 use crate::tensor::Tensor;
 
 pub(super) static FAMILY: Family = Family {
@@ -97,7 +97,7 @@ static INPUTS_BACK: Kernel = kernel(
 );
 
 /// Whether heads are whole packs, and those of keys so many lanes as sum by halves, and there is one kind of four taps.
-fn is_regular<R: Runtime>(sizes: DeltaSizes, taps: [&Tensor<Gpu<R>>; 3]) -> bool {
+pub(crate) fn fuses_delta_inputs<D: Device>(sizes: DeltaSizes, taps: [&Tensor<D>; 3]) -> bool {
     let lanes = sizes.key_dim / PACK;
     let [first, ..] = taps;
     taps.iter().all(|taps| taps.dtype() == first.dtype())
@@ -121,7 +121,7 @@ impl<R: Runtime> Gpu<R> {
     /// separate kernels.
     pub(super) fn prepare_delta(&self, call: DeltaInputsForward<'_, Self>) -> Result<()> {
         let sizes = contract::delta_inputs_forward(&call)?;
-        if !is_regular(sizes, call.taps) {
+        if !fuses_delta_inputs(sizes, call.taps) {
             return delta_parts::inputs_forward(self, call);
         }
         let offsets = self.layout(Table::Offsets, [call.segments; 2])?;
@@ -160,7 +160,7 @@ impl<R: Runtime> Gpu<R> {
     /// [`DeltaOps::delta_inputs_backward`](crate::ops::DeltaOps::delta_inputs_backward), likewise.
     pub(super) fn prepare_delta_back(&self, call: DeltaInputsBackward<'_, Self>) -> Result<()> {
         let sizes = contract::delta_inputs_backward(&call)?;
-        if !is_regular(sizes, call.taps) {
+        if !fuses_delta_inputs(sizes, call.taps) {
             return delta_parts::inputs_backward(self, call);
         }
         let offsets = self.layout(Table::Offsets, [call.segments; 2])?;

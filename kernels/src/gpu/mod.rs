@@ -71,6 +71,8 @@ use crate::tensor::{Segments, Shape, Tensor};
 
 use self::addresses::Tables;
 pub(crate) use self::addresses::{Addresses, Row};
+pub(crate) use self::delta::carries_delta;
+pub(crate) use self::delta_inputs::fuses_delta_inputs;
 pub(crate) use self::family::FAMILIES;
 #[cfg(test)]
 pub(crate) use self::family::Family;

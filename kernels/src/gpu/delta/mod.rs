@@ -155,6 +155,11 @@ fn bytes(floats: usize) -> usize {
     floats * size_of::<f32>()
 }
 
+/// Whether heads of these sizes have the scans of `delta_carry.cu`.
+pub(crate) fn carries_delta(dtype: DType, sizes: DeltaSizes) -> bool {
+    carried::Form::of(dtype, sizes).is_some()
+}
+
 /// `Hk`, `Hv`, `Dk`, `Dv`, as every kernel takes them.
 fn heads<'a, R: Runtime>(sizes: DeltaSizes) -> [Argument<'a, R>; 4] {
     [sizes.key_heads, sizes.value_heads, sizes.key_dim, sizes.value_dim].map(Argument::Size)
