@@ -163,8 +163,10 @@ impl Cases<'_> {
 
     fn optimizer(&mut self) {
         let beside = self.copy().name;
-        let elements = self.small(100_000_000);
-        self.add_beside("K15", Work::Adamw8bit { elements }, Some(&beside));
-        self.add_beside("K15", Work::Adamw { elements }, Some(&beside));
+        // One large tensor, and about as much in as many as an adapter has.
+        for (tensors, elements) in [(1, self.small(100_000_000)), (self.small(1024), self.small(98_304))] {
+            self.add_beside("K15", Work::Adamw8bit { tensors, elements }, Some(&beside));
+            self.add_beside("K15", Work::Adamw { tensors, elements }, Some(&beside));
+        }
     }
 }

@@ -37,7 +37,7 @@ pub fn check<B: Clock>(backend: &B, work: Work) -> Result<Value> {
 fn on_the_cpu(work: Work) -> Option<Work> {
     match work {
         Work::Dequantize { .. } | Work::Quantize { .. } | Work::QuantizeFp8 { .. } | Work::Adamw { .. } => Some(work),
-        Work::Adamw8bit { elements } => Some(Work::Adamw { elements }),
+        Work::Adamw8bit { tensors, elements } => Some(Work::Adamw { tensors, elements }),
         _ => None,
     }
 }

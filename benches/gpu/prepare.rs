@@ -3,8 +3,8 @@
 use brightrun_kernels::ops::{
     AdamW, AttentionBackward, AttentionForward, BlockMoment, ConvolutionBackward, DELTA_CHUNK, DeltaBackward,
     DeltaForward, DeltaInputsForward, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, LinearBackward,
-    LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, NormForward, NormWeight, Precision, Routing,
-    RowOrder, Write,
+    LinearCrossEntropy, LinearForward, LoraBackward, LoraForward, MomentsMut, NormForward, NormWeight, Precision,
+    Routing, RowOrder, Trained, Write,
 };
 use brightrun_kernels::testing::Random;
 use brightrun_kernels::{DType, Result, Tensor, Weight, WeightStack};
@@ -71,8 +71,8 @@ pub fn prepare<'a, B: Clock>(backend: &'a B, work: Work, precision: Precision, t
         } => loss(setting, tokens, width, vocabulary),
         Work::Attention(heads) => attention(setting, heads, turns, false),
         Work::AttentionBackward(heads) => attention(setting, heads, turns, true),
-        Work::Adamw { elements } => adamw(backend, elements),
-        Work::Adamw8bit { elements } => adamw_8bit(backend, elements),
+        Work::Adamw { tensors, elements } => adamw(backend, tensors, elements),
+        Work::Adamw8bit { tensors, elements } => adamw_8bit(backend, tensors, elements),
         Work::Norm { tokens, width } => norm(setting, tokens, width),
         Work::Swiglu { tokens, width } => {
             let gate = setting.activation(&[tokens, width], 1.0, 1)?;
@@ -585,29 +585,77 @@ const SETTINGS: AdamW = AdamW {
     gradient_scale: 1.0,
 };
 
-/// The parameter begins as zeros: what it is after one step is that step.
-fn adamw<'a, B: Clock>(backend: &'a B, elements: usize) -> Result<Body<'a>> {
-    let gradient = single(backend, &[elements], 0.01, 1)?;
-    let mut parameter = backend.zeros(DType::F32, [elements])?;
-    let (mut first, mut second) = (
-        backend.zeros(DType::F32, [elements])?,
-        backend.zeros(DType::F32, [elements])?,
-    );
+/// One of the tensors of an optimizer's step.
+struct Single<B: Clock> {
+    parameter: Tensor<B>,
+    gradient: Tensor<B>,
+    m: Tensor<B>,
+    v: Tensor<B>,
+}
+
+/// The same with moments in 8 bits.
+struct Blocks<B: Clock> {
+    parameter: Tensor<B>,
+    gradient: Tensor<B>,
+    m: BlockMoment<B>,
+    v: BlockMoment<B>,
+}
+
+/// Parameters begin as zeros: what they are after one step is that step.
+fn adamw<'a, B: Clock>(backend: &'a B, tensors: usize, elements: usize) -> Result<Body<'a>> {
+    let zeros = || backend.zeros(DType::F32, [elements]);
+    let made = (0..tensors).map(|seed| {
+        Ok(Single {
+            parameter: zeros()?,
+            gradient: single(backend, &[elements], 0.01, seed as u64 + 1)?,
+            m: zeros()?,
+            v: zeros()?,
+        })
+    });
+    let mut all = made.collect::<Result<Vec<_>>>()?;
     Ok(Box::new(move |results| {
-        backend.adamw_step(&mut parameter, &gradient, &mut first, &mut second, &SETTINGS)?;
-        keep(backend, results, &[&parameter])
+        let trained = all.iter_mut().map(|one| Trained {
+            parameter: &mut one.parameter,
+            gradient: &one.gradient,
+            moments: MomentsMut::Single {
+                m: &mut one.m,
+                v: &mut one.v,
+            },
+        });
+        backend.adamw_step_many(trained.collect(), &SETTINGS)?;
+        keep(backend, results, &ends_of(&all, |one| &one.parameter))
     }))
 }
 
-fn adamw_8bit<'a, B: Clock>(backend: &'a B, elements: usize) -> Result<Body<'a>> {
-    let gradient = single(backend, &[elements], 0.01, 1)?;
-    let mut parameter = backend.zeros(DType::F32, [elements])?;
-    let shape = parameter.shape();
-    let (mut first, mut second) = (BlockMoment::zeros(backend, shape)?, BlockMoment::zeros(backend, shape)?);
+fn adamw_8bit<'a, B: Clock>(backend: &'a B, tensors: usize, elements: usize) -> Result<Body<'a>> {
+    let made = (0..tensors).map(|seed| {
+        let parameter = backend.zeros(DType::F32, [elements])?;
+        let shape = parameter.shape();
+        Ok(Blocks {
+            gradient: single(backend, &[elements], 0.01, seed as u64 + 1)?,
+            m: BlockMoment::zeros(backend, shape)?,
+            v: BlockMoment::zeros(backend, shape)?,
+            parameter,
+        })
+    });
+    let mut all = made.collect::<Result<Vec<_>>>()?;
     Ok(Box::new(move |results| {
-        backend.adamw_8bit_step(&mut parameter, &gradient, &mut first, &mut second, &SETTINGS)?;
-        keep(backend, results, &[&parameter])
+        let trained = all.iter_mut().map(|one| Trained {
+            parameter: &mut one.parameter,
+            gradient: &one.gradient,
+            moments: MomentsMut::Blocks {
+                m: &mut one.m,
+                v: &mut one.v,
+            },
+        });
+        backend.adamw_step_many(trained.collect(), &SETTINGS)?;
+        keep(backend, results, &ends_of(&all, |one| &one.parameter))
     }))
+}
+
+/// The first and the last.
+fn ends_of<T, B: Clock>(all: &[T], parameter: impl Fn(&T) -> &Tensor<B>) -> Vec<&Tensor<B>> {
+    [all.first(), all.last()].into_iter().flatten().map(parameter).collect()
 }
 
 fn norm<'a, B: Clock>(setting: Setting<'a, B>, tokens: usize, width: usize) -> Result<Body<'a>> {

@@ -78,10 +78,13 @@ pub enum Work {
     },
     Attention(Heads),
     AttentionBackward(Heads),
+    /// Of so many tensors of as many elements each.
     Adamw {
+        tensors: usize,
         elements: usize,
     },
     Adamw8bit {
+        tensors: usize,
         elements: usize,
     },
     Norm {
@@ -288,8 +291,14 @@ impl Work {
                 heads.bytes(4, 4),
                 10.0 * heads.pairs() * product(&[heads.heads, heads.dim]),
             ),
-            Self::Adamw { elements } => cost(format!("adamw_f32 {elements}"), 28.0 * elements as f64, 0.0),
-            Self::Adamw8bit { elements } => cost(format!("adamw_8bit {elements}"), 16.0 * elements as f64, 0.0),
+            Self::Adamw { tensors, elements } => {
+                let bytes = 28.0 * matrix(tensors, elements);
+                cost(format!("adamw_f32 {tensors} of {elements}"), bytes, 0.0)
+            }
+            Self::Adamw8bit { tensors, elements } => {
+                let bytes = 16.0 * matrix(tensors, elements);
+                cost(format!("adamw_8bit {tensors} of {elements}"), bytes, 0.0)
+            }
             Self::Norm { tokens, width } => cost(
                 format!("rms_norm T{tokens} C{width}"),
                 2.0 * HALF * matrix(tokens, width),

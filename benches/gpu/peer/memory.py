@@ -90,25 +90,26 @@ def first_step(torch, gradient):
 
 def optimizer(torch, s, make):
     def made():
-        def prepared(elements):
-            parameter = torch.nn.Parameter(torch.zeros(elements, device=DEVICE[0]))
-            parameter.grad = normal(torch, (elements,), 0.01, torch.float32)
-            return parameter, make(parameter)
+        def prepared(tensors, elements):
+            parameters = [torch.nn.Parameter(torch.zeros(elements, device=DEVICE[0])) for _ in range(tensors)]
+            for parameter in parameters:
+                parameter.grad = normal(torch, (elements,), 0.01, torch.float32)
+            return parameters, make(parameters)
 
         def pairs():
-            parameter, own = prepared(1 << 20)
+            parameters, own = prepared(2, 1 << 20)
             own.step()
-            return [(parameter, first_step(torch, parameter.grad))]
-        return prepared(s["elements"])[1].step, pairs
+            return [(parameter, first_step(torch, parameter.grad)) for parameter in parameters]
+        return prepared(s["tensors"], s["elements"])[1].step, pairs
     return made
 
 
 def bitsandbytes_optimizer(name):
-    return lambda parameter: getattr(package("bitsandbytes").optim, name)([parameter], lr=LR, betas=BETAS, eps=EPSILON, weight_decay=0.0)
+    return lambda parameters: getattr(package("bitsandbytes").optim, name)(parameters, lr=LR, betas=BETAS, eps=EPSILON, weight_decay=0.0)
 
 
 def adamw(torch, s, case):
-    fused = lambda parameter: torch.optim.AdamW([parameter], lr=LR, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True)
+    fused = lambda parameters: torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPSILON, weight_decay=0.0, fused=True)
     yield "torch AdamW(fused)", optimizer(torch, s, fused)
     yield "bitsandbytes AdamW", optimizer(torch, s, bitsandbytes_optimizer("AdamW"))
 

@@ -34,6 +34,12 @@ pub fn of(kernel: &str, entry: &str) -> Option<Shape> {
             shape("dA, T4096 R16 I2048".to_owned(), 2.0 * tokens * RANK * WIDTH, bytes)
         }
         () if kernel.starts_with("product_") => layer(if has("small") { 32.0 } else { 4096.0 }, element),
+        () if kernel.starts_with("hopper_grouped_swiglu") => {
+            opened(if has("narrow") { 1024.0 } else { 16_384.0 }, element)
+        }
+        () if kernel.starts_with("hopper_grouped_pair") => {
+            paired(if has("narrow") { 1024.0 } else { 16_384.0 }, element)
+        }
         () if kernel.starts_with("hopper_grouped_") => {
             experts(if has("narrow") { 1024.0 } else { 16_384.0 }, has("columns"), element)
         }
@@ -46,7 +52,7 @@ pub fn of(kernel: &str, entry: &str) -> Option<Shape> {
             layer(tokens, element)
         }
         () if kernel.starts_with("grouped_") => grouped(kernel, element),
-        () if kernel.starts_with("cross_entropy_") => {
+        () if kernel.starts_with("cross_entropy_") || has("logits") || has("head_dx") => {
             let tokens = 4096.0;
             let bytes = element * VOCABULARY * WIDTH + HALF * tokens * (WIDTH + VOCABULARY);
             shape(
@@ -82,26 +88,37 @@ fn experts(tokens: f64, is_input: bool, element: f64) -> Option<Shape> {
 /// Of the portable kernels for routed experts, at 4096 tokens.
 fn grouped(kernel: &str, element: f64) -> Option<Shape> {
     let (tokens, rows) = (4096.0, 4096.0 * TOP);
-    let stack = EXPERTS * INNER * WIDTH;
     match kernel {
         "grouped_rows_wide" => experts(tokens, false, element),
         "grouped_columns_wide" => experts(tokens, true, element),
-        "grouped_swiglu_wide" => shape(
-            "gate and up, T4096 E512 top10".to_owned(),
-            4.0 * rows * INNER * WIDTH,
-            HALF * (tokens * WIDTH + rows * INNER) + 2.0 * element * stack,
-        ),
-        "grouped_pair_wide" => shape(
-            "dx of gate and up, T4096 E512 top10".to_owned(),
-            4.0 * rows * INNER * WIDTH,
-            HALF * rows * (2.0 * INNER + WIDTH) + 2.0 * element * stack,
-        ),
+        "grouped_swiglu_wide" => opened(tokens, element),
+        "grouped_pair_wide" => paired(tokens, element),
         "grouped_rows_narrow" => adapter("x Aᵀ", rows, tokens * WIDTH, WIDTH),
         "grouped_columns_narrow" => adapter("dy B", rows, rows * INNER, INNER),
         "grouped_pair_narrow" => adapter("dgate B, dup B", rows, 2.0 * rows * INNER, 2.0 * INNER),
         "grouped_outer" => adapter("dA", rows, tokens * WIDTH, WIDTH),
         _ => None,
     }
+}
+
+/// Gate and up in one, of which the activation is written.
+fn opened(tokens: f64, element: f64) -> Option<Shape> {
+    let rows = tokens * TOP;
+    shape(
+        format!("gate and up, T{tokens} E512 top10"),
+        4.0 * rows * INNER * WIDTH,
+        HALF * (tokens * WIDTH + rows * INNER) + 2.0 * element * EXPERTS * INNER * WIDTH,
+    )
+}
+
+/// Their way back to the rows' inputs.
+fn paired(tokens: f64, element: f64) -> Option<Shape> {
+    let rows = tokens * TOP;
+    shape(
+        format!("dx of gate and up, T{tokens} E512 top10"),
+        4.0 * rows * INNER * WIDTH,
+        HALF * rows * (2.0 * INNER + WIDTH) + 2.0 * element * EXPERTS * INNER * WIDTH,
+    )
 }
 
 /// A product with a factor of every expert's adapter, of rank 16 and so wide.
@@ -130,7 +147,7 @@ fn attention(kernel: &str) -> Option<Shape> {
     )
 }
 
-/// 8192 tokens, heads of 128, by the formulas in the head of `gated_delta.cu`; every tensor is counted once.
+/// 8192 tokens, heads of 128, by the formulas in the heads of `gated_delta.cu` and `delta_carry.cu`; every tensor is counted once.
 fn delta(kernel: &str) -> Option<Shape> {
     let (tokens, keys, heads, dim, chunk) = (8192.0, 16.0, 32.0, 128.0, 64.0);
     let (square, band) = (dim * dim, chunk * dim);
@@ -148,6 +165,12 @@ fn delta(kernel: &str) -> Option<Shape> {
             3.0 * square + 2.0 * band,
             2.0 * narrow + 3.0 * wide + triangle + scores + states,
         ),
+        () if kernel.starts_with("delta_factors") => (2.0 * band, narrow + 3.0 * wide + triangle),
+        () if kernel.starts_with("delta_carry_forward") => (2.0 * square, narrow + 3.0 * wide + states),
+        () if kernel.starts_with("delta_outputs") => (square + 2.0 * band, 2.0 * narrow + 2.0 * wide + states),
+        () if kernel.starts_with("delta_pulls") => (square + 2.0 * band, 2.0 * narrow + 2.0 * wide + states),
+        () if kernel.starts_with("delta_carry_back") => (2.0 * square, narrow + 3.0 * wide + 2.0 * states),
+        () if kernel.starts_with("delta_residuals") => (band, 3.0 * wide + triangle),
         () if kernel.starts_with("delta_gradients") => {
             (3.0 * square + 6.0 * band, 4.0 * narrow + 4.0 * wide + 2.0 * states)
         }
@@ -164,9 +187,13 @@ fn delta(kernel: &str) -> Option<Shape> {
 pub fn tile(kernel: &str) -> &'static str {
     let has = |part: &str| kernel.contains(part);
     match () {
+        () if kernel.starts_with("hopper_grouped_swiglu") && has("narrow") => "(64 + 64) × 64 × 64, ring of 8",
+        () if kernel.starts_with("hopper_grouped_swiglu") => "(64 + 64) × 128 × 64, ring of 6 (NF4 8)",
         () if kernel.starts_with("hopper_") && has("narrow") => "128 × 64 × 64, ring of 8",
         () if kernel.starts_with("hopper_") && has("middle") => "128 × 128 × 64, ring of 6 (NF4 8)",
-        () if kernel.starts_with("hopper_") && has("wide") => "128 × 256 × 64, ring of 4 (NF4 5)",
+        () if kernel.starts_with("hopper_") && (has("wide") || has("logits") || has("head_dx")) => {
+            "128 × 256 × 64, ring of 4 (NF4 5)"
+        }
         () if has("large") || kernel.starts_with("cross_entropy_") => "128 × 128 × 64, 3",
         () if has("swiglu") => "64 × (64 + 64) × 64, 3",
         () if kernel.starts_with("grouped_") && has("wide") => "64 × 128 × 64, 3",
@@ -179,7 +206,13 @@ pub fn tile(kernel: &str) -> &'static str {
         () if kernel.starts_with("attention_forward") => "128 × 32, 2",
         () if kernel.starts_with("attention_backward_queries_head64") => "64 × 64, 2",
         () if kernel.starts_with("attention_backward") => "64 × 32, 2",
-        () if has("staged") => "64 × 32, 2",
+        () if kernel.starts_with("delta_carry") => "keys × 32, 2",
+        () if ["factors", "outputs", "pulls", "residuals"]
+            .iter()
+            .any(|part| has(part)) =>
+        {
+            "64 × 64, 1"
+        }
         () if kernel.starts_with("delta_") => "64 × 32 or 64, 1",
         () => "–",
     }
