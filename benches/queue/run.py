@@ -363,8 +363,7 @@ def measure(record, bench, engines, phases, options):
             for number in range(1, options.rounds + 1):
                 record.attempt(f"commit/{number}", bench.commits)
                 for engine in engines:
-                    if number == 1 or engine not in SLOW:
-                        record.attempt(f"latency/{engine}/{number}", lambda: bench.latency(engine))
+                    record.attempt(f"latency/{engine}/{number}", lambda: bench.latency(engine))
         elif phase == "million":
             for engine in engines:
                 needs = 120 if engine in MILLIONS else 60
