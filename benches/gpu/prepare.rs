@@ -71,8 +71,8 @@ pub fn prepare<'a, B: Clock>(backend: &'a B, work: Work, precision: Precision, t
         } => loss(setting, tokens, width, vocabulary),
         Work::Attention(heads) => attention(setting, heads, turns, false),
         Work::AttentionBackward(heads) => attention(setting, heads, turns, true),
-        Work::Adamw { tensors, elements } => adamw(backend, tensors, elements),
-        Work::Adamw8bit { tensors, elements } => adamw_8bit(backend, tensors, elements),
+        Work::Adamw { tensors, elements } => adamw(backend, tensors, elements, false),
+        Work::Adamw8bit { tensors, elements } => adamw(backend, tensors, elements, true),
         Work::Norm { tokens, width } => norm(setting, tokens, width),
         Work::Swiglu { tokens, width } => {
             let gate = setting.activation(&[tokens, width], 1.0, 1)?;
@@ -586,76 +586,54 @@ const SETTINGS: AdamW = AdamW {
 };
 
 /// One of the tensors of an optimizer's step.
-struct Single<B: Clock> {
+struct Adapted<B: Clock> {
     parameter: Tensor<B>,
     gradient: Tensor<B>,
-    m: Tensor<B>,
-    v: Tensor<B>,
+    moments: Moments<B>,
 }
 
-/// The same with moments in 8 bits.
-struct Blocks<B: Clock> {
-    parameter: Tensor<B>,
-    gradient: Tensor<B>,
-    m: BlockMoment<B>,
-    v: BlockMoment<B>,
+enum Moments<B: Clock> {
+    Single([Tensor<B>; 2]),
+    Blocks([BlockMoment<B>; 2]),
 }
 
-/// Parameters begin as zeros: what they are after one step is that step.
-fn adamw<'a, B: Clock>(backend: &'a B, tensors: usize, elements: usize) -> Result<Body<'a>> {
-    let zeros = || backend.zeros(DType::F32, [elements]);
-    let made = (0..tensors).map(|seed| {
-        Ok(Single {
-            parameter: zeros()?,
-            gradient: single(backend, &[elements], 0.01, seed as u64 + 1)?,
-            m: zeros()?,
-            v: zeros()?,
-        })
-    });
-    let mut all = made.collect::<Result<Vec<_>>>()?;
-    Ok(Box::new(move |results| {
-        let trained = all.iter_mut().map(|one| Trained {
-            parameter: &mut one.parameter,
-            gradient: &one.gradient,
-            moments: MomentsMut::Single {
-                m: &mut one.m,
-                v: &mut one.v,
-            },
-        });
-        backend.adamw_step_many(trained.collect(), &SETTINGS)?;
-        keep(backend, results, &ends_of(&all, |one| &one.parameter))
-    }))
-}
-
-fn adamw_8bit<'a, B: Clock>(backend: &'a B, tensors: usize, elements: usize) -> Result<Body<'a>> {
-    let made = (0..tensors).map(|seed| {
-        let parameter = backend.zeros(DType::F32, [elements])?;
-        let shape = parameter.shape();
-        Ok(Blocks {
-            gradient: single(backend, &[elements], 0.01, seed as u64 + 1)?,
-            m: BlockMoment::zeros(backend, shape)?,
-            v: BlockMoment::zeros(backend, shape)?,
+impl<B: Clock> Adapted<B> {
+    fn new(backend: &B, elements: usize, in_8_bits: bool, seed: u64) -> Result<Self> {
+        let zeros = || backend.zeros(DType::F32, [elements]);
+        let parameter = zeros()?;
+        let blocks = || BlockMoment::zeros(backend, parameter.shape());
+        let moments = match in_8_bits {
+            true => Moments::Blocks([blocks()?, blocks()?]),
+            false => Moments::Single([zeros()?, zeros()?]),
+        };
+        Ok(Self {
+            gradient: single(backend, &[elements], 0.01, seed)?,
+            moments,
             parameter,
         })
-    });
-    let mut all = made.collect::<Result<Vec<_>>>()?;
-    Ok(Box::new(move |results| {
-        let trained = all.iter_mut().map(|one| Trained {
-            parameter: &mut one.parameter,
-            gradient: &one.gradient,
-            moments: MomentsMut::Blocks {
-                m: &mut one.m,
-                v: &mut one.v,
+    }
+
+    fn trained(&mut self) -> Trained<'_, B> {
+        Trained {
+            parameter: &mut self.parameter,
+            gradient: &self.gradient,
+            moments: match &mut self.moments {
+                Moments::Single([m, v]) => MomentsMut::Single { m, v },
+                Moments::Blocks([m, v]) => MomentsMut::Blocks { m, v },
             },
-        });
-        backend.adamw_step_many(trained.collect(), &SETTINGS)?;
-        keep(backend, results, &ends_of(&all, |one| &one.parameter))
-    }))
+        }
+    }
 }
 
-/// The first and the last.
-fn ends_of<T, B: Clock>(all: &[T], parameter: impl Fn(&T) -> &Tensor<B>) -> Vec<&Tensor<B>> {
-    [all.first(), all.last()].into_iter().flatten().map(parameter).collect()
+/// Parameters begin as zeros: what they are after one step is that step. The first and the last are kept.
+fn adamw<'a, B: Clock>(backend: &'a B, tensors: usize, elements: usize, in_8_bits: bool) -> Result<Body<'a>> {
+    let made = (1..=tensors as u64).map(|seed| Adapted::new(backend, elements, in_8_bits, seed));
+    let mut all = made.collect::<Result<Vec<_>>>()?;
+    Ok(Box::new(move |results| {
+        backend.adamw_step_many(all.iter_mut().map(Adapted::trained).collect(), &SETTINGS)?;
+        let ends = [all.first(), all.last()].into_iter().flatten();
+        keep(backend, results, &ends.map(|one| &one.parameter).collect::<Vec<_>>())
+    }))
 }
 
 fn norm<'a, B: Clock>(setting: Setting<'a, B>, tokens: usize, width: usize) -> Result<Body<'a>> {

@@ -62,6 +62,15 @@ DEVICE i32 column_of(const Layout& layout, Part part, i32 channel) {
     return channel / width * layout.stride() + begin + channel % width;
 }
 
+// The taps of a pack of channels; z has none.
+template <class W>
+DEVICE void load_taps(f32 (&taps)[TAPS][PACK], const W* weight, Part part, i32 channel) {
+#pragma unroll
+    for (i32 j = 0; j < TAPS; j++)
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++) taps[j][i] = part == GATE ? 0.0f : to_f32(weight[(i64(channel) + i) * TAPS + j]);
+}
+
 // ln(1 + e^x), without overflow.
 DEVICE f32 softplus(f32 x) { return x > 0.0f ? x + log1pf(expf(-x)) : log1pf(expf(x)); }
 
@@ -95,11 +104,7 @@ DEVICE void delta_inputs(const A* fused, const A* ba, const W* query_taps, const
     i32 row_width = layout.key_heads * layout.stride();
     const A* x = fused + column_of(layout, part, channel);
     f32 taps[TAPS][PACK];
-    const W* weight = part == QUERY ? query_taps : part == KEY ? key_taps : value_taps;
-#pragma unroll
-    for (i32 j = 0; j < TAPS; j++)
-#pragma unroll
-        for (i32 i = 0; i < PACK; i++) taps[j][i] = part == GATE ? 0.0f : to_f32(weight[(i64(channel) + i) * TAPS + j]);
+    load_taps(taps, part == QUERY ? query_taps : part == KEY ? key_taps : value_taps, part, channel);
     A* out = part == QUERY ? q : part == KEY ? k : part == VALUE ? v : z;
     i32 out_width = part <= KEY ? layout.keys() : layout.values();
     i32 document = document_of(offsets, documents, t);
@@ -202,11 +207,7 @@ DEVICE void delta_inputs_back(const A* fused, const A* ba, const W* query_taps, 
     const A* x = fused + column_of(layout, part, channel);
     A* dx = dfused + column_of(layout, part, channel);
     f32 taps[TAPS][PACK];
-    const W* weight = part == QUERY ? query_taps : part == KEY ? key_taps : value_taps;
-#pragma unroll
-    for (i32 j = 0; j < TAPS; j++)
-#pragma unroll
-        for (i32 i = 0; i < PACK; i++) taps[j][i] = part == GATE ? 0.0f : to_f32(weight[(i64(channel) + i) * TAPS + j]);
+    load_taps(taps, part == QUERY ? query_taps : part == KEY ? key_taps : value_taps, part, channel);
     const A* dy = (part == QUERY ? dq : part == KEY ? dk : part == VALUE ? dv : dz) + channel;
     i64 dy_width = part <= KEY ? layout.keys() : layout.values();
     i32 document = document_of(offsets, documents, first);

@@ -178,6 +178,13 @@ fn a_model_without_weights_is_laid_out_as_a_loaded_one() {
     }
 }
 
+/// Documents of equal length, all of them learnt.
+fn batch(shape: Shape) -> Batch {
+    let ids: Vec<i32> = (0..shape.length as i32).map(|id| id % VOCABULARY as i32).collect();
+    let learnt = vec![true; shape.length];
+    Batch::pack((0..shape.sequences).map(|_| (ids.as_slice(), learnt.as_slice())))
+}
+
 /// Trains one step of a miniature on the CPU backend and compares the peak it reports with the plan.
 fn check_peak(family: Family, spec: &TrainSpec, shape: Shape) {
     let options = LoadOptions::from(spec.base_dtype);
@@ -186,9 +193,7 @@ fn check_peak(family: Family, spec: &TrainSpec, shape: Shape) {
     let mut lora: LoraSet<_> = lora(&model, spec);
     let mut gradients = LoraGradients::zeros(device, &lora).unwrap();
     let mut optimizer = Optimizer::new(device, spec, &lora).unwrap();
-    let ids: Vec<i32> = (0..shape.length as i32).map(|id| id % VOCABULARY as i32).collect();
-    let learnt = vec![true; shape.length];
-    let batch = Batch::pack((0..shape.sequences).map(|_| (ids.as_slice(), learnt.as_slice())));
+    let batch = batch(shape);
     let settings = BackwardSettings {
         gradient_scale: 1.0,
         activation_budget_bytes: spec.activation_budget_bytes,
@@ -264,9 +269,7 @@ fn emulated_peak(family: Family, spec: &TrainSpec, shape: Shape, rows: SharedRow
     };
     let lora = LoraSet::initialise(&device, lora_config, model.modules(), spec.seed).unwrap();
     let mut gradients = LoraGradients::zeros(&device, &lora).unwrap();
-    let ids: Vec<i32> = (0..shape.length as i32).map(|id| id % VOCABULARY as i32).collect();
-    let learnt = vec![true; shape.length];
-    let batch = Batch::pack((0..shape.sequences).map(|_| (ids.as_slice(), learnt.as_slice())));
+    let batch = batch(shape);
     let settings = BackwardSettings {
         gradient_scale: 1.0,
         activation_budget_bytes: spec.activation_budget_bytes,

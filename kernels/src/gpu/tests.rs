@@ -18,9 +18,10 @@ use crate::tensor::{Segments, Tensor};
 use crate::testing::{Calls, Random, Watched};
 use crate::weight::Weight;
 
-type Emulated = Gpu<Watched<Emulation>>;
+pub(super) type Emulated = Gpu<Watched<Emulation>>;
 
-fn device() -> Option<Emulated> {
+/// `None`, told, where there is no compiler.
+pub(super) fn device() -> Option<Emulated> {
     match Emulation::new(Some(2)) {
         Ok(emulation) => Some(Gpu::new(Watched::new(emulation)).unwrap()),
         Err(Error::Unsupported { reason, .. }) => {

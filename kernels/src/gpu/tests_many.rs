@@ -6,15 +6,14 @@ use std::collections::BTreeMap;
 
 use super::addresses::{Field, Row};
 use super::kernel::Parameter::{Addresses, I64, In, Out};
-use super::{Argument, Element, Geometry, Gpu, Kernel, sources};
+use super::tests::{Emulated, device};
+use super::{Argument, Element, Geometry, Kernel, sources};
 use crate::dtype::DType;
 use crate::emu::Emulation;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::{AdamW, BlockMoment, Device, MomentsMut, OptimizerOps, Recorded, Trained};
 use crate::tensor::{Segments, Shape, Tensor};
 use crate::testing::{Random, Watched};
-
-type Emulated = Gpu<Watched<Emulation>>;
 
 const SETTINGS: AdamW = AdamW {
     learning_rate: 1e-2,
@@ -25,17 +24,6 @@ const SETTINGS: AdamW = AdamW {
     step: 3,
     gradient_scale: 0.5,
 };
-
-fn device() -> Option<Emulated> {
-    match Emulation::new(Some(2)) {
-        Ok(emulation) => Some(Gpu::new(Watched::new(emulation)).unwrap()),
-        Err(Error::Unsupported { reason, .. }) => {
-            println!("emulated: absent (not tested): {reason}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
 
 enum Moments {
     Single([Tensor<Emulated>; 2]),
