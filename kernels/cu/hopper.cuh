@@ -156,15 +156,16 @@ DEVICE void take_registers() {
 // a product reads may be written again then.
 
 // A factor in shared memory in the swizzle of 128 bytes: its rows have 64 elements, eight of them a group of 1024 bytes, and `next`
-// bytes are between one group of eight rows and the next. Rows are those of A, columns those of B; or, for a transposed A, each
-// row is one index of the depth. `at` is the first row's beginning.
-DEVICE u64 factor(const void* at, i32 next) {
+// bytes are between one group of eight rows and the next. Rows are those of A, columns those of B; or, for a transposed factor, each
+// row is one index of the depth, and of a transposed B with more than 64 columns each further 64 are `across` bytes beyond. `at` is
+// the first row's beginning.
+DEVICE u64 factor(const void* at, i32 next, i32 across = 16) {
 #ifdef BRIGHTRUN_EMULATED
     u64 address = emu::shared_offset(at);
 #else
     u64 address = shared_address(at);
 #endif
-    return (address & 0x3ffff) >> 4 | u64(1) << 16 | u64(next >> 4) << 32 | u64(1) << 62;
+    return (address & 0x3ffff) >> 4 | u64(across >> 4) << 16 | u64(next >> 4) << 32 | u64(1) << 62;
 }
 
 // The same factor further along in shared memory: 32 bytes for the next 16 elements of its rows.
@@ -176,6 +177,17 @@ DEVICE void products_begin() {
     emu::wgmma_fence();
 #else
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+// The same where several products follow whose left factors were all made before.
+template <i32 STEPS>
+DEVICE void products_begin(const u32 (&factors)[STEPS][4]) {
+#ifdef BRIGHTRUN_EMULATED
+    emu::wgmma_fence(factors[0], 4 * STEPS);
+#else
+    (void)factors;
+    products_begin();
 #endif
 }
 
@@ -207,15 +219,22 @@ DEVICE void pin(f32 (&sum)[COUNT]) {
 #endif
 }
 
+// `multiply_async(sum, a, b)` begins sum += A B with A in registers; `multiply_async<TRANSPOSED>(sum, a, b)` with A in shared
+// memory, where `adds` false begins sum = A B. B is in shared memory, the depth along its rows, or, for `multiply_async_transposed`
+// and `multiply_async<·, true>`, a row for each index of the depth.
 #ifdef BRIGHTRUN_EMULATED
 
 template <i32 COUNT>
 DEVICE void multiply_async(f32 (&sum)[COUNT], const u32 (&a)[4], u64 b) {
-    emu::wgmma({sum, COUNT, a, 0, b, false}, EMU_SITE);
+    emu::wgmma({sum, COUNT, a, 0, b, false, false, true}, EMU_SITE);
 }
-template <bool TRANSPOSED, i32 COUNT>
-DEVICE void multiply_async(f32 (&sum)[COUNT], u64 a, u64 b) {
-    emu::wgmma({sum, COUNT, nullptr, a, b, TRANSPOSED}, EMU_SITE);
+template <i32 COUNT>
+DEVICE void multiply_async_transposed(f32 (&sum)[COUNT], const u32 (&a)[4], u64 b) {
+    emu::wgmma({sum, COUNT, a, 0, b, false, true, true}, EMU_SITE);
+}
+template <bool TRANSPOSED, bool RIGHT_TRANSPOSED = false, i32 COUNT>
+DEVICE void multiply_async(f32 (&sum)[COUNT], u64 a, u64 b, bool adds = true) {
+    emu::wgmma({sum, COUNT, nullptr, a, b, TRANSPOSED, RIGHT_TRANSPOSED, adds}, EMU_SITE);
 }
 
 #else
@@ -227,9 +246,10 @@ DEVICE void multiply_async(f32 (&sum)[COUNT], u64 a, u64 b) {
 #define NAMES_32 \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES_40 NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define NAMES_48 NAMES_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define NAMES_64 \
-    NAMES_32 "," \
-    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+    NAMES_48 "," \
     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define NAMES_128 \
     NAMES_64 "," \
@@ -238,28 +258,53 @@ DEVICE void multiply_async(f32 (&sum)[COUNT], u64 a, u64 b) {
     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
     "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// `multiply_async(sum, a, b)` begins sum += A B with A in registers; `multiply_async<TRANSPOSED>(sum, a, b)` with A in shared
-// memory. B is in shared memory, the depth along its rows.
-#define MULTIPLY_ASYNC(N, COUNT, SUMS, NAMES, P0, P1, P2, P3, P4)                                                     \
-    DEVICE void multiply_async(f32 (&sum)[COUNT], const u32 (&a)[4], u64 b) {                                         \
+#define MULTIPLY_ASYNC(N, COUNT, SUMS, NAMES, P0, P1, P2, P3, P4, P5)                                                 \
+    template <bool RIGHT_TRANSPOSED>                                                                                  \
+    DEVICE void multiply_registers(f32 (&sum)[COUNT], const u32 (&a)[4], u64 b) {                                     \
         asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 1, 1;\nwgmma.mma_async.sync.aligned.m64n" #N               \
-                     "k16.f32.bf16.bf16 {" NAMES "}, {" P0 "," P1 "," P2 "," P3 "}, " P4 ", add, 1, 1, 0;\n}"         \
+                     "k16.f32.bf16.bf16 {" NAMES "}, {" P0 "," P1 "," P2 "," P3 "}, " P4 ", add, 1, 1, " P5 ";\n}"    \
                      : SUMS                                                                                           \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)                                             \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(i32(RIGHT_TRANSPOSED))                 \
                      : "memory");                                                                                     \
     }                                                                                                                 \
-    template <bool TRANSPOSED>                                                                                        \
-    DEVICE void multiply_async(f32 (&sum)[COUNT], u64 a, u64 b) {                                                     \
-        asm volatile("{\n.reg .pred add;\nsetp.eq.u32 add, 1, 1;\nwgmma.mma_async.sync.aligned.m64n" #N               \
-                     "k16.f32.bf16.bf16 {" NAMES "}, " P0 ", " P1 ", add, 1, 1, " P2 ", 0;\n}"                        \
+    template <bool TRANSPOSED, bool RIGHT_TRANSPOSED = false>                                                         \
+    DEVICE void multiply_async(f32 (&sum)[COUNT], u64 a, u64 b, bool adds = true) {                                   \
+        asm volatile("{\n.reg .pred add;\nsetp.ne.s32 add, " P2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N          \
+                     "k16.f32.bf16.bf16 {" NAMES "}, " P0 ", " P1 ", add, 1, 1, " P3 ", " P4 ";\n}"                   \
                      : SUMS                                                                                           \
-                     : "l"(a), "l"(b), "n"(i32(TRANSPOSED))                                                           \
+                     : "l"(a), "l"(b), "r"(i32(adds)), "n"(i32(TRANSPOSED)), "n"(i32(RIGHT_TRANSPOSED))               \
                      : "memory");                                                                                     \
     }
-MULTIPLY_ASYNC(64, 32, SUMS_32(0), NAMES_32, "%32", "%33", "%34", "%35", "%36")
+MULTIPLY_ASYNC(64, 32, SUMS_32(0), NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37")
+#define SUMS_40 SUMS_32(0), SUMS_8(32)
+MULTIPLY_ASYNC(80, 40, SUMS_40, NAMES_40, "%40", "%41", "%42", "%43", "%44", "%45")
+#define SUMS_48 SUMS_40, SUMS_8(40)
+MULTIPLY_ASYNC(96, 48, SUMS_48, NAMES_48, "%48", "%49", "%50", "%51", "%52", "%53")
 #define SUMS_64 SUMS_32(0), SUMS_32(32)
-MULTIPLY_ASYNC(128, 64, SUMS_64, NAMES_64, "%64", "%65", "%66", "%67", "%68")
+MULTIPLY_ASYNC(128, 64, SUMS_64, NAMES_64, "%64", "%65", "%66", "%67", "%68", "%69")
 #define SUMS_128 SUMS_64, SUMS_32(64), SUMS_32(96)
-MULTIPLY_ASYNC(256, 128, SUMS_128, NAMES_128, "%128", "%129", "%130", "%131", "%132")
+MULTIPLY_ASYNC(256, 128, SUMS_128, NAMES_128, "%128", "%129", "%130", "%131", "%132", "%133")
+
+template <i32 COUNT>
+DEVICE void multiply_async(f32 (&sum)[COUNT], const u32 (&a)[4], u64 b) {
+    multiply_registers<false>(sum, a, b);
+}
+template <i32 COUNT>
+DEVICE void multiply_async_transposed(f32 (&sum)[COUNT], const u32 (&a)[4], u64 b) {
+    multiply_registers<true>(sum, a, b);
+}
 
 #endif
+
+// ---- rings of stages ------------------------------------------------------------------------------------------------
+
+// A place in the ring, and the parity of the phase it is in.
+struct RingPlace {
+    i32 slot = 0;
+    u32 parity = 0;
+
+    template <i32 STAGES>
+    DEVICE void advance() {
+        if (++slot == STAGES) slot = 0, parity ^= 1;
+    }
+};

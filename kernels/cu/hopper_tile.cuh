@@ -99,17 +99,6 @@ struct HopperJob {
     DEVICE i32 low_rank(const HopperOperands& of) const { return to == of.depth ? of.depth2 : 0; }
 };
 
-// A place in the ring, and the parity of the phase it is in.
-struct RingPlace {
-    i32 slot = 0;
-    u32 parity = 0;
-
-    template <i32 STAGES>
-    DEVICE void advance() {
-        if (++slot == STAGES) slot = 0, parity ^= 1;
-    }
-};
-
 // The block's shared memory.
 template <class T>
 struct HopperMemory {

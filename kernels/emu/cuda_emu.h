@@ -131,15 +131,17 @@ void mbarrier_expect(void* barrier, unsigned bytes, const char* site);
 void mbarrier_wait(void* barrier, unsigned parity, const char* site);
 void copy_box(void* target, const void* map, int x, int y, int z, void* barrier, const char* site);
 void proxy_fence();
-// sum += A B: A in registers, or described by `a_shared`, B by `b_shared`; `count` sums a thread, for 2 · count columns.
+// sum += A B, or sum = A B without `adds`: A in registers, or described by `a_shared`, B by `b_shared`; `count` sums a thread, for
+// 2 · count columns.
 struct Wgmma {
     float* sum;
     unsigned count;
     const unsigned* a;
     uint64_t a_shared, b_shared;
-    bool a_transposed;
+    bool a_transposed, b_transposed, adds;
 };
-void wgmma_fence();
+// The fence, and registers of left factors, so many of them, that it is for: they may be used without another one as they are now.
+void wgmma_fence(const unsigned* registers = nullptr, unsigned count = 0);
 void wgmma(const Wgmma& what, const char* site);
 void wgmma_commit(const char* site);
 void wgmma_wait(unsigned groups_left, const char* site);

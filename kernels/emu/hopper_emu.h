@@ -54,6 +54,14 @@ struct Product {
     const unsigned* registers[WARP];
 };
 
+// Registers of left factors as a thread's last fence found them.
+struct Fenced {
+    const unsigned* at = nullptr;
+    std::vector<unsigned> values;
+
+    bool has(const unsigned* a) const { return at && a >= at && a + 4 <= at + values.size(); }
+};
+
 // The products of one warp, oldest group first; the last is not committed yet.
 struct Products {
     std::deque<std::vector<Product>> groups{1};
@@ -73,6 +81,7 @@ struct Engines {
     std::deque<Box> boxes;
     std::vector<Products> products;              // by warp
     std::vector<std::vector<Sums>> sums;         // by thread
+    std::vector<Fenced> fenced;                  // by thread
     unsigned char* view;                         // shared memory as the engines see it
     bool used;
     float a[16][16], b[16][256], sum[16][256];   // of the product that is being done
@@ -86,6 +95,7 @@ static Engines& engines() {
         memset(engines.view, POISON, SHARED_BYTES);
         engines.products.assign(block->warps.size(), Products{});
         engines.sums.assign(block->threads, {});
+        engines.fenced.assign(block->threads, {});
     }
     return engines;
 }
@@ -97,6 +107,7 @@ static void forget_engines(Block* block) {
     engines.boxes.clear();
     engines.products.clear();
     engines.sums.clear();
+    engines.fenced.clear();
     engines.used = false;
 }
 
@@ -235,9 +246,10 @@ static Products& products() { return engines().products[size_t(self->warp - self
 
 static unsigned thread_index(const Fiber* fiber) { return unsigned(fiber - fiber->block->fibers.data()); }
 
-void wgmma_fence() {
+void wgmma_fence(const unsigned* registers, unsigned count) {
     exchange(0xffffffffu, 0, "wgmma.fence", [](unsigned char (*)[SLOT_BYTES]) { return 0; });
     products().fenced = true;
+    engines().fenced[thread_index(self)] = {registers, std::vector<unsigned>(registers, registers + count)};
 }
 
 void wgmma_commit(const char* site) {
@@ -282,11 +294,16 @@ void wgmma(const Wgmma& what, const char* site) {
         float* sums;
     };
     Operands mine{what, begin_sums(what)};
+    const Fenced& shown = engines().fenced[thread_index(self)];
+    bool is_fenced = what.a && shown.has(what.a);
+    if (is_fenced && memcmp(what.a, shown.values.data() + (what.a - shown.at), 16))
+        fail("%s: registers of a left factor were written between their fence and wgmma", site);
     // Registers of A have been written since the last product, or it would be the same one.
     if (!products().fenced) fail("%s: wgmma without a fence after its registers were used", site);
     exchange(0xffffffffu, mine, site, [&](unsigned char (*slots)[SLOT_BYTES]) {
         auto first = slot<Operands>(slots, 0);
-        if (first.what.a_shared != what.a_shared || first.what.b_shared != what.b_shared || first.what.count != what.count)
+        if (first.what.a_shared != what.a_shared || first.what.b_shared != what.b_shared || first.what.count != what.count ||
+            first.what.adds != what.adds)
             fail("%s: lanes of a warp multiply different factors", site);
         if (self->lane) return 0;
         Product product;
@@ -303,7 +320,7 @@ void wgmma(const Wgmma& what, const char* site) {
         all.groups.back().push_back(std::move(product));
         return 0;
     });
-    if (what.a) products().fenced = false;  // the next registers want another one
+    if (what.a && !is_fenced) products().fenced = false;  // the next registers want another one
     exchange(0xffffffffu, 0, site, [](unsigned char (*)[SLOT_BYTES]) { return 0; });
 }
 
@@ -349,7 +366,7 @@ static void multiply(Product& product) {
     auto& a = engines.a;
     auto& b = engines.b;
     auto& sum = engines.sum;
-    Factor of_b(product.what.b_shared, true), of_a(product.what.a_shared, !product.what.a_transposed);
+    Factor of_b(product.what.b_shared, !product.what.b_transposed), of_a(product.what.a_shared, !product.what.a_transposed);
     for (unsigned column = 0; column < columns; column++)
         for (unsigned k = 0; k < 16; k++) b[k][column] = element(engines, of_b, column, k);
     for (unsigned lane = 0; lane < WARP; lane++) {
@@ -361,7 +378,8 @@ static void multiply(Product& product) {
                 for (unsigned half = 0; half < 2; half++)
                     a[g + i % 2 * 8][2 * t + i / 2 * 8 + half] = widen(product.a[lane][i] >> 16 * half & 0xffff);
         }
-        for (unsigned i = 0; i < product.what.count; i++) sum[g + i / 2 % 2 * 8][i / 4 * 8 + 2 * t + i % 2] = product.sums[lane][i];
+        for (unsigned i = 0; i < product.what.count; i++)
+            sum[g + i / 2 % 2 * 8][i / 4 * 8 + 2 * t + i % 2] = product.what.adds ? product.sums[lane][i] : 0.0f;
     }
     if (!product.what.a)
         for (unsigned row = 0; row < 16; row++)

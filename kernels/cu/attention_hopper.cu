@@ -1,0 +1,427 @@
+// Causal attention over packed documents by Hopper's tensor cores: what attention_tensor.cu does forward, for sm_90a. The formulas
+// are those of attention.cu, the method is FlashAttention's (Dao 2023, arXiv 2307.08691), its overlap within a warp group
+// FlashAttention-3's (Shah et al. 2024, arXiv 2407.08608).
+//
+//   hopper_attention_head<D>     head sizes up to 64, 80, 96, 128 and 256
+//
+// Tensors: q [Tq, H, D], k and v [Tk, K, D] bf16 by maps; tiles i32 [n, 5] (attention.cuh); out [Tq, H, D] bf16; lse [Tq, H] f32. D is a
+// multiple of 8 (rows begin at 16 bytes, which the copy engine wants), H / K at most 128, the scale above zero; attention_tensor.cu
+// does the rest. Elements of a row beyond D are zeros by the maps, so a head size between two instances costs time and nothing else.
+//
+// Work for each pair of query and visible key of a head: 2 D multiply-adds. Bytes: q and out once; k and v of the document once for
+// each tile, out of the second-level cache.
+//
+// Decomposition: a block stays on its multiprocessor and does tile after tile, of three warp groups: one copies, two multiply. A tile is
+// 128 rows, and a row is one query head of one token: all `group` = H / K query heads of a key/value head, for 128 / group tokens. So a
+// tile is full however short a document is (16 tokens fill it for a group of 8), keys are read once for the group, and few rows of a
+// tile lie on its diagonal. The first multiplying group has rows 0 to 63, the second the others; they never wait for each other.
+//
+// Keys and values pass through a ring of stages, each with barriers of its own for both, so that the next scores begin before the last
+// values are done with. A multiplying group begins S' = Q K'ᵀ of the next keys, then O += P V of the last, and does the softmax of S'
+// beside the latter; the other group's products fill what is left of the tensor cores. The copying warp runs ahead over the ends of
+// tiles: the next one's queries come while this one's last weights are multiplied and its result is stored.
+//
+//   head    keys   stages   shared memory   registers of O, S, P
+//     64     128        4        145 KB      32, 64, 32
+//     80     128        3        225 KB      40, 64, 32     rows are 128 elements in shared memory, of which products read 80
+//     96     128        3        225 KB      48, 64, 32
+//    128     128        3        225 KB      64, 64, 32
+//    256      80        2        225 KB     128, 40, 20
+//
+// Shared memory: rows of 64 elements, swizzled over 128 bytes; a tile of longer rows is several such, one behind the other. Q is the left
+// factor and K the right one, the depth along their rows. P comes out of the accumulators as the left factor in registers; V is a right
+// factor whose rows are the depth, which wgmma transposes as it reads.
+//
+// Keys are masked only where a warp's first query does not see all of a tile. Rows of other documents may follow a document's last one:
+// as keys they are masked, as queries they are not stored, and as values, which a weight of zero does not keep from being a NaN, they
+// are not copied: the document's last tile of values comes row by row, zeros beyond.
+//
+// Numerics: as attention_tensor.cu: sums in f32, exponentials to base 2 with the scale folded in, P rounded to bf16 as a factor, row
+// sums of the unrounded P. Bits depend on the document alone.
+
+#include "attention.cuh"
+#include "hopper.cuh"
+
+constexpr f32 LOG2_E = 1.4426950408889634f;
+constexpr i32 THREADS = 384;
+constexpr i32 MULTIPLYING_WARPS = 8;
+constexpr i32 ROWS = 128;
+// A row of a tile in shared memory: 64 elements.
+constexpr i32 SPAN = 64;
+constexpr i32 SPAN_BYTES = 128;
+// Of the copying and of the multiplying threads: 128 · 24 + 256 · 240 are what 384 threads of 168 have.
+constexpr i32 COPY_REGISTERS = 24;
+constexpr i32 MULTIPLY_REGISTERS = 240;
+
+// The sizes of one instance.
+template <i32 HEAD_, i32 KEYS_, i32 STAGES_>
+struct Sizes {
+    static constexpr i32 HEAD = HEAD_, KEYS = KEYS_, STAGES = STAGES_;
+    static constexpr i32 SPANS = (HEAD + SPAN - 1) / SPAN;
+    // From one span of a tile to the next, and a tile.
+    static constexpr i32 QUERY_SPAN = ROWS * SPAN_BYTES, KEY_SPAN = KEYS * SPAN_BYTES;
+    static constexpr i32 QUERY_BYTES = SPANS * QUERY_SPAN, KEY_BYTES = SPANS * KEY_SPAN;
+    // Where things lie; barriers are before the queries.
+    static constexpr i32 QUERIES = SWIZZLE_REPEAT, RING = QUERIES + QUERY_BYTES;
+    static_assert(HEAD % 16 == 0 && KEYS % 16 == 0, "whole steps of wgmma");
+    static_assert(KEY_SPAN % SWIZZLE_REPEAT == 0, "tiles begin where the swizzle does");
+};
+
+// What is attended to, as a kernel gets it.
+struct Operands {
+    const TensorMap *q, *k, *v;
+    const TensorMap* v_row;  // the same values, in boxes of one row
+    const i32* tiles;
+    bf16* out;
+    f32* lse;
+    i32 tile_count, group, kv_heads, dim;
+    f32 scale;
+};
+
+// The block's shared memory.
+template <class S>
+struct Memory {
+    u8* base;
+
+    DEVICE u8* queries() const { return base + S::QUERIES; }
+    DEVICE u8* keys(i32 slot) const { return base + S::RING + 2 * slot * S::KEY_BYTES; }
+    DEVICE u8* values(i32 slot) const { return keys(slot) + S::KEY_BYTES; }
+    DEVICE u64* barrier(i32 index) const { return reinterpret_cast<u64*>(base) + index; }
+    DEVICE u64* queries_full() const { return barrier(0); }
+    DEVICE u64* queries_empty() const { return barrier(1); }
+    DEVICE u64* keys_full(i32 slot) const { return barrier(2 + slot); }
+    DEVICE u64* keys_empty(i32 slot) const { return barrier(2 + S::STAGES + slot); }
+    DEVICE u64* values_full(i32 slot) const { return barrier(2 + 2 * S::STAGES + slot); }
+    DEVICE u64* values_empty(i32 slot) const { return barrier(2 + 3 * S::STAGES + slot); }
+
+    // Makes the barriers. All threads call it.
+    DEVICE void prepare() const {
+        if (threadIdx.x == 0) {
+            barrier_init(queries_full(), 1), barrier_init(queries_empty(), MULTIPLYING_WARPS);
+            for (i32 slot = 0; slot < S::STAGES; slot++) {
+                barrier_init(keys_full(slot), 1), barrier_init(keys_empty(slot), MULTIPLYING_WARPS);
+                barrier_init(values_full(slot), 1), barrier_init(values_empty(slot), MULTIPLYING_WARPS);
+            }
+            barriers_publish();
+        }
+        __syncthreads();
+    }
+};
+
+// One tile of one key/value head.
+struct Job {
+    Tile tile;
+    i32 kv_head, tokens;  // tokens of a tile
+
+    // The last key that the tile's first query sees, and the keys that any of its queries sees.
+    DEVICE i32 first_seen() const { return tile.first + tile.extra_keys(); }
+    DEVICE i32 visible() const { return first_seen() + min(tokens, tile.queries - tile.first); }
+    template <class S>
+    DEVICE i32 key_tiles() const {
+        return (visible() + S::KEYS - 1) / S::KEYS;
+    }
+};
+
+// Gives `work` every tile of this block. The list begins with the longest tiles: blocks take them in rising order and in falling order
+// by turns, so that who had the longest of one round has the shortest of the next.
+template <class Work>
+DEVICE void for_each_job(const Operands& of, Work work) {
+    i32 blocks = i32(gridDim.x), block = i32(blockIdx.x), tokens = ROWS / of.group;
+    i64 count = i64(of.tile_count) * of.kv_heads;
+    for (i64 begin = 0, round = 0; begin < count; begin += blocks, round++) {
+        i64 index = begin + (round % 2 == 0 ? block : blocks - 1 - block);
+        if (index >= count) continue;
+        Job job{load_tile(of.tiles, i32(index / of.kv_heads)), i32(index % of.kv_heads), tokens};
+        if (job.tile.queries > 0) work(job);  // the list has room for more tiles than there are
+    }
+}
+
+// ---- the copying warp ----------------------------------------------------------------------------------------------
+
+// Begins to copy a document's values from `first` on, of which `exist` do: as boxes, or row by row where the document ends among them.
+template <class S>
+DEVICE void copy_values(const Memory<S>& memory, const Operands& of, const Job& job, i32 slot, i32 first, i32 exist) {
+    u8* to = memory.values(slot);
+    u64* full = memory.values_full(slot);
+    if (exist >= S::KEYS) {
+        for (i32 span = 0; span < S::SPANS && lane_index() == 0; span++)
+            copy_box(to + span * S::KEY_SPAN, of.v, span * SPAN, job.kv_head, job.tile.key_start + first, full);
+        return;
+    }
+    for (i32 row = lane_index(); row < S::KEYS; row += WARP_LANES) {
+        i32 source = row < exist ? job.tile.key_start + first + row : -1;
+        for (i32 span = 0; span < S::SPANS; span++)
+            copy_box(to + span * S::KEY_SPAN + row * SPAN_BYTES, of.v_row, span * SPAN, job.kv_head, source, full);
+    }
+}
+
+template <class S>
+DEVICE void copy_tiles(const Memory<S>& memory, const Operands& of) {
+    RingPlace at;
+    u32 turn = 1;  // parity of the queries' last phase
+    bool leads = lane_index() == 0;
+    if (leads) prefetch_map(of.q), prefetch_map(of.k), prefetch_map(of.v), prefetch_map(of.v_row);
+    for_each_job(of, [&](const Job& job) {
+        barrier_wait(memory.queries_empty(), turn);
+        turn ^= 1;
+        if (leads) {
+            barrier_expect(memory.queries_full(), u32(S::SPANS * job.tokens * of.group * SPAN_BYTES));
+            for (i32 span = 0; span < S::SPANS; span++)
+                copy_box(memory.queries() + span * S::QUERY_SPAN, of.q, span * SPAN, job.kv_head * of.group,
+                         job.tile.query_start + job.tile.first, memory.queries_full());
+            barrier_arrive(memory.queries_full());
+        }
+        for (i32 first = 0; first < job.visible(); first += S::KEYS) {
+            barrier_wait(memory.keys_empty(at.slot), at.parity ^ 1);
+            if (leads) {
+                u64* full = memory.keys_full(at.slot);
+                barrier_expect(full, S::KEY_BYTES);
+                for (i32 span = 0; span < S::SPANS; span++)
+                    copy_box(memory.keys(at.slot) + span * S::KEY_SPAN, of.k, span * SPAN, job.kv_head,
+                             job.tile.key_start + first, full);
+                barrier_arrive(full);
+            }
+            barrier_wait(memory.values_empty(at.slot), at.parity ^ 1);
+            if (leads) barrier_expect(memory.values_full(at.slot), S::KEY_BYTES);
+            copy_values(memory, of, job, at.slot, first, job.tile.keys - first);
+            __syncwarp();
+            if (leads) barrier_arrive(memory.values_full(at.slot));
+            at.advance<S::STAGES>();
+        }
+    });
+}
+
+// ---- the multiplying groups ----------------------------------------------------------------------------------------
+
+// Who a multiplying thread is: of two groups, of four warps; lane = 4 g + t. It has rows `row(0)` and `row(1)` of a tile.
+struct Multiplier {
+    i32 group, first_row, g, t;
+
+    DEVICE Multiplier() {
+        i32 warp = from_lane(warp_index(), 0) - WARP_GROUP / WARP_LANES;
+        group = warp / 4, first_row = warp * 16, g = lane_index() / 4, t = lane_index() % 4;
+    }
+    DEVICE i32 row(i32 half) const { return first_row + g + 8 * half; }
+};
+
+// Says that this warp has done with what a barrier is for.
+DEVICE void release(u64* empty) {
+    if (lane_index() == 0) barrier_arrive(empty);
+}
+
+// scores [64, KEYS] = this group's queries · keysᵀ, begun.
+template <class S>
+DEVICE void begin_scores(f32 (&scores)[S::KEYS / 2], u64 queries, u64 keys) {
+    products_begin();
+#pragma unroll
+    for (i32 depth = 0; depth < S::HEAD; depth += 16) {
+        i32 span = depth / SPAN, within = depth % SPAN * 2;
+        multiply_async<false>(scores, moved(queries, span * S::QUERY_SPAN + within), moved(keys, span * S::KEY_SPAN + within),
+                              depth > 0);
+    }
+    products_commit();
+}
+
+// result [64, HEAD] += weights [64, KEYS] · values, begun.
+template <class S>
+DEVICE void begin_result(f32 (&result)[S::HEAD / 2], const u32 (&weights)[S::KEYS / 16][4], u64 values) {
+    products_begin(weights);
+#pragma unroll
+    for (i32 depth = 0; depth < S::KEYS; depth += 16)
+        multiply_async_transposed(result, weights[depth / 16], moved(values, depth * SPAN_BYTES));
+    products_commit();
+}
+
+// Softmax as far as it has come, of the thread's two rows; the sums are of its own columns.
+struct Softmax {
+    f32 largest[2], sum[2];
+};
+
+// Turns scores into weights relative to the new maximum; what was summed before is to be multiplied by `correction`.
+template <i32 COUNT>
+DEVICE void advance(Softmax& softmax, f32 (&scores)[COUNT], f32 scale_log2, f32 (&correction)[2]) {
+#pragma unroll
+    for (i32 half = 0; half < 2; half++) {
+        f32 highest = softmax.largest[half];
+#pragma unroll
+        for (i32 i = 2 * half; i < COUNT; i += 4) highest = max(highest, max(scores[i], scores[i + 1]));
+        highest = lanes_max<4>(highest);
+        correction[half] = power_of_two((softmax.largest[half] - highest) * scale_log2);
+        f32 offset = highest * scale_log2, sum = 0.0f;
+#pragma unroll
+        for (i32 i = 2 * half; i < COUNT; i += 4) {
+#pragma unroll
+            for (i32 j = i; j < i + 2; j++) {
+                scores[j] = power_of_two(scores[j] * scale_log2 - offset);
+                sum += scores[j];
+            }
+        }
+        softmax.sum[half] = softmax.sum[half] * correction[half] + sum;
+        softmax.largest[half] = highest;
+    }
+}
+
+// Scores of keys that a row does not see become −∞; `last` is, counted from the tile's first key, the last that each row sees. Every row
+// sees key 0, so no maximum is −∞ after the first tile.
+template <i32 COUNT>
+DEVICE void mask(f32 (&scores)[COUNT], const Multiplier& me, const i32 (&last)[2], i32 first_key) {
+#pragma unroll
+    for (i32 half = 0; half < 2; half++) {
+        i32 limit = last[half] - first_key - 2 * me.t;
+#pragma unroll
+        for (i32 i = 2 * half; i < COUNT; i += 4) {
+            if (2 * i - 4 * half > limit) scores[i] = -infinity();
+            if (2 * i - 4 * half + 1 > limit) scores[i + 1] = -infinity();
+        }
+    }
+}
+
+// Accumulators are the next product's left factor as they are, but for rounding.
+template <i32 COUNT>
+DEVICE void round_weights(u32 (&weights)[COUNT / 8][4], const f32 (&scores)[COUNT]) {
+#pragma unroll
+    for (i32 i = 0; i < COUNT / 2; i++) weights[i / 4][i % 4] = bf16_pair(scores[2 * i], scores[2 * i + 1]);
+}
+
+// Four words of each of four neighbouring lanes, turned over: word p of lane t becomes word t of lane p.
+DEVICE void turn_over(u32 (&words)[4]) {
+#pragma unroll
+    for (i32 bit = 1; bit < 4; bit *= 2) {
+        bool upper = lane_index() & bit;
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) {
+            if (i & bit) continue;
+            u32 received = lane_across(upper ? words[i] : words[i + bit], bit);
+            if (upper) {
+                words[i] = received;
+            } else {
+                words[i + bit] = received;
+            }
+        }
+    }
+}
+
+// Writes one of the thread's rows: its four lanes have two columns of each eight, and write eight of four columns' each.
+template <i32 COUNT>
+DEVICE void store_row(const f32 (&result)[COUNT], i32 half, f32 factor, bf16* to, i32 dim, i32 t, bool exists) {
+    constexpr i32 EIGHTS = COUNT / 4;
+#pragma unroll
+    for (i32 first = 0; first < EIGHTS; first += 4) {
+        u32 words[4];
+#pragma unroll
+        for (i32 i = 0; i < 4; i++) {
+            i32 at = (first + i < EIGHTS ? first + i : 0) * 4 + 2 * half;
+            words[i] = bf16_pair(result[at] * factor, result[at + 1] * factor);
+        }
+        turn_over(words);
+        i32 column = (first + t) * PACK;
+        if (exists && column < dim) *reinterpret_cast<uint4*>(to + column) = uint4{words[0], words[1], words[2], words[3]};
+    }
+}
+
+// One tile of this group's rows.
+template <class S>
+DEVICE void attend(const Memory<S>& memory, const Operands& of, const Multiplier& me, const Job& job, RingPlace& at) {
+    u64 queries = factor(memory.queries() + me.group * (ROWS / 2 * SPAN_BYTES), SWIZZLE_REPEAT);
+    u64 keys = factor(memory.keys(0), SWIZZLE_REPEAT);
+    u64 values = factor(memory.values(0), SWIZZLE_REPEAT, S::KEY_SPAN);
+    f32 scale_log2 = of.scale * LOG2_E;
+    i32 last[2] = {job.first_seen() + me.row(0) / of.group, job.first_seen() + me.row(1) / of.group};
+    i32 least = job.first_seen() + me.first_row / of.group, count = job.key_tiles<S>();
+
+    f32 result[S::HEAD / 2], scores[S::KEYS / 2], correction[2];
+    u32 weights[S::KEYS / 16][4];
+    Softmax softmax{{-infinity(), -infinity()}, {0.0f, 0.0f}};
+#pragma unroll
+    for (i32 i = 0; i < S::HEAD / 2; i++) result[i] = 0.0f;
+
+    barrier_wait(memory.keys_full(at.slot), at.parity);
+    begin_scores<S>(scores, queries, moved(keys, 2 * at.slot * S::KEY_BYTES));
+    products_wait<0>();
+    pin(scores);
+    release(memory.keys_empty(at.slot));
+    if (S::KEYS - 1 > least) mask(scores, me, last, 0);
+    advance(softmax, scores, scale_log2, correction);
+    round_weights(weights, scores);
+#pragma unroll 1
+    for (i32 index = 1; index < count; index++) {
+        i32 before = at.slot;
+        u32 parity = at.parity;
+        at.advance<S::STAGES>();
+        barrier_wait(memory.keys_full(at.slot), at.parity);
+        begin_scores<S>(scores, queries, moved(keys, 2 * at.slot * S::KEY_BYTES));
+        barrier_wait(memory.values_full(before), parity);
+        begin_result<S>(result, weights, moved(values, 2 * before * S::KEY_BYTES));
+        products_wait<1>();
+        pin(scores);
+        release(memory.keys_empty(at.slot));
+        if ((index + 1) * S::KEYS - 1 > least) mask(scores, me, last, index * S::KEYS);
+        advance(softmax, scores, scale_log2, correction);
+        pin(scores);
+        // Maxima settle early in a row, and a factor of 1 changes nothing. The wait is on both ways because the compiler would otherwise
+        // move it before the exponentials, which are to run beside what is waited for.
+        if (lanes_saying(correction[0] != 1.0f || correction[1] != 1.0f) != 0) {
+            products_wait<0>();
+            pin(result);
+#pragma unroll
+            for (i32 i = 0; i < S::HEAD / 2; i++) result[i] *= correction[i / 2 % 2];
+        } else {
+            products_wait<0>();
+            pin(result);
+        }
+        release(memory.values_empty(before));
+        round_weights(weights, scores);
+    }
+    release(memory.queries_empty());
+    barrier_wait(memory.values_full(at.slot), at.parity);
+    begin_result<S>(result, weights, moved(values, 2 * at.slot * S::KEY_BYTES));
+    products_wait<0>();
+    pin(result);
+    release(memory.values_empty(at.slot));
+    at.advance<S::STAGES>();
+
+#pragma unroll
+    for (i32 half = 0; half < 2; half++) {
+        i32 token = me.row(half) / of.group, head = job.kv_head * of.group + me.row(half) % of.group;
+        bool exists = token < job.tokens && job.tile.first + token < job.tile.queries;
+        i64 place = i64(job.tile.query_start + job.tile.first + token) * (of.group * of.kv_heads) + head;
+        f32 sum = lanes_sum<4>(softmax.sum[half]);
+        if (exists && me.t == 0) of.lse[place] = softmax.largest[half] * of.scale + logf(sum);
+        store_row(result, half, 1.0f / sum, of.out + place * of.dim, of.dim, me.t, exists);
+    }
+}
+
+template <class S>
+DEVICE void attention(const Operands& of) {
+    DYNAMIC_SHARED(base);
+    Memory<S> memory{base};
+    memory.prepare();
+    if (threadIdx.x < WARP_GROUP) {
+        give_registers<COPY_REGISTERS>();
+        if (threadIdx.x < WARP_LANES) copy_tiles<S>(memory, of);
+    } else {
+        take_registers<MULTIPLY_REGISTERS>();
+        Multiplier me;
+        RingPlace at;
+        u32 turn = 0;
+        for_each_job(of, [&](const Job& job) {
+            barrier_wait(memory.queries_full(), turn);
+            turn ^= 1;
+            attend<S>(memory, of, me, job, at);
+        });
+    }
+}
+
+// Head size, keys of a tile, stages.
+#define HOPPER_ATTENTION(head, keys, stages)                                                                            \
+    ENTRY(THREADS, 1)                                                                                                   \
+    hopper_attention_head##head##_bf16(MAP q, MAP k, MAP v, MAP v_row, const i32* __restrict__ tiles,                   \
+                                       bf16* __restrict__ out, f32* __restrict__ lse, i32 tile_count, i32 group,        \
+                                       i32 kv_heads, i32 dim, f32 scale) {                                              \
+        attention<Sizes<head, keys, stages>>({&q, &k, &v, &v_row, tiles, out, lse, tile_count, group, kv_heads, dim, scale}); \
+    }
+HOPPER_ATTENTION(64, 128, 4)
+HOPPER_ATTENTION(80, 128, 3)
+HOPPER_ATTENTION(96, 128, 3)
+HOPPER_ATTENTION(128, 128, 3)
+HOPPER_ATTENTION(256, 80, 2)
