@@ -151,7 +151,7 @@ fn tile(tensor: &Tensor<Emulated>) -> Argument<'_, super::Emulation> {
     Argument::Map(Map {
         tensor,
         extents: [SIDE, SIDE, 1],
-        rectangle: [SIDE, SIDE],
+        rectangle: [SIDE, SIDE, 1],
         swizzle: Swizzle::Bytes128,
     })
 }
@@ -293,7 +293,7 @@ fn box_of(extents: [usize; 2], rectangle: [usize; 2], at: [i32; 2], swizzle: Swi
     let map = Map {
         tensor: &tensor,
         extents: [extents[0], extents[1], 1],
-        rectangle,
+        rectangle: [rectangle[0], rectangle[1], 1],
         swizzle,
     };
     let arguments = [
@@ -355,9 +355,9 @@ fn a_map_that_the_copy_engine_would_refuse_is_refused() {
         let message = map.checked().map(|_| ()).unwrap_err();
         assert!(message.contains(word), "{message}");
     };
-    refused([36, 16, 1], [64, 16], Swizzle::Bytes128, "16 bytes");
-    refused([32, 19, 1], [64, 16], Swizzle::Bytes128, "another size");
-    refused([32, 16, 1], [128, 16], Swizzle::Bytes128, "swizzle");
-    refused([32, 16, 1], [64, 257], Swizzle::Bytes128, "1 to 256");
-    refused([32, 16, 1], [4, 16], Swizzle::None, "swizzle");
+    refused([36, 16, 1], [64, 16, 1], Swizzle::Bytes128, "16 bytes");
+    refused([32, 19, 1], [64, 16, 1], Swizzle::Bytes128, "another size");
+    refused([32, 16, 1], [128, 16, 1], Swizzle::Bytes128, "swizzle");
+    refused([32, 16, 1], [64, 257, 1], Swizzle::Bytes128, "1 to 256");
+    refused([32, 16, 1], [4, 16, 1], Swizzle::None, "swizzle");
 }

@@ -1,4 +1,4 @@
-//! Attention: `attention.cu` with plain multiply-adds, `attention_tensor.cu` on tensor cores.
+//! Attention: `attention.cu` with plain multiply-adds, `attention_tensor.cu` on tensor cores, and `attention_hopper` on Hopper's.
 //!
 //! Documents are cut into tiles, a list of which is on the device (`layouts`), so a block finds its rows with one read, documents
 //! without rows cost nothing, and the longest tiles begin first.
@@ -8,7 +8,7 @@ use super::attention_kernels::{
     TensorTile,
 };
 use super::layouts::Table;
-use super::{Argument, Geometry, Gpu, Kernel, Runtime};
+use super::{Argument, Geometry, Gpu, Kernel, Runtime, attention_hopper};
 use crate::contract::{self, AttentionSizes};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -63,7 +63,11 @@ impl Choice {
 
 impl<R: Runtime> AttentionOps for Gpu<R> {
     fn attention_forward(&self, call: AttentionForward<'_, Self>) -> Result<()> {
-        let AttentionSizes { heads, kv_heads, dim } = contract::attention_forward(&call)?;
+        let sizes = contract::attention_forward(&call)?;
+        if let Some(instance) = attention_hopper::instance_for(self.runtime().machine(), &call, sizes) {
+            return self.hopper_attention(call, sizes, instance);
+        }
+        let AttentionSizes { heads, kv_heads, dim } = sizes;
         let dtype = call.q.dtype();
         let choice = Choice::new((dtype, call.precision, dim), &FORWARD_TILED, |instance| {
             &instance.forward

@@ -3,8 +3,8 @@
 use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
-    attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, loss_hopper, matmul, moe, norm,
-    optimizer, quantize, rows,
+    attention_hopper, attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, loss_hopper,
+    matmul, moe, norm, optimizer, quantize, rows,
 };
 use crate::ops::{Op, Support};
 
@@ -37,6 +37,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &quantize::DECODE_FAMILY,
     &attention_kernels::FAMILY,
     &attention_kernels::TENSOR_FAMILY,
+    &attention_hopper::FAMILY,
     &matmul::TENSOR_FAMILY,
     &matmul::HOPPER_FAMILY,
     &matmul::EXACT_FAMILY,

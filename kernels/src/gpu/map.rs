@@ -53,13 +53,13 @@ impl<M> Clone for TensorMap<'_, M> {
 
 impl<M> Copy for TensorMap<'_, M> {}
 
-/// The argument of a launch: planes of rows that follow each other, and boxes within one plane.
+/// The argument of a launch: planes of rows that follow each other, and boxes of them.
 pub(crate) struct Map<'a, R: Runtime> {
     pub(crate) tensor: &'a Tensor<Gpu<R>>,
     /// Elements of a row, rows of a plane, planes.
     pub(crate) extents: [usize; 3],
-    /// Elements and rows of a box.
-    pub(crate) rectangle: [usize; 2],
+    /// Elements, rows and planes of a box.
+    pub(crate) rectangle: [usize; 3],
     pub(crate) swizzle: Swizzle,
 }
 
@@ -88,7 +88,8 @@ impl<R: Runtime> Map<'_, R> {
             return wrong("a row does not begin at 16 bytes");
         }
         let narrow = |extent: usize| u32::try_from(extent).map_err(|_| "an extent is too large".to_owned());
-        let rectangle = [narrow(self.rectangle[0])?, narrow(self.rectangle[1])?, 1];
+        let [row_of_box, rows_of_box, planes_of_box] = self.rectangle;
+        let rectangle = [narrow(row_of_box)?, narrow(rows_of_box)?, narrow(planes_of_box)?];
         let row_bytes = rectangle[0] as usize * element;
         let swizzle = self.swizzle.bytes() as usize;
         if rectangle.iter().any(|extent| *extent == 0 || *extent > MOST_OF_A_BOX) {

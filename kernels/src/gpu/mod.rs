@@ -23,6 +23,7 @@
 
 mod addresses;
 mod attention;
+mod attention_hopper;
 mod attention_kernels;
 pub(crate) mod cache;
 mod convolution;

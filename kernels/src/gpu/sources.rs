@@ -56,6 +56,7 @@ pub(crate) static GROUPED_F32: Source = source!("grouped_f32");
 pub(crate) static QUANTIZE: Source = source!("quantize");
 pub(crate) static ATTENTION: Source = source!("attention");
 pub(crate) static ATTENTION_TENSOR: Source = source!("attention_tensor");
+pub(crate) static ATTENTION_HOPPER: Source = source!("attention_hopper", HOPPER);
 pub(crate) static MATMUL: Source = source!("matmul");
 pub(crate) static MATMUL_HOPPER: Source = source!("matmul_hopper", HOPPER);
 pub(crate) static GROUPED_HOPPER: Source = source!("grouped_hopper", HOPPER);

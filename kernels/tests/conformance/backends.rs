@@ -94,7 +94,8 @@ pub fn has_hopper_kernels(ops: &[Op]) -> bool {
     let own = |op: &Op| {
         matches!(
             op,
-            Op::LinearForward
+            Op::AttentionForward
+                | Op::LinearForward
                 | Op::LinearBackward
                 | Op::LinearCrossEntropy
                 | Op::GroupedLinearForward

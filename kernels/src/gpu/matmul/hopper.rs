@@ -102,7 +102,7 @@ pub(in crate::gpu) fn token_map<'a, R: Runtime>(tensor: &'a Tensor<Gpu<R>>, box_
     Map {
         tensor,
         extents: [shape.row(), shape.rows(), 1],
-        rectangle: [DEPTH, box_rows],
+        rectangle: [DEPTH, box_rows, 1],
         swizzle: Swizzle::Bytes128,
     }
 }
@@ -122,10 +122,10 @@ pub(in crate::gpu) fn weight_map<R: Runtime>(
     };
     // Codes come two a byte; for dx a box of elements is half as wide as the tile, since the swizzle spans 64 of them.
     let (row, rectangle, swizzle) = match (tensor.dtype(), is_straight) {
-        (DType::U8, true) => (row / 2, [DEPTH / 2, OUTPUTS], Swizzle::None),
-        (DType::U8, false) => (row / 2, [OUTPUTS / 2, DEPTH], Swizzle::Bytes64),
-        (_, true) => (row, [DEPTH, OUTPUTS], Swizzle::Bytes128),
-        (_, false) => (row, [OUTPUTS / 2, DEPTH], Swizzle::Bytes128),
+        (DType::U8, true) => (row / 2, [DEPTH / 2, OUTPUTS, 1], Swizzle::None),
+        (DType::U8, false) => (row / 2, [OUTPUTS / 2, DEPTH, 1], Swizzle::Bytes64),
+        (_, true) => (row, [DEPTH, OUTPUTS, 1], Swizzle::Bytes128),
+        (_, false) => (row, [OUTPUTS / 2, DEPTH, 1], Swizzle::Bytes128),
     };
     Map {
         tensor,
@@ -147,7 +147,7 @@ pub(in crate::gpu) fn frozen<'a, R: Runtime>(right: &'a Right<'_, R>) -> &'a Ten
 pub(in crate::gpu) fn half_map<R: Runtime>(tensor: &Tensor<Gpu<R>>, planes: usize, sizes: [usize; 2]) -> Map<'_, R> {
     let whole = weight_map(tensor, true, planes, sizes);
     Map {
-        rectangle: [whole.rectangle[0], OUTPUTS / 2],
+        rectangle: [whole.rectangle[0], OUTPUTS / 2, 1],
         ..whole
     }
 }
