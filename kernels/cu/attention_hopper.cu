@@ -2,7 +2,7 @@
 // are those of attention.cu, the method is FlashAttention's (Dao 2023, arXiv 2307.08691), its overlap within a warp group
 // FlashAttention-3's (Shah et al. 2024, arXiv 2407.08608).
 //
-//   hopper_attention_head<D>     head sizes up to 64, 80, 96, 128 and 256
+//   hopper_attention_forward_head<D>     head sizes up to 64, 80, 96, 128 and 256
 //
 // Tensors: q [Tq, H, D], k and v [Tk, K, D] bf16 by maps; tiles i32 [n, 5] (attention.cuh); out [Tq, H, D] bf16; lse [Tq, H] f32. D is a
 // multiple of 8 (rows begin at 16 bytes, which the copy engine wants), H / K at most 128, the scale above zero; attention_tensor.cu
@@ -415,7 +415,7 @@ DEVICE void attention(const Operands& of) {
 // Head size, keys of a tile, stages.
 #define HOPPER_ATTENTION(head, keys, stages)                                                                            \
     ENTRY(THREADS, 1)                                                                                                   \
-    hopper_attention_head##head##_bf16(MAP q, MAP k, MAP v, MAP v_row, const i32* __restrict__ tiles,                   \
+    hopper_attention_forward_head##head##_bf16(MAP q, MAP k, MAP v, MAP v_row, const i32* __restrict__ tiles,                   \
                                        bf16* __restrict__ out, f32* __restrict__ lse, i32 tile_count, i32 group,        \
                                        i32 kv_heads, i32 dim, f32 scale) {                                              \
         attention<Sizes<head, keys, stages>>({&q, &k, &v, &v_row, tiles, out, lse, tile_count, group, kv_heads, dim, scale}); \

@@ -26,6 +26,9 @@ enum Mistake {
     NOT_SHOWN,
     WRONG_STRIDE,
     DIFFERENT_PRODUCTS,
+    REGISTERS_CHANGED,
+    SUMS_NOT_BEGUN,
+    WRONG_ACROSS,
 };
 
 DEVICE void store(f32* c, const f32 (&sum)[SIDE / 2]) {
@@ -114,6 +117,57 @@ PRODUCT(factor_overwritten, OVERWRITTEN)
 PRODUCT(factor_not_shown, NOT_SHOWN)
 PRODUCT(wrong_stride, WRONG_STRIDE)
 PRODUCT(different_products, DIFFERENT_PRODUCTS)
+
+// C [64, 128] = A [64, 64] · B [64, 128]: B's rows are the depth, 64 elements of them in one box and the others in the next. With A in
+// shared memory the first product begins the sums, which are NaN before; with A in registers, one fence is for all of them.
+template <Mistake MISTAKE>
+DEVICE void wide_product(const TensorMap* a, const TensorMap* b, const bf16* left, f32* c, bool in_registers) {
+    constexpr i32 COLUMNS = 2 * SIDE;
+    DYNAMIC_SHARED(memory);
+    u8* right = memory + TILE_BYTES;
+    u64* barrier = reinterpret_cast<u64*>(memory + 3 * TILE_BYTES);
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        barriers_publish();
+        barrier_expect(barrier, 3 * TILE_BYTES);
+        copy_box(memory, a, 0, 0, 0, barrier);
+        copy_box(right, b, 0, 0, 0, barrier);
+        copy_box(right + TILE_BYTES, b, SIDE, 0, 0, barrier);
+        barrier_arrive(barrier);
+    }
+    __syncthreads();
+    barrier_wait(barrier, 0);
+    u64 of_b = factor(right, SWIZZLE_REPEAT, MISTAKE == WRONG_ACROSS ? TILE_BYTES / 2 : TILE_BYTES);
+    u32 registers[4][4];
+    f32 sum[COLUMNS / 2];
+    for (i32 i = 0; i < COLUMNS / 2; i++) sum[i] = in_registers ? 0.0f : __uint_as_float(F32_NAN_BITS);
+    for (i32 step = 0; step < 4; step++) load_left(registers[step], left, 16 * step);
+    products_begin(registers);
+    if (MISTAKE == REGISTERS_CHANGED) registers[3][1] ^= 1;
+    for (i32 step = 0; step < 4; step++) {
+        u64 rows = moved(of_b, 2048 * step);
+        if (in_registers) {
+            multiply_async_transposed(sum, registers[step], rows);
+        } else {
+            multiply_async<false, true>(sum, factor(memory + 32 * step, SWIZZLE_REPEAT), rows,
+                                        MISTAKE == SUMS_NOT_BEGUN || step > 0);
+        }
+    }
+    products_commit();
+    products_wait<0>();
+    pin(sum);
+    i32 row = warp_index() * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
+    for (i32 i = 0; i < COLUMNS / 2; i++) c[(row + i / 2 % 2 * 8) * COLUMNS + i / 4 * 8 + column + i % 2] = sum[i];
+}
+
+#define WIDE_PRODUCT(name, MISTAKE)                                                                                \
+    ENTRY(THREADS) name(MAP a, MAP b, const bf16* __restrict__ left, f32* __restrict__ c, i32 in_registers) {      \
+        wide_product<MISTAKE>(&a, &b, left, c, in_registers);                                                      \
+    }
+WIDE_PRODUCT(wide_group_product, NOTHING)
+WIDE_PRODUCT(registers_changed, REGISTERS_CHANGED)
+WIDE_PRODUCT(sums_not_begun, SUMS_NOT_BEGUN)
+WIDE_PRODUCT(wrong_across, WRONG_ACROSS)
 
 enum Meeting { MET, NOT_MET, MET_ALONE, NOT_LEFT };
 

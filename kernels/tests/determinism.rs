@@ -412,6 +412,49 @@ fn attention() {
 }
 
 #[test]
+fn attention_on_hopper_has_the_same_bits_in_any_order_of_blocks() {
+    let segments = Segments::from_lengths([130, 1, 0, 300]);
+    let (tokens, heads, kv_heads) = (segments.tokens(), 6, 2);
+    for dim in [32, 256] {
+        same_bits_on_hopper(|device| {
+            let [q, dout] = [1, 4].map(|seed| half(device, &[tokens, heads, dim], seed));
+            let [k, v] = [2, 3].map(|seed| half(device, &[tokens, kv_heads, dim], seed));
+            let mut out = device.alloc(DType::BF16, q.shape()).unwrap();
+            let mut lse = device.alloc(DType::F32, [tokens, heads]).unwrap();
+            let call = AttentionForward {
+                q: &q,
+                k: &k,
+                v: &v,
+                query_segments: &segments,
+                key_segments: &segments,
+                scale: 0.2,
+                precision: Precision::Bf16,
+                out: &mut out,
+                lse: &mut lse,
+            };
+            device.attention_forward(call).unwrap();
+            let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|like| device.alloc(DType::BF16, like.shape()).unwrap());
+            let call = AttentionBackward {
+                q: &q,
+                k: &k,
+                v: &v,
+                out: &out,
+                lse: &lse,
+                dout: &dout,
+                segments: &segments,
+                scale: 0.2,
+                precision: Precision::Bf16,
+                dq: &mut dq,
+                dk: &mut dk,
+                dv: &mut dv,
+            };
+            device.attention_backward(call).unwrap();
+            read(device, [&out, &lse, &dq, &dk, &dv])
+        });
+    }
+}
+
+#[test]
 fn cross_entropy() {
     let (tokens, width, vocabulary) = (300, 40, 2_000);
     same_bits_everywhere!("linear_cross_entropy", |cpu, precision| {

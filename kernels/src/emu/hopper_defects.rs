@@ -54,6 +54,27 @@ static FACTOR_NOT_SHOWN: Kernel = product("factor_not_shown");
 static WRONG_STRIDE: Kernel = product("wrong_stride");
 static DIFFERENT_PRODUCTS: Kernel = product("different_products");
 
+const fn wide_product(stem: &'static str) -> Kernel {
+    Kernel {
+        source: &SOURCE,
+        stem,
+        types: &[],
+        threads: 128,
+        parameters: &[
+            ("a", Parameter::Map),
+            ("b", Parameter::Map),
+            ("left", Parameter::In(Element::Is(DType::BF16))),
+            ("c", Parameter::Out(Element::Is(DType::F32))),
+            ("in_registers", Parameter::I32),
+        ],
+    }
+}
+
+static WIDE: Kernel = wide_product("wide_group_product");
+static REGISTERS_CHANGED: Kernel = wide_product("registers_changed");
+static SUMS_NOT_BEGUN: Kernel = wide_product("sums_not_begun");
+static WRONG_ACROSS: Kernel = wide_product("wrong_across");
+
 const fn meeting(stem: &'static str) -> Kernel {
     Kernel {
         source: &SOURCE,
@@ -105,6 +126,10 @@ pub(crate) static FAMILY: Family = Family {
         &FACTOR_NOT_SHOWN,
         &WRONG_STRIDE,
         &DIFFERENT_PRODUCTS,
+        &WIDE,
+        &REGISTERS_CHANGED,
+        &SUMS_NOT_BEGUN,
+        &WRONG_ACROSS,
         &BOX,
         &MEET,
         &DO_NOT_MEET,
@@ -234,6 +259,58 @@ fn products_that_are_misused_are_found() {
         "registers of a left factor were written",
     );
     complains(&DIFFERENT_PRODUCTS, Left::Straight, "different products");
+}
+
+/// `A · B` with twice as many columns, by a kernel.
+fn run_wide(device: &Emulated, kernel: &'static Kernel, in_registers: bool) -> Result<Vec<f32>> {
+    let a = upload(device, &factor(1));
+    let halves: Vec<bf16> = wide_factor().into_iter().map(bf16::from_f32).collect();
+    let b = device.upload(DType::BF16, [SIDE, 2 * SIDE], bytemuck::cast_slice(&halves))?;
+    let mut c = device.zeros(DType::F32, [SIDE, 2 * SIDE])?;
+    let map = Map {
+        tensor: &b,
+        extents: [2 * SIDE, SIDE, 1],
+        rectangle: [SIDE, SIDE, 1],
+        swizzle: Swizzle::Bytes128,
+    };
+    let arguments = [
+        tile(&a),
+        Argument::Map(map),
+        Argument::In(&a),
+        Argument::Out(&mut c),
+        Argument::Flag(in_registers),
+    ];
+    let geometry = Geometry::cover(1, 1).with_shared(3 * TILE_BYTES + 8);
+    device.launch(kernel, &[], geometry, &arguments)?;
+    device.read_f32(&c)
+}
+
+fn wide_factor() -> Vec<f32> {
+    [factor(5), factor(9)].concat()
+}
+
+#[test]
+fn a_right_factor_whose_rows_are_the_depth_is_read_across_its_boxes() {
+    let Some(device) = device() else { return };
+    let (a, b) = (factor(1), wide_factor());
+    let element = |i: usize| {
+        let [row, column] = [i / (2 * SIDE), i % (2 * SIDE)];
+        (0..SIDE).map(|k| a[row * SIDE + k] * b[k * 2 * SIDE + column]).sum()
+    };
+    let expected: Vec<f32> = (0..2 * SIDE * SIDE).map(element).collect();
+    for in_registers in [false, true] {
+        assert_eq!(run_wide(&device, &WIDE, in_registers).unwrap(), expected);
+        assert_ne!(run_wide(&device, &WRONG_ACROSS, in_registers).unwrap(), expected);
+    }
+    let not_begun = run_wide(&device, &SUMS_NOT_BEGUN, false).unwrap();
+    assert!(not_begun.iter().all(|value| value.is_nan()), "sums had no beginning");
+}
+
+#[test]
+fn registers_that_change_between_their_fence_and_the_product_are_found() {
+    let Some(device) = device() else { return };
+    let message = run_wide(&device, &REGISTERS_CHANGED, true).unwrap_err().to_string();
+    assert!(message.contains("between their fence and wgmma"), "{message}");
 }
 
 #[test]

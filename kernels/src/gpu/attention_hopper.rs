@@ -43,11 +43,11 @@ const fn forward(stem: &'static str) -> Kernel {
     }
 }
 
-static HEAD64: Kernel = forward("hopper_attention_head64");
-static HEAD80: Kernel = forward("hopper_attention_head80");
-static HEAD96: Kernel = forward("hopper_attention_head96");
-static HEAD128: Kernel = forward("hopper_attention_head128");
-static HEAD256: Kernel = forward("hopper_attention_head256");
+static HEAD64: Kernel = forward("hopper_attention_forward_head64");
+static HEAD80: Kernel = forward("hopper_attention_forward_head80");
+static HEAD96: Kernel = forward("hopper_attention_forward_head96");
+static HEAD128: Kernel = forward("hopper_attention_forward_head128");
+static HEAD256: Kernel = forward("hopper_attention_forward_head256");
 
 /// Rows of a tile, each of them one query head of one token.
 const ROWS: usize = 128;

@@ -53,7 +53,26 @@ const CACHED: &[Shape] = &[
     shape(&[17], 32, 2, 1, 256),
 ];
 
+/// Around the tiles of Hopper's kernels, 128 rows of a group's heads and 80 or 128 keys, and through their rings more than once;
+/// groups that do not divide a tile, that fill one with few tokens, and that no tile takes.
+const TILED: &[Shape] = &[
+    shape(&[127, 129, 128], 0, 1, 1, 64),
+    shape(&[530], 0, 1, 1, 64),
+    shape(&[390], 0, 1, 1, 128),
+    shape(&[15, 17, 16], 0, 8, 1, 256),
+    shape(&[79, 81, 1, 161], 0, 1, 1, 256),
+    shape(&[43, 42, 85], 0, 6, 2, 72),
+    shape(&[19, 37], 91, 14, 2, 88),
+    shape(&[3], 0, 130, 1, 8),
+];
+
 impl Shape {
+    fn multiply_adds(&self) -> usize {
+        // Two products, and half of the keys are seen.
+        let pairs = self.documents.iter().map(|length| length * (length + self.extra_keys));
+        pairs.sum::<usize>() * self.heads * self.dim
+    }
+
     fn queries(&self) -> Segments {
         Segments::from_lengths(self.documents.iter().copied())
     }
@@ -209,6 +228,19 @@ fn attention_forward_agrees_with_the_oracle() {
 }
 
 #[test]
+fn attention_forward_over_many_tiles_agrees_with_the_oracle() {
+    on_every_backend!("attention_forward, tiles", [AttentionForward], |run| {
+        for dtype in run.activations() {
+            for shape in TILED {
+                if run.affords(shape.multiply_adds()) {
+                    forward(run, *dtype, shape, Precision::Bf16, 4.0);
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn attention_backward_agrees_with_the_oracle() {
     on_every_backend!("attention_backward", [AttentionBackward], |run| {
         for dtype in run.activations() {
@@ -227,6 +259,49 @@ fn packed_documents_give_what_they_give_alone() {
         }
         run.case("packed = separate", 0);
     });
+}
+
+#[test]
+fn what_is_not_finite_in_one_document_does_not_reach_another() {
+    on_every_backend!("documents apart", [AttentionForward], |run| {
+        for dtype in run.activations() {
+            for dim in [16, 256] {
+                apart(run, *dtype, dim);
+            }
+        }
+        run.case("documents apart", 0);
+    });
+}
+
+/// The first of two documents, where the other has NaN in its keys and values.
+fn apart<B: Traits>(run: &Run<'_, B>, dtype: DType, dim: usize) {
+    let (device, segments, first) = (run.backend, Segments::from_lengths([37, 30]), 37 * dim);
+    let shape = [segments.tokens(), 1, dim];
+    let mut values = Random::new(9).normal(segments.tokens() * dim);
+    let q = run.upload(dtype, shape, &mut values);
+    let mut attend = |other: f32| {
+        values[first..].fill(other);
+        let x = run.upload(dtype, shape, &mut values);
+        let mut out = device.alloc(dtype, shape).unwrap();
+        let mut lse = device.alloc(DType::F32, [segments.tokens(), 1]).unwrap();
+        let call = AttentionForward {
+            q: &q,
+            k: &x,
+            v: &x,
+            query_segments: &segments,
+            key_segments: &segments,
+            scale: 0.25,
+            precision: Precision::Bf16,
+            out: &mut out,
+            lse: &mut lse,
+        };
+        device.attention_forward(call).unwrap();
+        let mut bytes = device.read(&out).unwrap();
+        bytes.truncate(first * dtype.size_bytes());
+        bytes
+    };
+    let apart = attend(1.0) == attend(f32::NAN);
+    assert!(apart, "on {} in {dtype}, heads of {dim}", run.name);
 }
 
 /// Forward and backward over documents together and one by one: the same bits.

@@ -19,6 +19,8 @@ pub struct Cost {
     pub tensor_flops: f64,
     /// Bytes through shared memory, with bank conflicts left out; of a whole warp.
     pub shared_bytes: f64,
+    /// Those of them that brought a left factor there: nothing where it stays for many products.
+    pub brought_bytes: f64,
 }
 
 impl Add for Cost {
@@ -33,6 +35,7 @@ impl Add for Cost {
             special: self.special + other.special,
             tensor_flops: self.tensor_flops + other.tensor_flops,
             shared_bytes: self.shared_bytes + other.shared_bytes,
+            brought_bytes: self.brought_bytes + other.brought_bytes,
         }
     }
 }
@@ -55,6 +58,7 @@ impl Mul<f64> for Cost {
             special: self.special * times,
             tensor_flops: self.tensor_flops * times,
             shared_bytes: self.shared_bytes * times,
+            brought_bytes: self.brought_bytes * times,
         }
     }
 }
@@ -120,13 +124,14 @@ fn group_product(instruction: &str, opcode: &str) -> Cost {
     let left = operands.split(',').nth(1).map_or("", str::trim);
     let (tokens, left_bytes) = (16.0 * columns * 2.0, 64.0 * 16.0 * 2.0);
     let from_registers = left.starts_with('R') && !left.starts_with("RZ");
-    let shared = match from_registers {
-        true => tokens + tokens / 2.0 + left_bytes / 4.0,
-        false => tokens + tokens / 2.0 + 2.0 * left_bytes,
+    let (read, brought) = match from_registers {
+        true => (tokens, left_bytes / 4.0),
+        false => (tokens + left_bytes, left_bytes),
     };
     Cost {
         tensor_flops: 2.0 * 64.0 * columns * 16.0 / 4.0,
-        shared_bytes: shared / 4.0,
+        shared_bytes: (read + tokens / 2.0 + brought) / 4.0,
+        brought_bytes: brought / 4.0,
         ..Cost::default()
     }
 }

@@ -74,6 +74,11 @@ const fn ring(tokens: usize, weight: usize) -> usize {
 const ELEMENTS: usize = 128 * 64 * 2;
 const CODES: usize = 128 * 64 / 2 + 128 * 4;
 
+/// Barriers and rows of at least 128 bytes, of the instances in `gpu/attention_hopper.rs`: queries, keys and stages.
+const fn attended(head: usize, keys: usize, stages: usize) -> usize {
+    1024 + (128 + 2 * stages * keys) * head.div_ceil(64) * 128
+}
+
 /// Every matrix kernel. One that has tensor-core instructions without being named here fails too, so that none can lose them
 /// unnoticed.
 pub const MATRIX: &[Matrix] = &[
@@ -160,6 +165,11 @@ pub const MATRIX: &[Matrix] = &[
     group("hopper_grouped_pair_middle", "_u8", ring(128, CODES)),
     group("hopper_grouped_pair_wide", "_bf16", ring(256, ELEMENTS)),
     group("hopper_grouped_pair_wide", "_u8", ring(256, CODES)),
+    group("hopper_attention_forward_head64", "", attended(64, 128, 4)),
+    group("hopper_attention_forward_head80", "", attended(80, 128, 3)),
+    group("hopper_attention_forward_head96", "", attended(96, 128, 3)),
+    group("hopper_attention_forward_head128", "", attended(128, 128, 3)),
+    group("hopper_attention_forward_head256", "", attended(256, 80, 2)),
     group("hopper_logits", "_bf16", ring(256, ELEMENTS)),
     group("hopper_logits", "_u8", ring(256, CODES)),
     group("hopper_head_dx", "_bf16", ring(256, ELEMENTS)),
@@ -168,6 +178,11 @@ pub const MATRIX: &[Matrix] = &[
 
 /// Kernels that may keep something in local memory, at most so many bytes of a thread, and why that is right: none.
 const LOCAL_MEMORY: &[(&str, usize, &str)] = &[];
+
+/// Kernels whose softmax runs beside products, and the fewest exponentials of a tile of keys that a thread then has there: two rows of
+/// 80 keys over four lanes. The compiler would move the wait before them (`attention_hopper.cu`).
+const SOFTMAX_BESIDE: &str = "hopper_attention_forward";
+const LEAST_BESIDE: usize = 40;
 
 /// Which instruction multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,6 +215,11 @@ pub fn judge(entry: &str, kernel: &str, read: &Read) -> Option<String> {
         Some(Tensor::Warp) if whole.hmma == 0 => return Some("has lost its HMMA".to_owned()),
         Some(Tensor::Group) if whole.hgmma == 0 => return Some("has lost its HGMMA".to_owned()),
         Some(Tensor::Group) if whole.copies == 0 => return Some("has lost its copies by TMA".to_owned()),
+        Some(Tensor::Group)
+            if kernel.starts_with(SOFTMAX_BESIDE) && read.code.exponentials_beside_products < LEAST_BESIDE =>
+        {
+            return Some("waits for its products before the softmax that is to run beside them".to_owned());
+        }
         _ => {}
     }
     let frame = read.resources.stack_bytes + read.resources.local_bytes;

@@ -52,6 +52,9 @@ const SCHEDULERS: f64 = 4.0;
 /// 256 is four times 64; of 128 four times 32, and of a chunk's 64 twice.
 const NESTED: &[(&str, &str, f64)] = &[("attention_", "head256", 4.0), ("delta_", "", 3.0)];
 
+/// Kernels whose left factors are queries, which stay in shared memory, and weights, which never go there.
+const KEEPS_ITS_LEFT: &str = "hopper_attention_";
+
 /// Cycles of a multiprocessor for one round of a block's loop.
 struct Cycles {
     /// Of the tensor cores at their full rate.
@@ -116,9 +119,14 @@ fn loop_cost(kernel: &str, read: &Read) -> Cost {
     let nested = NESTED
         .iter()
         .find(|(begin, part, _)| kernel.starts_with(begin) && kernel.contains(part));
-    match nested {
+    let cost = match nested {
         Some((_, _, times)) => read.code.around_cost[0] + read.code.around_cost[1] * *times,
         None => read.code.main_cost,
+    };
+    let kept = if kernel.starts_with(KEEPS_ITS_LEFT) { cost.brought_bytes } else { 0.0 };
+    Cost {
+        shared_bytes: cost.shared_bytes - kept,
+        ..cost
     }
 }
 

@@ -44,6 +44,8 @@ pub struct Code {
     /// The same of the outermost loop around it, or of everything where there is none: outside of the innermost loops with tensor
     /// instructions, and in those.
     pub around_cost: [Cost; 2],
+    /// Exponentials between a wait that leaves a warp group's products under way and the next that does not: those that run beside them.
+    pub exponentials_beside_products: usize,
 }
 
 struct Function<'a> {
@@ -140,7 +142,19 @@ impl Function<'_> {
             main_loop: main.map(|range| self.count(range.clone())),
             main_cost,
             around_cost: [self.cost(around) + in_products * -1.0, in_products],
+            exponentials_beside_products: self.exponentials_beside_products(),
         }
+    }
+
+    fn exponentials_beside_products(&self) -> usize {
+        let (mut under_way, mut count) = (false, 0);
+        for instruction in &self.instructions {
+            if let Some((_, left)) = instruction.split_once("WARPGROUP.DEPBAR.LE gsb0, ") {
+                under_way = !left.starts_with("0x0");
+            }
+            count += usize::from(under_way && opcode(instruction) == "MUFU.EX2");
+        }
+        count
     }
 
     /// From a label to a branch back to it. The compiler ends code with a branch to itself, which is none.
@@ -226,6 +240,23 @@ fn width(opcode: &str) -> usize {
         () if parts.contains(&"U8") || parts.contains(&"S8") || parts.contains(&"8") => 1,
         () => 4,
     }
+}
+
+#[test]
+fn exponentials_run_beside_products_that_are_not_waited_for_yet() {
+    let text = r#"
+	.section	.text.attention_bf16,"ax",@progbits
+attention_bf16:
+        /*0000*/                   MUFU.EX2 R1, R1 ;
+        /*0010*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0020*/                   MUFU.EX2 R2, R2 ;
+        /*0030*/                   MUFU.RCP R3, R3 ;
+        /*0040*/                   MUFU.EX2 R4, R4 ;
+        /*0050*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/                   MUFU.EX2 R5, R5 ;
+"#;
+    let code = parse(text).remove("attention_bf16").unwrap();
+    assert_eq!(code.exponentials_beside_products, 2);
 }
 
 #[test]

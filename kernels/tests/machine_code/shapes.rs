@@ -61,7 +61,7 @@ pub fn of(kernel: &str, entry: &str) -> Option<Shape> {
                 bytes,
             )
         }
-        () if kernel.starts_with("attention_") => attention(kernel),
+        () if kernel.starts_with("attention_") || kernel.starts_with("hopper_attention_") => attention(kernel),
         () if kernel.starts_with("delta_") => delta(kernel),
         () => None,
     }
@@ -187,6 +187,9 @@ fn delta(kernel: &str) -> Option<Shape> {
 pub fn tile(kernel: &str) -> &'static str {
     let has = |part: &str| kernel.contains(part);
     match () {
+        () if kernel == "hopper_attention_forward_head64" => "128 × 128, ring of 4",
+        () if kernel == "hopper_attention_forward_head256" => "128 × 80, ring of 2",
+        () if kernel.starts_with("hopper_attention_") => "128 × 128, ring of 3",
         () if kernel.starts_with("hopper_grouped_swiglu") && has("narrow") => "(64 + 64) × 64 × 64, ring of 8",
         () if kernel.starts_with("hopper_grouped_swiglu") => "(64 + 64) × 128 × 64, ring of 6 (NF4 8)",
         () if kernel.starts_with("hopper_") && has("narrow") => "128 × 64 × 64, ring of 8",
