@@ -39,16 +39,8 @@
 // Numerics: as attention_tensor.cu: sums in f32, exponentials to base 2 with the scale folded in, P rounded to bf16 as a factor, row
 // sums of the unrounded P. Bits depend on the document alone.
 
-#include "attention.cuh"
-#include "hopper.cuh"
+#include "attention_hopper.cuh"
 
-constexpr f32 LOG2_E = 1.4426950408889634f;
-constexpr i32 THREADS = 384;
-constexpr i32 MULTIPLYING_WARPS = 8;
-constexpr i32 ROWS = 128;
-// A row of a tile in shared memory: 64 elements.
-constexpr i32 SPAN = 64;
-constexpr i32 SPAN_BYTES = 128;
 // Of the copying and of the multiplying threads: 128 · 24 + 256 · 240 are what 384 threads of 168 have.
 constexpr i32 COPY_REGISTERS = 24;
 constexpr i32 MULTIPLY_REGISTERS = 240;
@@ -57,14 +49,11 @@ constexpr i32 MULTIPLY_REGISTERS = 240;
 template <i32 HEAD_, i32 KEYS_, i32 STAGES_>
 struct Sizes {
     static constexpr i32 HEAD = HEAD_, KEYS = KEYS_, STAGES = STAGES_;
-    static constexpr i32 SPANS = (HEAD + SPAN - 1) / SPAN;
-    // From one span of a tile to the next, and a tile.
-    static constexpr i32 QUERY_SPAN = ROWS * SPAN_BYTES, KEY_SPAN = KEYS * SPAN_BYTES;
-    static constexpr i32 QUERY_BYTES = SPANS * QUERY_SPAN, KEY_BYTES = SPANS * KEY_SPAN;
+    static constexpr i32 QUERY_BYTES = SPANS<HEAD> * ROWS * SPAN_BYTES, KEY_BYTES = SPANS<HEAD> * KEYS * SPAN_BYTES;
     // Where things lie; barriers are before the queries.
     static constexpr i32 QUERIES = SWIZZLE_REPEAT, RING = QUERIES + QUERY_BYTES;
     static_assert(HEAD % 16 == 0 && KEYS % 16 == 0, "whole steps of wgmma");
-    static_assert(KEY_SPAN % SWIZZLE_REPEAT == 0, "tiles begin where the swizzle does");
+    static_assert(KEYS * SPAN_BYTES % SWIZZLE_REPEAT == 0, "tiles begin where the swizzle does");
 };
 
 // What is attended to, as a kernel gets it.
@@ -108,52 +97,7 @@ struct Memory {
     }
 };
 
-// One tile of one key/value head.
-struct Job {
-    Tile tile;
-    i32 kv_head, tokens;  // tokens of a tile
-
-    // The last key that the tile's first query sees, and the keys that any of its queries sees.
-    DEVICE i32 first_seen() const { return tile.first + tile.extra_keys(); }
-    DEVICE i32 visible() const { return first_seen() + min(tokens, tile.queries - tile.first); }
-    template <class S>
-    DEVICE i32 key_tiles() const {
-        return (visible() + S::KEYS - 1) / S::KEYS;
-    }
-};
-
-// Gives `work` every tile of this block. The list begins with the longest tiles: blocks take them in rising order and in falling order
-// by turns, so that who had the longest of one round has the shortest of the next.
-template <class Work>
-DEVICE void for_each_job(const Operands& of, Work work) {
-    i32 blocks = i32(gridDim.x), block = i32(blockIdx.x), tokens = ROWS / of.group;
-    i64 count = i64(of.tile_count) * of.kv_heads;
-    for (i64 begin = 0, round = 0; begin < count; begin += blocks, round++) {
-        i64 index = begin + (round % 2 == 0 ? block : blocks - 1 - block);
-        if (index >= count) continue;
-        Job job{load_tile(of.tiles, i32(index / of.kv_heads)), i32(index % of.kv_heads), tokens};
-        if (job.tile.queries > 0) work(job);  // the list has room for more tiles than there are
-    }
-}
-
 // ---- the copying warp ----------------------------------------------------------------------------------------------
-
-// Begins to copy a document's values from `first` on, of which `exist` do: as boxes, or row by row where the document ends among them.
-template <class S>
-DEVICE void copy_values(const Memory<S>& memory, const Operands& of, const Job& job, i32 slot, i32 first, i32 exist) {
-    u8* to = memory.values(slot);
-    u64* full = memory.values_full(slot);
-    if (exist >= S::KEYS) {
-        for (i32 span = 0; span < S::SPANS && lane_index() == 0; span++)
-            copy_box(to + span * S::KEY_SPAN, of.v, span * SPAN, job.kv_head, job.tile.key_start + first, full);
-        return;
-    }
-    for (i32 row = lane_index(); row < S::KEYS; row += WARP_LANES) {
-        i32 source = row < exist ? job.tile.key_start + first + row : -1;
-        for (i32 span = 0; span < S::SPANS; span++)
-            copy_box(to + span * S::KEY_SPAN + row * SPAN_BYTES, of.v_row, span * SPAN, job.kv_head, source, full);
-    }
-}
 
 template <class S>
 DEVICE void copy_tiles(const Memory<S>& memory, const Operands& of) {
@@ -161,76 +105,33 @@ DEVICE void copy_tiles(const Memory<S>& memory, const Operands& of) {
     u32 turn = 1;  // parity of the queries' last phase
     bool leads = lane_index() == 0;
     if (leads) prefetch_map(of.q), prefetch_map(of.k), prefetch_map(of.v), prefetch_map(of.v_row);
-    for_each_job(of, [&](const Job& job) {
+    for_each_job(of.tiles, of.tile_count, of.kv_heads, ROWS / of.group, [&](const Job& job) {
         barrier_wait(memory.queries_empty(), turn);
         turn ^= 1;
         if (leads) {
-            barrier_expect(memory.queries_full(), u32(S::SPANS * job.tokens * of.group * SPAN_BYTES));
-            for (i32 span = 0; span < S::SPANS; span++)
-                copy_box(memory.queries() + span * S::QUERY_SPAN, of.q, span * SPAN, job.kv_head * of.group,
+            barrier_expect(memory.queries_full(), u32(SPANS<S::HEAD> * job.tokens * of.group * SPAN_BYTES));
+            for (i32 span = 0; span < SPANS<S::HEAD>; span++)
+                copy_box(memory.queries() + span * ROWS * SPAN_BYTES, of.q, span * SPAN, job.kv_head * of.group,
                          job.tile.query_start + job.tile.first, memory.queries_full());
             barrier_arrive(memory.queries_full());
         }
-        for (i32 first = 0; first < job.visible(); first += S::KEYS) {
-            barrier_wait(memory.keys_empty(at.slot), at.parity ^ 1);
-            if (leads) {
-                u64* full = memory.keys_full(at.slot);
-                barrier_expect(full, S::KEY_BYTES);
-                for (i32 span = 0; span < S::SPANS; span++)
-                    copy_box(memory.keys(at.slot) + span * S::KEY_SPAN, of.k, span * SPAN, job.kv_head,
-                             job.tile.key_start + first, full);
-                barrier_arrive(full);
-            }
-            barrier_wait(memory.values_empty(at.slot), at.parity ^ 1);
-            if (leads) barrier_expect(memory.values_full(at.slot), S::KEY_BYTES);
-            copy_values(memory, of, job, at.slot, first, job.tile.keys - first);
+        auto copy = [&](u8* to, const TensorMap* map, i32 first, bool whole, u64* full, u64* empty) {
+            barrier_wait(empty, at.parity ^ 1);
+            if (leads) barrier_expect(full, S::KEY_BYTES);
+            copy_rows<S::HEAD, S::KEYS>(to, map, of.v_row, job.kv_head, job.tile.key_start + first, job.tile.keys - first, whole,
+                                        full);
             __syncwarp();
-            if (leads) barrier_arrive(memory.values_full(at.slot));
+            if (leads) barrier_arrive(full);
+        };
+        for (i32 first = 0; first < job.visible(); first += S::KEYS) {
+            copy(memory.keys(at.slot), of.k, first, true, memory.keys_full(at.slot), memory.keys_empty(at.slot));
+            copy(memory.values(at.slot), of.v, first, false, memory.values_full(at.slot), memory.values_empty(at.slot));
             at.advance<S::STAGES>();
         }
     });
 }
 
 // ---- the multiplying groups ----------------------------------------------------------------------------------------
-
-// Who a multiplying thread is: of two groups, of four warps; lane = 4 g + t. It has rows `row(0)` and `row(1)` of a tile.
-struct Multiplier {
-    i32 group, first_row, g, t;
-
-    DEVICE Multiplier() {
-        i32 warp = from_lane(warp_index(), 0) - WARP_GROUP / WARP_LANES;
-        group = warp / 4, first_row = warp * 16, g = lane_index() / 4, t = lane_index() % 4;
-    }
-    DEVICE i32 row(i32 half) const { return first_row + g + 8 * half; }
-};
-
-// Says that this warp has done with what a barrier is for.
-DEVICE void release(u64* empty) {
-    if (lane_index() == 0) barrier_arrive(empty);
-}
-
-// scores [64, KEYS] = this group's queries · keysᵀ, begun.
-template <class S>
-DEVICE void begin_scores(f32 (&scores)[S::KEYS / 2], u64 queries, u64 keys) {
-    products_begin();
-#pragma unroll
-    for (i32 depth = 0; depth < S::HEAD; depth += 16) {
-        i32 span = depth / SPAN, within = depth % SPAN * 2;
-        multiply_async<false>(scores, moved(queries, span * S::QUERY_SPAN + within), moved(keys, span * S::KEY_SPAN + within),
-                              depth > 0);
-    }
-    products_commit();
-}
-
-// result [64, HEAD] += weights [64, KEYS] · values, begun.
-template <class S>
-DEVICE void begin_result(f32 (&result)[S::HEAD / 2], const u32 (&weights)[S::KEYS / 16][4], u64 values) {
-    products_begin(weights);
-#pragma unroll
-    for (i32 depth = 0; depth < S::KEYS; depth += 16)
-        multiply_async_transposed(result, weights[depth / 16], moved(values, depth * SPAN_BYTES));
-    products_commit();
-}
 
 // Softmax as far as it has come, of the thread's two rows; the sums are of its own columns.
 struct Softmax {
@@ -276,58 +177,14 @@ DEVICE void mask(f32 (&scores)[COUNT], const Multiplier& me, const i32 (&last)[2
     }
 }
 
-// Accumulators are the next product's left factor as they are, but for rounding.
-template <i32 COUNT>
-DEVICE void round_weights(u32 (&weights)[COUNT / 8][4], const f32 (&scores)[COUNT]) {
-#pragma unroll
-    for (i32 i = 0; i < COUNT / 2; i++) weights[i / 4][i % 4] = bf16_pair(scores[2 * i], scores[2 * i + 1]);
-}
-
-// Four words of each of four neighbouring lanes, turned over: word p of lane t becomes word t of lane p.
-DEVICE void turn_over(u32 (&words)[4]) {
-#pragma unroll
-    for (i32 bit = 1; bit < 4; bit *= 2) {
-        bool upper = lane_index() & bit;
-#pragma unroll
-        for (i32 i = 0; i < 4; i++) {
-            if (i & bit) continue;
-            u32 received = lane_across(upper ? words[i] : words[i + bit], bit);
-            if (upper) {
-                words[i] = received;
-            } else {
-                words[i + bit] = received;
-            }
-        }
-    }
-}
-
-// Writes one of the thread's rows: its four lanes have two columns of each eight, and write eight of four columns' each.
-template <i32 COUNT>
-DEVICE void store_row(const f32 (&result)[COUNT], i32 half, f32 factor, bf16* to, i32 dim, i32 t, bool exists) {
-    constexpr i32 EIGHTS = COUNT / 4;
-#pragma unroll
-    for (i32 first = 0; first < EIGHTS; first += 4) {
-        u32 words[4];
-#pragma unroll
-        for (i32 i = 0; i < 4; i++) {
-            i32 at = (first + i < EIGHTS ? first + i : 0) * 4 + 2 * half;
-            words[i] = bf16_pair(result[at] * factor, result[at + 1] * factor);
-        }
-        turn_over(words);
-        i32 column = (first + t) * PACK;
-        if (exists && column < dim) *reinterpret_cast<uint4*>(to + column) = uint4{words[0], words[1], words[2], words[3]};
-    }
-}
-
 // One tile of this group's rows.
 template <class S>
 DEVICE void attend(const Memory<S>& memory, const Operands& of, const Multiplier& me, const Job& job, RingPlace& at) {
-    u64 queries = factor(memory.queries() + me.group * (ROWS / 2 * SPAN_BYTES), SWIZZLE_REPEAT);
-    u64 keys = factor(memory.keys(0), SWIZZLE_REPEAT);
-    u64 values = factor(memory.values(0), SWIZZLE_REPEAT, S::KEY_SPAN);
+    u64 queries = me.left(memory.queries()), keys = factor(memory.keys(0), SWIZZLE_REPEAT);
+    u64 values = factor(memory.values(0), SWIZZLE_REPEAT, S::KEYS * SPAN_BYTES);
     f32 scale_log2 = of.scale * LOG2_E;
     i32 last[2] = {job.first_seen() + me.row(0) / of.group, job.first_seen() + me.row(1) / of.group};
-    i32 least = job.first_seen() + me.first_row / of.group, count = job.key_tiles<S>();
+    i32 least = job.first_seen() + me.first_row / of.group, count = (job.visible() + S::KEYS - 1) / S::KEYS;
 
     f32 result[S::HEAD / 2], scores[S::KEYS / 2], correction[2];
     u32 weights[S::KEYS / 16][4];
@@ -336,7 +193,7 @@ DEVICE void attend(const Memory<S>& memory, const Operands& of, const Multiplier
     for (i32 i = 0; i < S::HEAD / 2; i++) result[i] = 0.0f;
 
     barrier_wait(memory.keys_full(at.slot), at.parity);
-    begin_scores<S>(scores, queries, moved(keys, 2 * at.slot * S::KEY_BYTES));
+    begin_scores<S::HEAD, S::KEYS>(scores, queries, moved(keys, 2 * at.slot * S::KEY_BYTES));
     products_wait<0>();
     pin(scores);
     release(memory.keys_empty(at.slot));
@@ -349,9 +206,9 @@ DEVICE void attend(const Memory<S>& memory, const Operands& of, const Multiplier
         u32 parity = at.parity;
         at.advance<S::STAGES>();
         barrier_wait(memory.keys_full(at.slot), at.parity);
-        begin_scores<S>(scores, queries, moved(keys, 2 * at.slot * S::KEY_BYTES));
+        begin_scores<S::HEAD, S::KEYS>(scores, queries, moved(keys, 2 * at.slot * S::KEY_BYTES));
         barrier_wait(memory.values_full(before), parity);
-        begin_result<S>(result, weights, moved(values, 2 * before * S::KEY_BYTES));
+        begin_result<S::HEAD, S::KEYS>(result, weights, moved(values, 2 * before * S::KEY_BYTES));
         products_wait<1>();
         pin(scores);
         release(memory.keys_empty(at.slot));
@@ -374,7 +231,7 @@ DEVICE void attend(const Memory<S>& memory, const Operands& of, const Multiplier
     }
     release(memory.queries_empty());
     barrier_wait(memory.values_full(at.slot), at.parity);
-    begin_result<S>(result, weights, moved(values, 2 * at.slot * S::KEY_BYTES));
+    begin_result<S::HEAD, S::KEYS>(result, weights, moved(values, 2 * at.slot * S::KEY_BYTES));
     products_wait<0>();
     pin(result);
     release(memory.values_empty(at.slot));
@@ -404,7 +261,7 @@ DEVICE void attention(const Operands& of) {
         Multiplier me;
         RingPlace at;
         u32 turn = 0;
-        for_each_job(of, [&](const Job& job) {
+        for_each_job(of.tiles, of.tile_count, of.kv_heads, ROWS / of.group, [&](const Job& job) {
             barrier_wait(memory.queries_full(), turn);
             turn ^= 1;
             attend<S>(memory, of, me, job, at);

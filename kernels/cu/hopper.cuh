@@ -243,9 +243,8 @@ DEVICE void multiply_async(f32 (&sum)[COUNT], u64 a, u64 b, bool adds = true) {
     "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3]), "+f"(sum[i + 4]), "+f"(sum[i + 5]), "+f"(sum[i + 6]), \
         "+f"(sum[i + 7])
 #define SUMS_32(i) SUMS_8(i), SUMS_8(i + 8), SUMS_8(i + 16), SUMS_8(i + 24)
-#define NAMES_32 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES_24 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23"
+#define NAMES_32 NAMES_24 ",%24,%25,%26,%27,%28,%29,%30,%31"
 #define NAMES_40 NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define NAMES_48 NAMES_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define NAMES_64 \
@@ -275,6 +274,8 @@ DEVICE void multiply_async(f32 (&sum)[COUNT], u64 a, u64 b, bool adds = true) {
                      : "l"(a), "l"(b), "r"(i32(adds)), "n"(i32(TRANSPOSED)), "n"(i32(RIGHT_TRANSPOSED))               \
                      : "memory");                                                                                     \
     }
+#define SUMS_24 SUMS_8(0), SUMS_8(8), SUMS_8(16)
+MULTIPLY_ASYNC(48, 24, SUMS_24, NAMES_24, "%24", "%25", "%26", "%27", "%28", "%29")
 MULTIPLY_ASYNC(64, 32, SUMS_32(0), NAMES_32, "%32", "%33", "%34", "%35", "%36", "%37")
 #define SUMS_40 SUMS_32(0), SUMS_8(32)
 MULTIPLY_ASYNC(80, 40, SUMS_40, NAMES_40, "%40", "%41", "%42", "%43", "%44", "%45")

@@ -77,6 +77,7 @@ pub const HEADERS: &[(&str, &str)] = &[
     ("cross_entropy.cuh", include_str!("../../cu/cross_entropy.cuh")),
     ("tile.cuh", include_str!("../../cu/tile.cuh")),
     ("hopper.cuh", include_str!("../../cu/hopper.cuh")),
+    ("attention_hopper.cuh", include_str!("../../cu/attention_hopper.cuh")),
     ("hopper_tile.cuh", include_str!("../../cu/hopper_tile.cuh")),
 ];
 
