@@ -3,12 +3,13 @@
 //! Documents are cut into tiles, a list of which is on the device (`layouts`), so a block finds its rows with one read, documents
 //! without rows cost nothing, and the longest tiles begin first.
 
+use super::attention_hopper::instance_for;
 use super::attention_kernels::{
     BACKWARD_KEYS_TILED, BACKWARD_QUERIES_TILED, DELTA, FORWARD_TILED, INSTANCES, Instance, SLAB, THREADS, TILE,
     TensorTile,
 };
 use super::layouts::Table;
-use super::{Argument, Geometry, Gpu, Kernel, Runtime, attention_hopper};
+use super::{Argument, Geometry, Gpu, Kernel, Runtime};
 use crate::contract::{self, AttentionSizes};
 use crate::dtype::DType;
 use crate::error::Result;
@@ -64,7 +65,8 @@ impl Choice {
 impl<R: Runtime> AttentionOps for Gpu<R> {
     fn attention_forward(&self, call: AttentionForward<'_, Self>) -> Result<()> {
         let sizes = contract::attention_forward(&call)?;
-        if let Some(instance) = attention_hopper::instance_for(self.runtime().machine(), &call, sizes) {
+        let machine = self.runtime().machine();
+        if let Some(instance) = instance_for(machine, call.q, call.precision, call.scale, sizes) {
             return self.hopper_attention(call, sizes, instance);
         }
         let AttentionSizes { heads, kv_heads, dim } = sizes;
@@ -88,9 +90,14 @@ impl<R: Runtime> AttentionOps for Gpu<R> {
     }
 
     fn attention_backward(&self, call: AttentionBackward<'_, Self>) -> Result<()> {
-        let AttentionSizes { heads, kv_heads, dim } = contract::attention_backward(&call)?;
+        let sizes = contract::attention_backward(&call)?;
+        let AttentionSizes { heads, kv_heads, dim } = sizes;
         let dtype = call.q.dtype();
         let delta = self.delta(call.out, call.dout, dim)?;
+        let machine = self.runtime().machine();
+        if let Some(instance) = instance_for(machine, call.q, call.precision, call.scale, sizes) {
+            return self.hopper_attention_backward(call, sizes, &delta, instance.gradients);
+        }
         let form = (dtype, call.precision, dim);
         let documents = [call.segments, call.segments];
         let inputs = |tiles| {

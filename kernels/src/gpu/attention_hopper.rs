@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::attention_hopper_backward::{GRADIENTS, Gradients};
 use super::family::Family;
 use super::kernel::Parameter::{F32, I32, In, Map as MapOf, Out};
 use super::layouts::Table;
@@ -50,12 +51,11 @@ static HEAD128: Kernel = forward("hopper_attention_forward_head128");
 static HEAD256: Kernel = forward("hopper_attention_forward_head256");
 
 /// Rows of a tile, each of them one query head of one token.
-const ROWS: usize = 128;
+pub(super) const ROWS: usize = 128;
 /// Elements of a row of a box: what the swizzle spans.
-const SPAN: usize = 64;
+pub(super) const SPAN: usize = 64;
 
 /// One head size.
-#[derive(Debug)]
 pub(super) struct Instance {
     /// The largest head size it can do.
     head: usize,
@@ -63,14 +63,17 @@ pub(super) struct Instance {
     /// Keys of a tile, and tiles of them and of values that there is room for.
     keys: usize,
     stages: usize,
+    /// The way back.
+    pub(super) gradients: &'static Gradients,
 }
 
-const fn instance(head: usize, kernel: &'static Kernel, keys: usize, stages: usize) -> Instance {
+const fn instance(kernel: &'static Kernel, keys: usize, stages: usize, gradients: &'static Gradients) -> Instance {
     Instance {
-        head,
+        head: gradients.head,
         kernel,
         keys,
         stages,
+        gradients,
     }
 }
 
@@ -84,11 +87,11 @@ impl Instance {
 
 /// The table of `attention_hopper.cu`, by rising head size.
 static INSTANCES: [Instance; 5] = [
-    instance(64, &HEAD64, 128, 4),
-    instance(80, &HEAD80, 128, 3),
-    instance(96, &HEAD96, 128, 3),
-    instance(128, &HEAD128, 128, 3),
-    instance(256, &HEAD256, 80, 2),
+    instance(&HEAD64, 128, 4, &GRADIENTS[0]),
+    instance(&HEAD80, 128, 3, &GRADIENTS[1]),
+    instance(&HEAD96, 128, 3, &GRADIENTS[2]),
+    instance(&HEAD128, 128, 3, &GRADIENTS[3]),
+    instance(&HEAD256, 80, 2, &GRADIENTS[4]),
 ];
 
 /// The instance that does a call, or none, where the portable kernels do.
@@ -99,14 +102,15 @@ static INSTANCES: [Instance; 5] = [
 /// 256 where the portable kernel has half the rows and 32 keys in 1 500 to 2 700.
 pub(super) fn instance_for<R: Runtime>(
     machine: Machine,
-    call: &AttentionForward<'_, Gpu<R>>,
+    q: &Tensor<Gpu<R>>,
+    precision: Precision,
+    scale: f32,
     sizes: AttentionSizes,
 ) -> Option<&'static Instance> {
-    let is_half = call.q.dtype() == DType::BF16 && call.precision == Precision::Bf16;
+    let is_half = q.dtype() == DType::BF16 && precision == Precision::Bf16;
     // A map of nothing is none.
-    let has_tokens = call.query_segments.tokens() > 0;
-    if machine.is_hopper() && is_half && has_tokens {
-        look_up(sizes, call.scale)
+    if machine.is_hopper() && is_half && q.shape().elements() > 0 {
+        look_up(sizes, scale)
     } else {
         None
     }
@@ -120,7 +124,12 @@ fn look_up(AttentionSizes { heads, kv_heads, dim }: AttentionSizes, scale: f32) 
 }
 
 /// Boxes of so many heads of so many tokens of a tensor `[T, H, D]`, of which `tokens` are in use. Elements beyond a row are zeros.
-fn map<R: Runtime>(tensor: &Tensor<Gpu<R>>, heads: [usize; 2], tokens: [usize; 2], dim: usize) -> Map<'_, R> {
+pub(super) fn map<R: Runtime>(
+    tensor: &Tensor<Gpu<R>>,
+    heads: [usize; 2],
+    tokens: [usize; 2],
+    dim: usize,
+) -> Map<'_, R> {
     Map {
         tensor,
         extents: [dim, heads[0], tokens[0]],

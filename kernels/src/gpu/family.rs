@@ -3,7 +3,7 @@
 use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
-    attention_hopper, attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, loss_hopper,
+    attention_hopper, attention_hopper_backward, attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, loss_hopper,
     matmul, moe, norm, optimizer, quantize, rows,
 };
 use crate::ops::{Op, Support};
@@ -38,6 +38,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &attention_kernels::FAMILY,
     &attention_kernels::TENSOR_FAMILY,
     &attention_hopper::FAMILY,
+    &attention_hopper_backward::FAMILY,
     &matmul::TENSOR_FAMILY,
     &matmul::HOPPER_FAMILY,
     &matmul::EXACT_FAMILY,

@@ -24,6 +24,7 @@
 mod addresses;
 mod attention;
 mod attention_hopper;
+mod attention_hopper_backward;
 mod attention_kernels;
 pub(crate) mod cache;
 mod convolution;

@@ -57,6 +57,7 @@ pub(crate) static QUANTIZE: Source = source!("quantize");
 pub(crate) static ATTENTION: Source = source!("attention");
 pub(crate) static ATTENTION_TENSOR: Source = source!("attention_tensor");
 pub(crate) static ATTENTION_HOPPER: Source = source!("attention_hopper", HOPPER);
+pub(crate) static ATTENTION_HOPPER_BACKWARD: Source = source!("attention_hopper_backward", HOPPER);
 pub(crate) static MATMUL: Source = source!("matmul");
 pub(crate) static MATMUL_HOPPER: Source = source!("matmul_hopper", HOPPER);
 pub(crate) static GROUPED_HOPPER: Source = source!("grouped_hopper", HOPPER);

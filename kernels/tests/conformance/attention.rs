@@ -252,6 +252,19 @@ fn attention_backward_agrees_with_the_oracle() {
 }
 
 #[test]
+fn attention_backward_over_many_tiles_agrees_with_the_oracle() {
+    on_every_backend!("attention_backward, tiles", [AttentionBackward], |run| {
+        for dtype in run.activations() {
+            for shape in TILED {
+                if run.affords(shape.multiply_adds()) {
+                    backward(run, *dtype, shape, Precision::Bf16);
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn packed_documents_give_what_they_give_alone() {
     on_every_backend!("packed = separate", [AttentionForward, AttentionBackward], |run| {
         for dtype in run.activations() {

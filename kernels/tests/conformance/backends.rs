@@ -95,6 +95,7 @@ pub fn has_hopper_kernels(ops: &[Op]) -> bool {
         matches!(
             op,
             Op::AttentionForward
+                | Op::AttentionBackward
                 | Op::LinearForward
                 | Op::LinearBackward
                 | Op::LinearCrossEntropy

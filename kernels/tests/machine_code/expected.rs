@@ -79,6 +79,11 @@ const fn attended(head: usize, keys: usize, stages: usize) -> usize {
     1024 + (128 + 2 * stages * keys) * head.div_ceil(64) * 128
 }
 
+/// The same of `gpu/attention_hopper_backward.rs`: tensors that stay, rows of those that pass, stages, bytes beside each such row.
+const fn gradient(head: usize, staying: usize, passing: usize, stages: usize, beside: usize) -> usize {
+    1024 + (128 * staying + 2 * stages * passing) * head.div_ceil(64) * 128 + stages * passing * beside
+}
+
 /// Every matrix kernel. One that has tensor-core instructions without being named here fails too, so that none can lose them
 /// unnoticed.
 pub const MATRIX: &[Matrix] = &[
@@ -170,6 +175,21 @@ pub const MATRIX: &[Matrix] = &[
     group("hopper_attention_forward_head96", "", attended(96, 128, 3)),
     group("hopper_attention_forward_head128", "", attended(128, 128, 3)),
     group("hopper_attention_forward_head256", "", attended(256, 80, 2)),
+    group("hopper_attention_backward_queries_head64", "", gradient(64, 2, 96, 4, 0)),
+    group("hopper_attention_backward_values_head64", "", gradient(64, 1, 96, 4, 8)),
+    group("hopper_attention_backward_keys_head64", "", gradient(64, 2, 96, 4, 8)),
+    group("hopper_attention_backward_queries_head80", "", gradient(80, 2, 96, 3, 0)),
+    group("hopper_attention_backward_values_head80", "", gradient(80, 1, 96, 3, 8)),
+    group("hopper_attention_backward_keys_head80", "", gradient(80, 2, 96, 3, 8)),
+    group("hopper_attention_backward_queries_head96", "", gradient(96, 2, 96, 3, 0)),
+    group("hopper_attention_backward_values_head96", "", gradient(96, 1, 96, 3, 8)),
+    group("hopper_attention_backward_keys_head96", "", gradient(96, 2, 96, 3, 8)),
+    group("hopper_attention_backward_queries_head128", "", gradient(128, 2, 96, 3, 0)),
+    group("hopper_attention_backward_values_head128", "", gradient(128, 1, 96, 3, 8)),
+    group("hopper_attention_backward_keys_head128", "", gradient(128, 2, 96, 3, 8)),
+    group("hopper_attention_backward_queries_head256", "", gradient(256, 2, 48, 2, 0)),
+    group("hopper_attention_backward_values_head256", "", gradient(256, 1, 80, 2, 8)),
+    group("hopper_attention_backward_keys_head256", "", gradient(256, 2, 48, 2, 8)),
     group("hopper_logits", "_bf16", ring(256, ELEMENTS)),
     group("hopper_logits", "_u8", ring(256, CODES)),
     group("hopper_head_dx", "_bf16", ring(256, ELEMENTS)),

@@ -130,7 +130,8 @@ fn adapter(what: &str, rows: f64, read: f64, width: f64) -> Option<Shape> {
     )
 }
 
-/// 16 384 tokens in four documents. A kernel's own products: 2 forward, 3 for dq, 4 for dk and dv, 5 of them at heads of 256.
+/// 16 384 tokens in four documents. A kernel's own products: 2 forward, 3 for dq, 4 for dk and dv, 5 of them at heads of 256; 2 and 3
+/// where each has a kernel of its own.
 fn attention(kernel: &str) -> Option<Shape> {
     let (tokens, heads, keys) = (16_384.0, 16.0, 2.0);
     let dim: f64 = kernel.rsplit("head").next()?.parse().ok()?;
@@ -138,6 +139,8 @@ fn attention(kernel: &str) -> Option<Shape> {
     let (products, tensors) = match () {
         () if kernel.contains("forward") => (2.0, 2.0 * heads + 2.0 * keys),
         () if kernel.contains("queries") => (3.0, 3.0 * heads + 2.0 * keys),
+        () if kernel.contains("values") => (2.0, 2.0 * heads + 2.0 * keys),
+        () if kernel.starts_with("hopper_") => (3.0, 2.0 * heads + 3.0 * keys),
         () => (if dim > 128.0 { 5.0 } else { 4.0 }, 2.0 * heads + 4.0 * keys),
     };
     shape(
@@ -189,7 +192,11 @@ pub fn tile(kernel: &str) -> &'static str {
     match () {
         () if kernel == "hopper_attention_forward_head64" => "128 × 128, ring of 4",
         () if kernel == "hopper_attention_forward_head256" => "128 × 80, ring of 2",
-        () if kernel.starts_with("hopper_attention_") => "128 × 128, ring of 3",
+        () if kernel.starts_with("hopper_attention_forward") => "128 × 128, ring of 3",
+        () if kernel == "hopper_attention_backward_values_head256" => "128 × 80, ring of 2",
+        () if kernel.starts_with("hopper_attention_") && kernel.ends_with("head256") => "128 × 48, ring of 2",
+        () if kernel.starts_with("hopper_attention_") && kernel.ends_with("head64") => "128 × 96, ring of 4",
+        () if kernel.starts_with("hopper_attention_") => "128 × 96, ring of 3",
         () if kernel.starts_with("hopper_grouped_swiglu") && has("narrow") => "(64 + 64) × 64 × 64, ring of 8",
         () if kernel.starts_with("hopper_grouped_swiglu") => "(64 + 64) × 128 × 64, ring of 6 (NF4 8)",
         () if kernel.starts_with("hopper_") && has("narrow") => "128 × 64 × 64, ring of 8",
