@@ -271,7 +271,7 @@ DEVICE void attention(const Operands& of) {
 
 // Head size, keys of a tile, stages.
 #define HOPPER_ATTENTION(head, keys, stages)                                                                            \
-    ENTRY(THREADS, 1)                                                                                                   \
+    ENTRY(ATTENTION_THREADS, 1)                                                                                                   \
     hopper_attention_forward_head##head##_bf16(MAP q, MAP k, MAP v, MAP v_row, const i32* __restrict__ tiles,                   \
                                        bf16* __restrict__ out, f32* __restrict__ lse, i32 tile_count, i32 group,        \
                                        i32 kv_heads, i32 dim, f32 scale) {                                              \

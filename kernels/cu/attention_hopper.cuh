@@ -6,7 +6,7 @@
 #include "hopper.cuh"
 
 constexpr f32 LOG2_E = 1.4426950408889634f;
-constexpr i32 THREADS = 384;
+constexpr i32 ATTENTION_THREADS = 384;  // three warp groups: one copies, two multiply
 constexpr i32 MULTIPLYING_WARPS = 8;
 // Rows of a tile that stays.
 constexpr i32 ROWS = 128;

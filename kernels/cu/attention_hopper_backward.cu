@@ -305,7 +305,7 @@ DEVICE void attention_backward(const Operands& of) {
 
 // Name, what it makes, head size, rows that pass, stages.
 #define HOPPER_GRADIENT(name, of, head, passing, stages)                                                                     \
-    ENTRY(THREADS, 1)                                                                                                        \
+    ENTRY(ATTENTION_THREADS, 1)                                                                                                        \
     hopper_attention_backward_##name##_head##head##_bf16(                                                                    \
         MAP staying, MAP other_staying, MAP passed, MAP other_passed, MAP row, MAP other_row, const f32* __restrict__ lse,   \
         const f32* __restrict__ delta, const i32* __restrict__ tiles, bf16* __restrict__ out, i32 tile_count, i32 group,     \

@@ -1,4 +1,4 @@
-//! Attention on Hopper's tensor cores: `attention_hopper.cu`, and what it does.
+//! Attention on Hopper's tensor cores: what is done so, and the forward pass, `attention_hopper.cu`.
 
 use std::sync::Arc;
 

@@ -3,8 +3,8 @@
 use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
-    attention_hopper, attention_hopper_backward, attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, loss_hopper,
-    matmul, moe, norm, optimizer, quantize, rows,
+    attention_hopper, attention_hopper_backward, attention_kernels, convolution, delta, delta_inputs, elementwise,
+    gate, loss, loss_hopper, matmul, moe, norm, optimizer, quantize, rows,
 };
 use crate::ops::{Op, Support};
 

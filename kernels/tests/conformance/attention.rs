@@ -276,7 +276,7 @@ fn packed_documents_give_what_they_give_alone() {
 
 #[test]
 fn what_is_not_finite_in_one_document_does_not_reach_another() {
-    on_every_backend!("documents apart", [AttentionForward], |run| {
+    on_every_backend!("documents apart", [AttentionForward, AttentionBackward], |run| {
         for dtype in run.activations() {
             for dim in [16, 256] {
                 apart(run, *dtype, dim);
@@ -286,7 +286,7 @@ fn what_is_not_finite_in_one_document_does_not_reach_another() {
     });
 }
 
-/// The first of two documents, where the other has NaN in its keys and values.
+/// The first of two documents, where the other has NaN in all that it has.
 fn apart<B: Traits>(run: &Run<'_, B>, dtype: DType, dim: usize) {
     let (device, segments, first) = (run.backend, Segments::from_lengths([37, 30]), 37 * dim);
     let shape = [segments.tokens(), 1, dim];
@@ -309,12 +309,36 @@ fn apart<B: Traits>(run: &Run<'_, B>, dtype: DType, dim: usize) {
             lse: &mut lse,
         };
         device.attention_forward(call).unwrap();
-        let mut bytes = device.read(&out).unwrap();
-        bytes.truncate(first * dtype.size_bytes());
-        bytes
+        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| device.alloc(dtype, shape).unwrap());
+        let call = AttentionBackward {
+            q: &x,
+            k: &x,
+            v: &x,
+            out: &out,
+            lse: &lse,
+            dout: &x,
+            segments: &segments,
+            scale: 0.25,
+            precision: Precision::Bf16,
+            dq: &mut dq,
+            dk: &mut dk,
+            dv: &mut dv,
+        };
+        device.attention_backward(call).unwrap();
+        [&out, &dq, &dk, &dv].map(|tensor| {
+            let mut bytes = device.read(tensor).unwrap();
+            bytes.truncate(first * dtype.size_bytes());
+            bytes
+        })
     };
-    let apart = attend(1.0) == attend(f32::NAN);
-    assert!(apart, "on {} in {dtype}, heads of {dim}", run.name);
+    let (finite, other) = (attend(1.0), attend(f32::NAN));
+    for (i, name) in ["out", "dq", "dk", "dv"].into_iter().enumerate() {
+        assert!(
+            finite[i] == other[i],
+            "{name} on {} in {dtype}, heads of {dim}",
+            run.name
+        );
+    }
 }
 
 /// Forward and backward over documents together and one by one: the same bits.

@@ -123,7 +123,11 @@ fn loop_cost(kernel: &str, read: &Read) -> Cost {
         Some((_, _, times)) => read.code.around_cost[0] + read.code.around_cost[1] * *times,
         None => read.code.main_cost,
     };
-    let kept = if kernel.starts_with(KEEPS_ITS_LEFT) { cost.brought_bytes } else { 0.0 };
+    let kept = if kernel.starts_with(KEEPS_ITS_LEFT) {
+        cost.brought_bytes
+    } else {
+        0.0
+    };
     Cost {
         shared_bytes: cost.shared_bytes - kept,
         ..cost
@@ -212,7 +216,7 @@ multiprocessor busy:
 | tensor | multiply-adds over 1024 a cycle on sm_80 and 2048 on sm_90a (their data sheets' dense bf16 rates over multiprocessors and clock), where `mma.sync` reaches 62 % of that and wgmma all |
 | issue | instructions of the multiplying warps of a scheduler, one a cycle |
 | logic, float | integers, logic and conversions on 16 lanes, two cycles each; f32 on 16 lanes (sm_80) or 32 (sm_90a), integer products on 16: the throughputs of the CUDA programming guide |
-| shared | bytes through shared memory over 128 a cycle, free of conflicts: elements, matrices, copies to it, and what wgmma reads and TMA brought for it |
+| shared | bytes through shared memory over 128 a cycle, free of conflicts: elements, matrices, copies to it, and what wgmma reads and TMA brought for it, which in attention is not the left factor: that stays |
 | limit, share | the largest of these (`special`: exponentials, on 4 lanes); the share of the tensor cores' full rate if all overlaps, and if nothing does. Several blocks on a multiprocessor come near the first, a single one is between |
 | TFLOP, MB | of a launch at this shape, by formula: products done by this kernel; every operand and result once, NF4 at 4.13 bits |
 | of the roofline | the time that the roofline allows (the longer of FLOP at 312 or 790 TFLOP/s and bytes at 1.9 or 4.3 TB/s: A100 by its data sheet, H200 as measured with copies and 8192³ products of others) over the predicted one, which has FLOP at that share; and the predicted time |
