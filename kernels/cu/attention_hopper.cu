@@ -162,8 +162,8 @@ DEVICE void advance(Softmax& softmax, f32 (&scores)[COUNT], f32 scale_log2, f32 
     }
 }
 
-// Scores of keys that a row does not see become −∞; `last` is, counted from the tile's first key, the last that each row sees. Every row
-// sees key 0, so no maximum is −∞ after the first tile.
+// Scores of keys that a row does not see become −∞: those beyond `last`, of which the tile's first is `first_key`. Every row sees key 0,
+// so no maximum is −∞ after the first tile.
 template <i32 COUNT>
 DEVICE void mask(f32 (&scores)[COUNT], const Multiplier& me, const i32 (&last)[2], i32 first_key) {
 #pragma unroll
@@ -270,11 +270,11 @@ DEVICE void attention(const Operands& of) {
 }
 
 // Head size, keys of a tile, stages.
-#define HOPPER_ATTENTION(head, keys, stages)                                                                            \
-    ENTRY(ATTENTION_THREADS, 1)                                                                                                   \
-    hopper_attention_forward_head##head##_bf16(MAP q, MAP k, MAP v, MAP v_row, const i32* __restrict__ tiles,                   \
-                                       bf16* __restrict__ out, f32* __restrict__ lse, i32 tile_count, i32 group,        \
-                                       i32 kv_heads, i32 dim, f32 scale) {                                              \
+#define HOPPER_ATTENTION(head, keys, stages)                                                                                  \
+    ENTRY(ATTENTION_THREADS, 1)                                                                                               \
+    hopper_attention_forward_head##head##_bf16(MAP q, MAP k, MAP v, MAP v_row, const i32* __restrict__ tiles,                 \
+                                       bf16* __restrict__ out, f32* __restrict__ lse, i32 tile_count, i32 group,              \
+                                       i32 kv_heads, i32 dim, f32 scale) {                                                    \
         attention<Sizes<head, keys, stages>>({&q, &k, &v, &v_row, tiles, out, lse, tile_count, group, kv_heads, dim, scale}); \
     }
 HOPPER_ATTENTION(64, 128, 4)

@@ -19,13 +19,13 @@
 //   keys      K, V      Q, dO     Sᵀ = K Qᵀ     dPᵀ = V dOᵀ  dk += dSᵀ Q
 //
 // with P = e^(scale S − lse) and dS = P (dP − δ). Scores come with the rows that stay as rows, so P and dS leave the accumulators as the
-// left factor of the last product, and nothing is exchanged between groups. That is also why dv and dk are two launches, each with its
-// own scores, 5 products where 4 would do: together they would not fit a thread's registers at heads of 256, and between two groups
-// that share the rows the weights would have to go through shared memory, a round of barriers each.
+// left factor of the last product, and nothing is exchanged between groups. dv and dk are two launches, each with its own scores, 5 products
+// where 4 would do: together they would not fit a thread's registers at heads of 256, and two groups that share rows would have to
+// give each other weights through shared memory, with barriers for every tile.
 //
 // A group begins scores and slopes together and makes the exponentials while the slopes are under way; the products of the other group
-// run beside all of it. A stage is one tile of both tensors, with lse and δ of its queries in dv and dk: a stage is full when its bytes have come
-// and empty when all eight multiplying warps have done with it.
+// run beside all of it. A stage is one tile of both tensors, with lse and δ of its queries in dv and dk: it is full when its bytes have
+// come and empty when all eight multiplying warps have done with it.
 //
 //   head        keys that pass, stages (dq)   queries, stages (dv)   queries, stages (dk)
 //    64          96, 4                          96, 4                  96, 4
@@ -221,7 +221,8 @@ DEVICE void differentiate(const Memory<S>& memory, const Operands& of, const Mul
     u64 passing = factor(memory.passing(0, 0), SWIZZLE_REPEAT);
     u64 right = factor(memory.passing(0, RIGHT), SWIZZLE_REPEAT, PASSING * SPAN_BYTES);
     f32 scale_log2 = of.scale * LOG2_E;
-    // Of the first row of this thread's two and of the warp's: the last key that it sees, or itself, which is the first query that sees it.
+    // Of this thread's rows, and of the warp's row that a mask concerns first: the last key that a query sees, or, where rows are keys,
+    // the first query that sees one.
     i32 own[2], first_of_warp;
 #pragma unroll
     for (i32 half = 0; half < 2; half++)
@@ -270,7 +271,7 @@ DEVICE void differentiate(const Memory<S>& memory, const Operands& of, const Mul
     }
     release(memory.staying_empty());
 
-    f32 factor = S::SLOPES ? of.scale : 1.0f;
+    f32 scale = S::SLOPES ? of.scale : 1.0f;
 #pragma unroll
     for (i32 half = 0; half < 2; half++) {
         i32 row = me.row(half), token = S::BY_COLUMN ? row : row / of.group;
@@ -278,7 +279,7 @@ DEVICE void differentiate(const Memory<S>& memory, const Operands& of, const Mul
         bool exists = token < job.tokens && job.tile.first + token < (S::BY_COLUMN ? job.tile.keys : job.tile.queries);
         i64 place = S::BY_COLUMN ? i64(first + token) * of.kv_heads + job.kv_head
                                  : i64(first + token) * of.heads() + job.kv_head * of.group + row % of.group;
-        store_row(result, half, factor, of.out + place * of.dim, of.dim, me.t, exists);
+        store_row(result, half, scale, of.out + place * of.dim, of.dim, me.t, exists);
     }
 }
 
@@ -305,7 +306,7 @@ DEVICE void attention_backward(const Operands& of) {
 
 // Name, what it makes, head size, rows that pass, stages.
 #define HOPPER_GRADIENT(name, of, head, passing, stages)                                                                     \
-    ENTRY(ATTENTION_THREADS, 1)                                                                                                        \
+    ENTRY(ATTENTION_THREADS, 1)                                                                                              \
     hopper_attention_backward_##name##_head##head##_bf16(                                                                    \
         MAP staying, MAP other_staying, MAP passed, MAP other_passed, MAP row, MAP other_row, const f32* __restrict__ lse,   \
         const f32* __restrict__ delta, const i32* __restrict__ tiles, bf16* __restrict__ out, i32 tile_count, i32 group,     \
@@ -314,9 +315,9 @@ DEVICE void attention_backward(const Operands& of) {
                                                               {&row, &other_row}, lse, delta, tiles, out, tile_count, group, \
                                                               kv_heads, dim, scale});                                        \
     }
-#define HOPPER_GRADIENTS(head, passing, values_passing, stages)          \
-    HOPPER_GRADIENT(queries, QUERIES, head, passing, stages)             \
-    HOPPER_GRADIENT(values, VALUES, head, values_passing, stages)        \
+#define HOPPER_GRADIENTS(head, passing, values_passing, stages)   \
+    HOPPER_GRADIENT(queries, QUERIES, head, passing, stages)      \
+    HOPPER_GRADIENT(values, VALUES, head, values_passing, stages) \
     HOPPER_GRADIENT(keys, KEYS, head, passing, stages)
 HOPPER_GRADIENTS(64, 96, 96, 4)
 HOPPER_GRADIENTS(80, 96, 96, 3)

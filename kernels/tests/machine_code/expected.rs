@@ -227,10 +227,18 @@ pub const MATRIX: &[Matrix] = &[
 /// Kernels that may keep something in local memory, at most so many bytes of a thread, and why that is right: none.
 const LOCAL_MEMORY: &[(&str, usize, &str)] = &[];
 
-/// Kernels whose softmax runs beside products, and the fewest exponentials of a tile of keys that a thread then has there: two rows of
-/// 80 keys over four lanes. The compiler would move the wait before them (`attention_hopper.cu`).
-const SOFTMAX_BESIDE: &str = "hopper_attention_forward";
-const LEAST_BESIDE: usize = 40;
+/// Kernels whose exponentials run beside products, and how many a thread has of a tile that passes: two rows of 80 or of 48 columns over
+/// four lanes. The compiler moves the wait before them where it may (`attention_hopper.cu`).
+const BESIDE: &[(&str, usize)] = &[
+    ("hopper_attention_forward", 40),
+    ("hopper_attention_backward_queries", 24),
+    ("hopper_attention_backward_keys", 24),
+];
+
+fn least_beside(kernel: &str) -> usize {
+    let line = BESIDE.iter().find(|(begin, _)| kernel.starts_with(begin));
+    line.map_or(0, |(_, least)| *least)
+}
 
 /// Which instruction multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -263,10 +271,8 @@ pub fn judge(entry: &str, kernel: &str, read: &Read) -> Option<String> {
         Some(Tensor::Warp) if whole.hmma == 0 => return Some("has lost its HMMA".to_owned()),
         Some(Tensor::Group) if whole.hgmma == 0 => return Some("has lost its HGMMA".to_owned()),
         Some(Tensor::Group) if whole.copies == 0 => return Some("has lost its copies by TMA".to_owned()),
-        Some(Tensor::Group)
-            if kernel.starts_with(SOFTMAX_BESIDE) && read.code.exponentials_beside_products < LEAST_BESIDE =>
-        {
-            return Some("waits for its products before the softmax that is to run beside them".to_owned());
+        Some(Tensor::Group) if read.code.exponentials_beside_products < least_beside(kernel) => {
+            return Some("waits for its products before the exponentials that are to run beside them".to_owned());
         }
         _ => {}
     }
