@@ -315,12 +315,18 @@ DEVICE void attention_backward(const Operands& of) {
                                                               {&row, &other_row}, lse, delta, tiles, out, tile_count, group, \
                                                               kv_heads, dim, scale});                                        \
     }
-#define HOPPER_GRADIENTS(head, passing, values_passing, stages)   \
-    HOPPER_GRADIENT(queries, QUERIES, head, passing, stages)      \
-    HOPPER_GRADIENT(values, VALUES, head, values_passing, stages) \
-    HOPPER_GRADIENT(keys, KEYS, head, passing, stages)
-HOPPER_GRADIENTS(64, 96, 96, 4)
-HOPPER_GRADIENTS(80, 96, 96, 3)
-HOPPER_GRADIENTS(96, 96, 96, 3)
-HOPPER_GRADIENTS(128, 96, 96, 3)
-HOPPER_GRADIENTS(256, 48, 80, 2)
+HOPPER_GRADIENT(queries, QUERIES, 64, 96, 4)
+HOPPER_GRADIENT(values, VALUES, 64, 96, 4)
+HOPPER_GRADIENT(keys, KEYS, 64, 96, 4)
+HOPPER_GRADIENT(queries, QUERIES, 80, 96, 3)
+HOPPER_GRADIENT(values, VALUES, 80, 96, 3)
+HOPPER_GRADIENT(keys, KEYS, 80, 96, 3)
+HOPPER_GRADIENT(queries, QUERIES, 96, 96, 3)
+HOPPER_GRADIENT(values, VALUES, 96, 96, 3)
+HOPPER_GRADIENT(keys, KEYS, 96, 96, 3)
+HOPPER_GRADIENT(queries, QUERIES, 128, 96, 3)
+HOPPER_GRADIENT(values, VALUES, 128, 96, 3)
+HOPPER_GRADIENT(keys, KEYS, 128, 96, 3)
+HOPPER_GRADIENT(queries, QUERIES, 256, 48, 2)
+HOPPER_GRADIENT(values, VALUES, 256, 80, 2)
+HOPPER_GRADIENT(keys, KEYS, 256, 48, 2)
