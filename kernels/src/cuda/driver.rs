@@ -20,9 +20,6 @@ use crate::gpu::{Gpu, Launch, Machine, PlainProduct, Runtime, Source, Span, Valu
 /// made it.
 pub const SYNCHRONOUS_VARIABLE: &str = "BRIGHTRUN_CUDA_SYNCHRONOUS";
 
-/// Dynamic shared memory that a kernel may have without being asked for more, on every device.
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
-
 /// An NVIDIA device. Everything runs on one stream, in the order of the calls.
 pub struct Driver {
     info: DeviceInfo,
@@ -135,6 +132,9 @@ impl Driver {
     }
 
     /// The function of an entry, allowed that much dynamic shared memory.
+    ///
+    /// It is asked for from the first byte on. Nobody need ask for 48 KiB, but these have a kernel's own arrays in them, in units of
+    /// the 1 KiB that its dynamic memory is aligned to: a tile of exactly 48 KiB beside a table of 64 bytes is more.
     fn function(&self, source: &'static Source, entry: &str, shared_bytes: u32) -> Result<CudaFunction> {
         let mut code = self.code();
         let loaded = code.functions.entry(source.name).or_default();
@@ -148,7 +148,7 @@ impl Driver {
         let function = module
             .load_function(entry)
             .map_err(|error| failure(&format!("finding {}", what()), error))?;
-        if shared_bytes > SHARED_WITHOUT_ASKING {
+        if shared_bytes > 0 {
             let wanted = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function
                 .set_attribute(wanted, shared_bytes.cast_signed())
@@ -161,7 +161,7 @@ impl Driver {
         }
         let known = Function {
             function: function.clone(),
-            shared_bytes: shared_bytes.max(SHARED_WITHOUT_ASKING),
+            shared_bytes,
         };
         code.functions
             .entry(source.name)
