@@ -115,9 +115,13 @@ pub(super) fn upload(
     unsafe { result::memcpy_htod_async(address, bytes, stream.cu_stream()) }
 }
 
-/// Makes of everything queued on the stream from here on, by this thread, a graph instead of running it.
+/// Makes of everything queued on the stream from here on a graph instead of running it.
+///
+/// Relaxed, because a kernel may be met for the first time in a capture: the stricter modes make the driver refuse what loading it
+/// might do, and end the capture. They guard against work on other streams that a capture would miss, of which there is none:
+/// `Driver` refuses copies and allocations, and `Tape` launches of another thread.
 pub(super) fn begin_capture(stream: &CudaStream) -> Result<(), DriverError> {
-    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
 }
 
 /// What was captured, ready to be launched.
