@@ -278,16 +278,26 @@ impl Runtime for Driver {
         }
     }
 
+    /// Memory that was freed counts as taken until the host has seen the device pass the freeing, so a refusal is one only after a
+    /// wait (CUDA driver API, `cuMemPoolTrimTo`): the old arena's room is the new one's.
     fn allocate(&self, bytes: usize) -> Result<Memory> {
         self.uncaptured(&format!("allocating {bytes} bytes"))?;
-        let slice = launch::allocate(&self.compute, bytes).map_err(|error| match error.0 {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory {
+        let refused = |error: &DriverError| error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        let slice = launch::allocate(&self.compute, bytes).or_else(|error| match refused(&error) {
+            true => {
+                self.compute.synchronize()?;
+                launch::allocate(&self.compute, bytes)
+            }
+            false => Err(error),
+        });
+        let slice = slice.map_err(|error| match refused(&error) {
+            true => Error::OutOfMemory {
                 backend: "cuda",
                 wanted: WORKING_MEMORY.to_owned(),
                 requested_bytes: bytes as u64,
                 in_use_bytes: 0,
             },
-            _ => failure(&format!("allocating {bytes} bytes"), error),
+            false => failure(&format!("allocating {bytes} bytes"), error),
         })?;
         Ok(Memory { slice })
     }
@@ -353,6 +363,9 @@ impl Runtime for Driver {
     }
 
     fn plain_product(&self, product: &PlainProduct<'_, Memory>) -> Result<bool> {
+        // The library opens itself for the device whose context this thread has, not for ours.
+        let bound = self.context.bind_to_thread();
+        bound.map_err(|error| failure("choosing the device", error))?;
         if self.library.get().is_none() {
             // Its workspace is memory, which a capture cannot have; the first micro-batch is not captured.
             self.uncaptured("opening cuBLASLt")?;
@@ -374,7 +387,6 @@ impl Runtime for Driver {
             op: "cuda",
             message: format!("{form:?} by cuBLASLt: {error}"),
         };
-        self.context.bind_to_thread().map_err(|error| failed(&error))?;
         let done = library
             .product(&self.compute, product)
             .map_err(|error| failed(&error))?;

@@ -130,22 +130,36 @@ pub(super) fn end_capture(stream: &Arc<CudaStream>) -> Result<Captured, DriverEr
     if let Some(graph) = &graph {
         graph.upload()?;
     }
-    Ok(Captured(Mutex::new(graph)))
+    Ok(Captured {
+        graph: Mutex::new(graph),
+        context: Arc::clone(stream.context()),
+    })
 }
 
 /// A graph of launches; `None` when nothing was captured. The lock is what makes it shareable.
-pub(super) struct Captured(Mutex<Option<CudaGraph>>);
+pub(super) struct Captured {
+    graph: Mutex<Option<CudaGraph>>,
+    context: Arc<CudaContext>,
+}
 
-// SAFETY: the driver's graphs belong to a context, not to a thread: cudarc binds the context before every call, and its type
-// lacks `Send` only for the raw handles in it. Calls for one graph must not overlap, which the lock sees to.
+// SAFETY: the driver's graphs belong to a context, not to a thread: cudarc binds the context before every call but the destroying
+// ones, `Drop` before these, and its type lacks `Send` only for the raw handles in it. Calls for one graph must not overlap, which the
+// lock sees to.
 unsafe impl Send for Captured {}
 // SAFETY: as above.
 unsafe impl Sync for Captured {}
 
 impl Captured {
     pub(super) fn launch(&self) -> Result<(), DriverError> {
-        let graph = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let graph = self.graph.lock().unwrap_or_else(PoisonError::into_inner);
         graph.as_ref().map_or(Ok(()), CudaGraph::launch)
+    }
+}
+
+impl Drop for Captured {
+    /// Recordings are dropped on any thread.
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
     }
 }
 
