@@ -195,12 +195,6 @@ impl Line<'_, '_> {
     }
 }
 
-/// What a file says whose download another one's failure ended; never the first failure of a command.
-fn stopped() -> Failure {
-    Failure::platform("FETCH_UNREACHABLE", "The download ended because another file's failed")
-        .hint("Run the same command again to continue")
-}
-
 async fn download_or_stop_all(line: &Line<'_, '_>, file: &RemoteFile) -> Result<()> {
     if line.stop.is_cancelled() {
         return Err(stopped());
@@ -338,6 +332,12 @@ async fn receive(
         let state = meter.state;
         (meter.progress)(state);
     }
+}
+
+/// What a file says whose download another one's failure ended; never the first failure of a command.
+fn stopped() -> Failure {
+    Failure::platform("FETCH_UNREACHABLE", "The download ended because another file's failed")
+        .hint("Run the same command again to continue")
 }
 
 /// Gives a file its name, if it is right.
