@@ -44,6 +44,7 @@
 // Of the copying and of the multiplying threads: 128 · 24 + 256 · 240 are what 384 threads of 168 have.
 constexpr i32 COPY_REGISTERS = 24;
 constexpr i32 MULTIPLY_REGISTERS = 240;
+static_assert(WARP_GROUP * COPY_REGISTERS + 2 * WARP_GROUP * MULTIPLY_REGISTERS <= BLOCK_REGISTERS, "more registers than given back");
 
 // The sizes of one instance.
 template <i32 HEAD_, i32 KEYS_, i32 STAGES_>

@@ -8,6 +8,8 @@
 constexpr f32 LOG2_E = 1.4426950408889634f;
 constexpr i32 ATTENTION_THREADS = 384;  // three warp groups: one copies, two multiply
 constexpr i32 MULTIPLYING_WARPS = 8;
+// What a block is launched with. Who asks for more waits for ever.
+constexpr i32 BLOCK_REGISTERS = 65536 / ATTENTION_THREADS / 8 * 8 * ATTENTION_THREADS;
 // Rows of a tile that stays.
 constexpr i32 ROWS = 128;
 // A row of a tile in shared memory: 64 elements. A tile of longer rows is several such, one behind the other.

@@ -40,6 +40,7 @@
 // Of the copying and of the multiplying threads: 128 · 40 + 256 · 232 are what 384 threads of 168 have.
 constexpr i32 COPY_REGISTERS = 40;
 constexpr i32 MULTIPLY_REGISTERS = 232;
+static_assert(WARP_GROUP * COPY_REGISTERS + 2 * WARP_GROUP * MULTIPLY_REGISTERS <= BLOCK_REGISTERS, "more registers than given back");
 
 enum Gradient { QUERIES, VALUES, KEYS };
 
