@@ -992,6 +992,40 @@ create index if not exists ready_claim_shared on brightrun.ready (queue, kind, s
     where ready_seq is not null and share_id is not null;
 create index if not exists ready_scheduled on brightrun.ready (run_at) where ready_seq is null;
 
+-- Low-water marks: where in ready_claim_open a claim begins. While somebody holds an old snapshot, the entries of claimed jobs stay in
+-- that index, and a claim from its head would read all of them. No snapshot shows an open ready row of a mark's group whose ready_seq is
+-- below the mark it shows. A group without a mark is read from its head, so a mark may be missing but never be too high.
+--   * A mark is raised, by whoever has it locked, to the first row of its group that it then sees, and never above brightrun.settling.
+--   * Whoever puts a row with an older ready_seq into a group (ageing, widening, a hand) lowers the mark in the same transaction: the
+--     trigger ready_*_keeps_marks, so nobody can forget it.
+create table if not exists brightrun.mark (
+    queue          text not null,
+    kind           text not null,
+    requirement_id integer not null,
+    priority       smallint not null,
+    low            bigint not null default -9223372036854775808,
+    moved_at       timestamptz not null default pg_catalog.clock_timestamp(),
+    primary key (queue, kind, requirement_id, priority)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+
+-- Up to which ready_seq every transaction that drew one is over: no row can come in below any more. First the sequence is sampled; a
+-- later claim, which sees that sample before it has a transaction id, leaves its id as the horizon; the sample is settled when all
+-- transactions up to the horizon are over. One that goes on writing for long therefore holds marks where they are; an old snapshot alone
+-- does not. A step of that many jobs lies between two samples, since each leaves versions of this row behind while a snapshot is held.
+create table if not exists brightrun.settling (
+    only_row   boolean primary key default true check (only_row),
+    settled    bigint not null default 0,
+    sampled    bigint not null default 0,
+    sampled_by xid8,
+    horizon    xid8,
+    step       bigint not null default 2000 check (step > 0),
+    strays     bigint not null default 0,  -- rows ever found below their mark: a mistake in the above
+    constraint settling_in_order check (settled <= sampled)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+insert into brightrun.settling default values on conflict do nothing;
+-- The sample again, where all see it at once, whatever their snapshot.
+create sequence if not exists brightrun.ready_sampled minvalue 0;
+
 -- One row per running job, rewritten by every heartbeat: nothing but the key is indexed, so that stays HOT. The few thousand
 -- rows this table can hold are read whole by the rescue. That its job exists is held by the baton's guards: a foreign key would write
 -- to the job's row, and to the log, at every claim.
@@ -1282,6 +1316,39 @@ begin
 end
 $$;
 
+-- Marks stay below every row. A row above the sample needs nothing: this transaction has its id already, so a horizon that is yet to be
+-- taken lies above it. One below is waited for if the id is older than the sample (as it is in every function of this file, which write
+-- before they draw). Otherwise the row is an old one that was moved: its mark is lowered, and stays locked until this commits.
+create or replace function brightrun._keep_marks() returns trigger
+language plpgsql set search_path = '' as $$
+declare
+    v_below bigint := coalesce(pg_catalog.pg_sequence_last_value('brightrun.ready_sampled'), 0);
+    v_moved record;
+begin
+    if not exists (select from fresh where ready_seq <= v_below) then
+        return null;
+    end if;
+    -- With an older snapshot than this statement's nothing can be told from the row, and a mark that has moved since is an error 40001.
+    if pg_catalog.current_setting('transaction_isolation') = 'read committed' then
+        select case when pg_catalog.pg_current_xact_id() < coalesce(horizon, sampled_by) then settled else sampled end
+        into v_below from brightrun.settling where only_row;
+    end if;
+    for v_moved in
+        select queue, kind, requirement_id, priority, min(ready_seq) as seq from fresh
+        where ready_seq <= v_below and share_id is null group by 1, 2, 3, 4 order by 1, 2, 3, 4
+    loop
+        loop
+            insert into brightrun.mark (queue, kind, requirement_id, priority)
+            values (v_moved.queue, v_moved.kind, v_moved.requirement_id, v_moved.priority) on conflict do nothing;
+            update brightrun.mark set low = least(low, v_moved.seq)
+            where queue = v_moved.queue and kind = v_moved.kind and requirement_id = v_moved.requirement_id and priority = v_moved.priority;
+            exit when found;
+        end loop;
+    end loop;
+    return null;
+end
+$$;
+
 -- A job that runs cannot be forgotten.
 create or replace function brightrun._guard_leased() returns trigger
 language plpgsql set search_path = '' as $$
@@ -1303,6 +1370,10 @@ create or replace trigger job_has_one_baton after update on brightrun.job
     referencing new table as fresh for each statement execute function brightrun._guard_baton();
 create or replace trigger ready_is_the_only_baton after insert on brightrun.ready
     referencing new table as fresh for each statement execute function brightrun._guard_baton();
+create or replace trigger ready_row_keeps_marks after insert on brightrun.ready
+    referencing new table as fresh for each statement execute function brightrun._keep_marks();
+create or replace trigger ready_move_keeps_marks after update on brightrun.ready
+    referencing new table as fresh for each statement execute function brightrun._keep_marks();
 create or replace trigger lease_is_the_only_baton after insert on brightrun.lease
     referencing new table as fresh for each statement execute function brightrun._guard_baton();
 
@@ -1797,6 +1868,94 @@ begin
 end
 $$;
 
+-- One step of the settling of ready_seq (see brightrun.settling), if one is due; returns the distance of marks. To be called before the
+-- transaction has written anything: what is read here must be older than its id. Never waits.
+create or replace function brightrun._settle() returns bigint
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_last    bigint := coalesce(pg_catalog.pg_sequence_last_value('brightrun.ready_seq'), 0);
+    v_seen    brightrun.settling;
+    v_now     brightrun.settling;
+    v_foreign boolean;
+begin
+    select * into v_seen from brightrun.settling where only_row;
+    if (v_seen.sampled = v_seen.settled and v_last - v_seen.settled < v_seen.step)
+       or pg_catalog.pg_current_xact_id_if_assigned() is not null
+       or pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
+        return v_seen.step;
+    end if;
+    -- Ids from the future are those of another server, from which this database was restored: they say nothing here.
+    v_foreign := coalesce(coalesce(v_seen.horizon, v_seen.sampled_by)
+                          >= pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot()), false);
+    if not v_foreign and v_seen.horizon >= pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot()) then
+        return v_seen.step;
+    end if;
+    select * into v_now from brightrun.settling where only_row for update skip locked;
+    if not found or v_now is distinct from v_seen then
+        return v_seen.step;
+    end if;
+    if v_seen.sampled > v_seen.settled and v_seen.horizon is null and not v_foreign then
+        update brightrun.settling set horizon = pg_catalog.pg_current_xact_id() where only_row;
+        return v_seen.step;
+    end if;
+    v_now.settled := case when v_foreign then v_seen.settled else v_seen.sampled end;
+    v_now.sampled := case when v_last - v_now.settled < v_seen.step then v_now.settled else v_last end;
+    if v_now.sampled > v_now.settled then
+        perform pg_catalog.setval('brightrun.ready_sampled', v_now.sampled);
+    end if;
+    update brightrun.settling
+    set settled = v_now.settled, sampled = v_now.sampled, sampled_by = pg_catalog.pg_current_xact_id(), horizon = null where only_row;
+    return v_seen.step;
+end
+$$;
+
+-- Raises the marks of some priorities of one kind and need, where that is worth a version of their rows; makes those that are missing,
+-- but not so many that to look at each costs a claim more than they save. Called last, so that a mark is locked for a moment only.
+create or replace function brightrun._raise_marks(p_queue text, p_kind text, p_need integer, p_priorities smallint[]) returns void
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_settled  bigint;
+    v_step     bigint;
+    v_priority smallint;
+    v_low      bigint;
+    v_to       bigint;
+begin
+    -- A mark is raised by what is seen after it was locked, which an older snapshot does not show.
+    if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
+        return;
+    end if;
+    select settled, step into v_settled, v_step from brightrun.settling where only_row;
+    foreach v_priority in array p_priorities loop
+        select low into v_low from brightrun.mark
+        where queue = p_queue and kind = p_kind and requirement_id = p_need and priority = v_priority;
+        if not found then
+            continue when (select count(*) from brightrun.mark
+                           where queue = p_queue and kind = p_kind and requirement_id = p_need) >= 32;
+            begin
+                insert into brightrun.mark (queue, kind, requirement_id, priority) values (p_queue, p_kind, p_need, v_priority)
+                on conflict do nothing;
+            exception when lock_not_available then
+                continue;
+            end;
+        else
+            continue when v_low > v_settled - v_step;
+        end if;
+        select low into v_low from brightrun.mark
+        where queue = p_queue and kind = p_kind and requirement_id = p_need and priority = v_priority for update skip locked;
+        continue when not found;
+        select ready_seq into v_to from brightrun.ready
+        where queue = p_queue and kind = p_kind and requirement_id = p_need and share_id is null
+          and priority = v_priority and ready_seq >= v_low and ready_seq <= v_settled
+        order by ready_seq limit 1;
+        v_to := coalesce(v_to, v_settled + 1);
+        if v_low <= v_to - v_step then
+            update brightrun.mark set low = v_to, moved_at = brightrun.now()
+            where queue = p_queue and kind = p_kind and requirement_id = p_need and priority = v_priority;
+        end if;
+    end loop;
+end
+$$;
+
 -- Moves ready rows that the caller has locked to leases, all of one kind, and tells the history. A batch is one statement.
 create or replace function brightrun._lease(p_jobs uuid[], p_worker text, p_lease interval, p_price numeric default null) returns uuid[]
 language plpgsql volatile set search_path = '' as $$
@@ -2286,10 +2445,15 @@ declare
     v_starts  integer;
     v_shared  boolean;
     v_first   boolean;
+    v_step    bigint;
+    v_many    boolean;
+    v_far     smallint[];
+    v_rare    jsonb := '[]';
 begin
     if exists (select from brightrun.queue_setting where queue = p_queue and paused) then
         return;
     end if;
+    v_step := brightrun._settle();
     v_starts := brightrun._queue_starts(p_queue, brightrun.now());
     v_left := least(v_left, v_starts);
     if v_left <= 0 then
@@ -2313,26 +2477,69 @@ begin
             v_left := v_left - pg_catalog.cardinality(v_granted);
         end if;
     end if;
+    v_many := pg_catalog.cardinality(p_kinds) * pg_catalog.cardinality(v_needs) > 1;
     for v_next in
         select wanted.kind, need
         from (select distinct kind from pg_catalog.unnest(p_kinds) as given (kind)) wanted
         cross join pg_catalog.unnest(v_needs) as need
         cross join lateral (
-            select priority, ready_seq from brightrun.ready
-            where queue = p_queue and ready.kind = wanted.kind and requirement_id = need and ready_seq is not null and share_id is null
-            order by priority, ready_seq limit 1
+            -- Where there is nothing to choose from, the claim itself will look.
+            select 0 as priority, 0 as ready_seq where not v_many
+            union all
+            select * from (
+                select one.priority, one.ready_seq
+                from (
+                    select priority::integer as priority, low, pg_catalog.lead(priority::integer, 1, 32768) over (order by priority) as until
+                    from brightrun.mark where mark.queue = p_queue and mark.kind = wanted.kind and mark.requirement_id = need
+                    union all
+                    select -32768, -9223372036854775808, coalesce((
+                        select min(priority) from brightrun.mark
+                        where mark.queue = p_queue and mark.kind = wanted.kind and mark.requirement_id = need), 32768)
+                    order by priority, low
+                ) stretch
+                cross join lateral (
+                    select ready.priority, ready.ready_seq from brightrun.ready
+                    where queue = p_queue and ready.kind = wanted.kind and requirement_id = need and ready_seq is not null and share_id is null
+                      and (ready.priority, ready.ready_seq) >= (stretch.priority, stretch.low)
+                      and ready.priority < stretch.until
+                    order by priority, ready_seq limit 1
+                ) one
+                limit 1
+            ) first where v_many
         ) head
         order by head.priority, head.ready_seq
     loop
         loop
             exit when v_left <= 0;
-            v_jobs := array(
-                select job_id from brightrun.ready
-                where queue = p_queue and kind = v_next.kind and requirement_id = v_next.need and ready_seq is not null and share_id is null
-                order by priority, ready_seq limit v_left
-                for update skip locked
-            );
-            exit when v_jobs = '{}';
+            -- The marks cut the index into stretches, each from a mark to the next marked priority, and one before the first mark. They
+            -- are read in their order, each only if those before it did not fill the claim.
+            select pg_catalog.array_agg(best.job_id), pg_catalog.array_agg(distinct best.priority) filter (where best.far)
+            into v_jobs, v_far
+            from (
+                select one.job_id, one.priority, one.priority <> stretch.priority or stretch.low < one.ready_seq - v_step as far
+                from (
+                    select priority::integer as priority, low, pg_catalog.lead(priority::integer, 1, 32768) over (order by priority) as until
+                    from brightrun.mark where mark.queue = p_queue and mark.kind = v_next.kind and mark.requirement_id = v_next.need
+                    union all
+                    select -32768, -9223372036854775808, coalesce((
+                        select min(priority) from brightrun.mark
+                        where mark.queue = p_queue and mark.kind = v_next.kind and mark.requirement_id = v_next.need), 32768)
+                    order by priority, low
+                ) stretch
+                cross join lateral (
+                    select job_id, priority, ready_seq from brightrun.ready
+                    where queue = p_queue and kind = v_next.kind and requirement_id = v_next.need and ready_seq is not null and share_id is null
+                      and (ready.priority, ready.ready_seq) >= (stretch.priority, stretch.low)
+                      and ready.priority < stretch.until
+                    order by priority, ready_seq limit v_left
+                    for update skip locked
+                ) one
+                limit v_left
+            ) best;
+            exit when v_jobs is null;
+            if v_far is not null then
+                v_rare := v_rare || pg_catalog.jsonb_build_object('kind', v_next.kind, 'need', v_next.need, 'priorities', v_far);
+            end if;
             v_able := brightrun._affordable(v_jobs, brightrun.now());
             if v_able <> '{}' then
                 v_taken := brightrun._grant(v_next.kind, v_able, p_worker, p_lease, v_price);
@@ -2349,6 +2556,13 @@ begin
     if v_starts is not null and v_granted <> '{}' then
         perform brightrun._take_tokens('queue', p_queue, pg_catalog.cardinality(v_granted), brightrun.now());
     end if;
+    for v_next in
+        select far ->> 'kind' as kind, (far ->> 'need')::integer as need,
+               array(select pg_catalog.jsonb_array_elements_text(far -> 'priorities')::smallint) as priorities
+        from pg_catalog.jsonb_array_elements(v_rare) as far
+    loop
+        perform brightrun._raise_marks(p_queue, v_next.kind, v_next.need, v_next.priorities);
+    end loop;
     return query select * from brightrun.claimed where job_id = any (v_granted) order by token;
 end
 $$;
@@ -3744,6 +3958,8 @@ alter table brightrun.outbox       enable row level security;
 alter table brightrun.housekeeping enable row level security;
 alter table brightrun.brief        enable row level security;
 alter table brightrun.requirement  enable row level security;
+alter table brightrun.mark         enable row level security;
+alter table brightrun.settling     enable row level security;
 alter table brightrun.share        enable row level security;
 alter table brightrun.limit_rule   enable row level security;
 alter table brightrun.queue_setting enable row level security;
