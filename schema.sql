@@ -699,6 +699,7 @@ end $$;
 -- ## Prefixes and places
 --   brightrun.job         what was asked, written once, and how it ended, written once; a cancel request in between
 --   brightrun.ready       one narrow row per job that waits for a worker, now (ready_seq set) or later (ready_seq null)
+--   brightrun.mark        where in the index of ready rows the claims of a group begin;  brightrun.settling  how far marks may go
 --   brightrun.lease       one row per running job: who holds it, the fencing token, when it expires, its latest progress
 --   brightrun.event       append-only history, one partition per UTC day, a default partition so that nothing is lost
 --   brightrun.brief*      lanes: jobs of milliseconds, one row each and no history; see "Lanes" below
@@ -1019,7 +1020,8 @@ create table if not exists brightrun.settling (
     sampled_by xid8,
     horizon    xid8,
     step       bigint not null default 2000 check (step > 0),
-    strays     bigint not null default 0,  -- rows ever found below their mark: a mistake in the above
+    strays     bigint not null default 0,  -- rows ever found below their mark: a mistake in the above, see _tend_marks
+    looked_at  timestamptz not null default pg_catalog.clock_timestamp(),
     constraint settling_in_order check (settled <= sampled)
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
 insert into brightrun.settling default values on conflict do nothing;
@@ -1956,6 +1958,50 @@ begin
 end
 $$;
 
+-- What a sweep does for marks: raises those that claims have left behind, and once a minute looks below all of them for rows that cannot
+-- be there. One that is found anyway is counted, which the doctor tells, and its mark lowered. The look reads what marks spare the
+-- claims, so it is left out while that is very much.
+create or replace function brightrun._tend_marks(p_now timestamptz) returns void
+language plpgsql volatile set search_path = '' set enable_seqscan = off as $$
+declare
+    v_late  record;
+    v_state brightrun.settling;
+begin
+    if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
+        return;
+    end if;
+    select * into v_state from brightrun.settling where only_row;
+    for v_late in
+        select queue, kind, requirement_id, pg_catalog.array_agg(priority) as priorities
+        from brightrun.mark where low <= v_state.settled - v_state.step group by queue, kind, requirement_id
+    loop
+        perform brightrun._raise_marks(v_late.queue, v_late.kind, v_late.requirement_id, v_late.priorities);
+    end loop;
+    if p_now < v_state.looked_at + interval '1 minute' or pg_catalog.pg_stat_get_dead_tuples('brightrun.ready'::regclass) > 1000000 then
+        return;
+    end if;
+    perform from brightrun.settling where only_row for update skip locked;
+    if not found then
+        return;
+    end if;
+    for v_late in
+        select * from (
+            select mark.*, (select ready_seq from brightrun.ready
+                            where ready.queue = mark.queue and ready.kind = mark.kind and ready.requirement_id = mark.requirement_id
+                              and share_id is null and ready.priority = mark.priority and ready_seq < mark.low
+                            order by ready_seq limit 1) as stray
+            from brightrun.mark
+        ) looked
+        where stray is not null order by queue, kind, requirement_id, priority
+    loop
+        update brightrun.mark set low = least(low, v_late.stray)
+        where queue = v_late.queue and kind = v_late.kind and requirement_id = v_late.requirement_id and priority = v_late.priority;
+        v_state.strays := v_state.strays + 1;
+    end loop;
+    update brightrun.settling set strays = v_state.strays, looked_at = p_now where only_row;
+end
+$$;
+
 -- Moves ready rows that the caller has locked to leases, all of one kind, and tells the history. A batch is one statement.
 create or replace function brightrun._lease(p_jobs uuid[], p_worker text, p_lease interval, p_price numeric default null) returns uuid[]
 language plpgsql volatile set search_path = '' as $$
@@ -2881,6 +2927,7 @@ declare
     v_lease  brightrun.lease;
     v_error  jsonb;
 begin
+    perform brightrun._settle();
     select * into v_house from brightrun.housekeeping for update skip locked;
     if not found then
         return;
@@ -2890,8 +2937,7 @@ begin
     update brightrun.housekeeping set last_sweep_at = v_now, steady_since = v_steady;
     perform brightrun._brief_rescue(v_now, v_steady, p_limit);
     perform brightrun._run_schedules(v_now);
-    perform brightrun._age(v_now);
-    perform brightrun._widen(v_now);
+    perform brightrun._move(v_now);
     perform brightrun._stop_overspent(v_now);
     for v_lease in
         select * from brightrun.lease
@@ -2927,6 +2973,7 @@ begin
                 v_lease.attempt, v_lease.token, v_lease.worker);
         end;
     end loop;
+    perform brightrun._tend_marks(v_now);
 end
 $$;
 
@@ -3092,6 +3139,17 @@ begin
 end
 $$;
 
+-- Both. Somebody who moves rows by hand may have a mark locked that these want to lower; a sweep does not fail of that, it tries again.
+create or replace function brightrun._move(p_now timestamptz) returns void
+language plpgsql volatile set search_path = '' as $$
+begin
+    perform brightrun._age(p_now);
+    perform brightrun._widen(p_now);
+exception when lock_not_available then
+    null;
+end
+$$;
+
 -- What pg_cron calls each minute where a project has it, so that recurring jobs come into being and history gets its partitions while
 -- no process of ours lives. It judges no lease: whoever lives inside the database cannot know who is only cut off from it.
 create or replace function brightrun.tick() returns jsonb
@@ -3100,8 +3158,7 @@ declare
     v_now timestamptz := brightrun.now();
 begin
     perform brightrun._run_schedules(v_now);
-    perform brightrun._age(v_now);
-    perform brightrun._widen(v_now);
+    perform brightrun._move(v_now);
     perform brightrun._promote(v_now);
     perform brightrun._knock(v_now);
     if pg_catalog.to_regclass('cron.job_run_details') is not null then
@@ -3208,6 +3265,10 @@ begin
     delete from brightrun.job using old where job.id = old.id;
     get diagnostics v_count = row_count;
     delete from brightrun.outbox where dead_at < v_before;
+    -- A mark that nobody moves spares nothing; where its group is in use a claim makes it again.
+    delete from brightrun.mark where (queue, kind, requirement_id, priority) in (
+        select queue, kind, requirement_id, priority from brightrun.mark
+        where moved_at < brightrun.now() - interval '1 day' limit p_limit for update skip locked);
     return v_count;
 end
 $$;
@@ -3870,6 +3931,12 @@ language sql stable security definer set search_path = '' as $$
                extract(epoch from clock.now - last_sweep_at)::float8
         from brightrun.housekeeping cross join clock where last_sweep_at is not null
         union all
+        select 11, 'brightrun_queue_unsettled_places', 'Places in the queue drawn since the last that all marks may pass', 'gauge', null,
+               (coalesce(pg_catalog.pg_sequence_last_value('brightrun.ready_seq'), 0) - settled)::float8 from brightrun.settling
+        union all
+        select 12, 'brightrun_queue_strays_total', 'Waiting jobs found below the mark where claims begin', 'counter', null, strays::float8
+        from brightrun.settling
+        union all
         select 10, 'brightrun_queue_horizon_age_transactions', 'Transactions the oldest held snapshot is behind', 'gauge', null,
                coalesce(max(pg_catalog.age(backend_xmin)), 0)::float8
         from pg_catalog.pg_stat_activity
@@ -3940,6 +4007,9 @@ language sql stable security definer set search_path = '' as $$
     union all
     select 'schedule:' || name, not paused, 'next at ' || next_at, 'Its job could not be enqueued: correct it with brightrun.set_schedule().'
     from brightrun.schedule
+    union all
+    select 'marks', strays = 0, pg_catalog.format('%s jobs were found below the mark where claims begin, and brought back', strays),
+           'A mistake of the engine: keep the rows of brightrun.mark and brightrun.settling, and report it.' from brightrun.settling
     union all
     select 'dead_letters', count(*) = 0, pg_catalog.format('%s messages could not be delivered', count(*)), 'See brightrun.outbox where dead_at is set.'
     from brightrun.outbox where dead_at is not null
