@@ -644,3 +644,27 @@ async fn racing_claims_take_every_job_once_while_marks_move() {
     );
     db.assert_whole().await;
 }
+
+/// Stretches are read one after the other, and rows locked one by one: whoever claims beside it finds the next best.
+#[tokio::test]
+async fn a_claim_locks_the_jobs_it_takes_and_none_behind_them() {
+    let (db, client) = restless().await;
+    let mut jobs = Vec::new();
+    for round in 0..2 {
+        jobs.clear();
+        for priority in [-1, 0, 0, 1, 1, 2] {
+            jobs.push(enqueue(&client, "work", priority).await);
+        }
+        if round == 0 {
+            // So that each priority has a mark.
+            assert_eq!(claim(&client, "work", 9).await, jobs);
+            turn(&client).await;
+        }
+    }
+    let first = db.client().await;
+    run(&first, "begin").await;
+    assert_eq!(claim(&first, "work", 2).await, jobs[..2]);
+    assert_eq!(claim(&client, "work", 2).await, jobs[2..4]);
+    run(&first, "rollback").await;
+    assert_eq!(claim(&client, "work", 9).await, [&jobs[..2], &jobs[4..]].concat());
+}
