@@ -2480,7 +2480,6 @@ returns setof brightrun.claimed
 language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms'
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
-    v_next    record;
     v_jobs    uuid[];
     v_able    uuid[];
     v_taken   uuid[];
@@ -2492,14 +2491,22 @@ declare
     v_shared  boolean;
     v_first   boolean;
     v_step    bigint;
-    v_many    boolean;
+    v_due     boolean;
+    v_paused  boolean;
+    v_kinds   text[] := p_kinds;
+    v_wants   integer[];
     v_far     smallint[];
-    v_rare    jsonb := '[]';
+    v_behind  jsonb;
 begin
-    if exists (select from brightrun.queue_setting where queue = p_queue and paused) then
+    select exists (select from brightrun.queue_setting where queue = p_queue and paused), step, sampled > settled
+           or pg_catalog.pg_sequence_last_value('brightrun.ready_seq') - settled >= step
+    into v_paused, v_step, v_due from (select) once left join brightrun.settling on only_row;
+    if v_paused then
         return;
     end if;
-    v_step := brightrun._settle();
+    if v_due then
+        perform brightrun._settle();
+    end if;
     v_starts := brightrun._queue_starts(p_queue, brightrun.now());
     v_left := least(v_left, v_starts);
     if v_left <= 0 then
@@ -2523,38 +2530,34 @@ begin
             v_left := v_left - pg_catalog.cardinality(v_granted);
         end if;
     end if;
-    v_many := pg_catalog.cardinality(p_kinds) * pg_catalog.cardinality(v_needs) > 1;
-    for v_next in
-        select wanted.kind, need
+    v_wants := v_needs;
+    if pg_catalog.cardinality(p_kinds) <> 1 or pg_catalog.cardinality(v_needs) <> 1 then
+        select pg_catalog.array_agg(wanted.kind order by head.priority, head.ready_seq),
+               pg_catalog.array_agg(need order by head.priority, head.ready_seq)
+        into v_kinds, v_wants
         from (select distinct kind from pg_catalog.unnest(p_kinds) as given (kind)) wanted
         cross join pg_catalog.unnest(v_needs) as need
         cross join lateral (
-            -- Where there is nothing to choose from, the claim itself will look.
-            select 0 as priority, 0 as ready_seq where not v_many
-            union all
-            select * from (
-                select one.priority, one.ready_seq
-                from (
-                    select priority::integer as priority, low, pg_catalog.lead(priority::integer, 1, 32768) over (order by priority) as until
-                    from brightrun.mark where mark.queue = p_queue and mark.kind = wanted.kind and mark.requirement_id = need
-                    union all
-                    select -32768, -9223372036854775808, coalesce((
-                        select min(priority) from brightrun.mark
-                        where mark.queue = p_queue and mark.kind = wanted.kind and mark.requirement_id = need), 32768)
-                    order by priority, low
-                ) stretch
-                cross join lateral (
-                    select ready.priority, ready.ready_seq from brightrun.ready
-                    where queue = p_queue and ready.kind = wanted.kind and requirement_id = need and ready_seq is not null and share_id is null
-                      and (ready.priority, ready.ready_seq) >= (stretch.priority, stretch.low)
-                      and ready.priority < stretch.until
-                    order by priority, ready_seq limit 1
-                ) one
-                limit 1
-            ) first where v_many
-        ) head
-        order by head.priority, head.ready_seq
-    loop
+            select one.priority, one.ready_seq
+            from (
+                select priority::integer as priority, low, pg_catalog.lead(priority::integer, 1, 32768) over (order by priority) as until
+                from brightrun.mark where mark.queue = p_queue and mark.kind = wanted.kind and mark.requirement_id = need
+                union all
+                select -32768, -9223372036854775808, coalesce((
+                    select min(priority) from brightrun.mark
+                    where mark.queue = p_queue and mark.kind = wanted.kind and mark.requirement_id = need), 32768)
+                order by priority, low
+            ) stretch
+            cross join lateral (
+                select ready.priority, ready.ready_seq from brightrun.ready
+                where queue = p_queue and ready.kind = wanted.kind and requirement_id = need and ready_seq is not null and share_id is null
+                  and (ready.priority, ready.ready_seq) >= (stretch.priority, stretch.low) and ready.priority < stretch.until
+                order by priority, ready_seq limit 1
+            ) one
+            limit 1
+        ) head;
+    end if;
+    for v_place in 1 .. coalesce(pg_catalog.cardinality(v_kinds), 0) loop
         loop
             exit when v_left <= 0;
             -- The marks cut the index into stretches, each from a mark to the next marked priority, and one before the first mark. They
@@ -2565,18 +2568,17 @@ begin
                 select one.job_id, one.priority, one.priority <> stretch.priority or stretch.low < one.ready_seq - v_step as far
                 from (
                     select priority::integer as priority, low, pg_catalog.lead(priority::integer, 1, 32768) over (order by priority) as until
-                    from brightrun.mark where mark.queue = p_queue and mark.kind = v_next.kind and mark.requirement_id = v_next.need
+                    from brightrun.mark where mark.queue = p_queue and mark.kind = v_kinds[v_place] and mark.requirement_id = v_wants[v_place]
                     union all
                     select -32768, -9223372036854775808, coalesce((
                         select min(priority) from brightrun.mark
-                        where mark.queue = p_queue and mark.kind = v_next.kind and mark.requirement_id = v_next.need), 32768)
+                        where mark.queue = p_queue and mark.kind = v_kinds[v_place] and mark.requirement_id = v_wants[v_place]), 32768)
                     order by priority, low
                 ) stretch
                 cross join lateral (
                     select job_id, priority, ready_seq from brightrun.ready
-                    where queue = p_queue and kind = v_next.kind and requirement_id = v_next.need and ready_seq is not null and share_id is null
-                      and (ready.priority, ready.ready_seq) >= (stretch.priority, stretch.low)
-                      and ready.priority < stretch.until
+                    where queue = p_queue and kind = v_kinds[v_place] and requirement_id = v_wants[v_place] and ready_seq is not null and share_id is null
+                      and (ready.priority, ready.ready_seq) >= (stretch.priority, stretch.low) and ready.priority < stretch.until
                     order by priority, ready_seq limit v_left
                     for update skip locked
                 ) one
@@ -2584,11 +2586,12 @@ begin
             ) best;
             exit when v_jobs is null;
             if v_far is not null then
-                v_rare := v_rare || pg_catalog.jsonb_build_object('kind', v_next.kind, 'need', v_next.need, 'priorities', v_far);
+                v_behind := coalesce(v_behind, '[]') || pg_catalog.jsonb_build_object(
+                    'kind', v_kinds[v_place], 'need', v_wants[v_place], 'priorities', v_far);
             end if;
             v_able := brightrun._affordable(v_jobs, brightrun.now());
             if v_able <> '{}' then
-                v_taken := brightrun._grant(v_next.kind, v_able, p_worker, p_lease, v_price);
+                v_taken := brightrun._grant(v_kinds[v_place], v_able, p_worker, p_lease, v_price);
                 v_granted := v_granted || v_taken;
                 v_left := v_left - pg_catalog.cardinality(v_taken);
             end if;
@@ -2602,13 +2605,11 @@ begin
     if v_starts is not null and v_granted <> '{}' then
         perform brightrun._take_tokens('queue', p_queue, pg_catalog.cardinality(v_granted), brightrun.now());
     end if;
-    for v_next in
-        select far ->> 'kind' as kind, (far ->> 'need')::integer as need,
-               array(select pg_catalog.jsonb_array_elements_text(far -> 'priorities')::smallint) as priorities
-        from pg_catalog.jsonb_array_elements(v_rare) as far
-    loop
-        perform brightrun._raise_marks(p_queue, v_next.kind, v_next.need, v_next.priorities);
-    end loop;
+    if v_behind is not null then
+        perform brightrun._raise_marks(p_queue, far ->> 'kind', (far ->> 'need')::integer,
+                                       array(select pg_catalog.jsonb_array_elements_text(far -> 'priorities')::smallint))
+        from pg_catalog.jsonb_array_elements(v_behind) as far;
+    end if;
     return query select * from brightrun.claimed where job_id = any (v_granted) order by token;
 end
 $$;
