@@ -2,13 +2,18 @@
 //! on the engine as it is, where every job must be claimed in its order, and on engines that lack the one rule it needs, where that
 //! must be noticed.
 
+use std::time::Duration;
+
 use brightrun_queue::{JobState, Queue};
 use tokio_postgres::Client;
 use uuid::Uuid;
 
-use crate::support::{Database, database, eventually};
+use crate::support::{Database, database, within};
 
 const NOBODY: [Uuid; 0] = [];
+
+/// For what waits for other tests' transactions, on a machine that is busy.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What went wrong, or nothing.
 type Told = Result<(), String>;
@@ -65,7 +70,7 @@ async fn nudge(client: &Client) {
 /// Until every place drawn so far has settled, which waits for older transactions of the whole server, other tests' too.
 async fn settle(client: &Client) {
     let left = "select last_value - settled from brightrun.ready_seq, brightrun.settling";
-    eventually("all places settle", || async {
+    within(PATIENCE, "all places settle", || async {
         nudge(client).await;
         (number(client, left).await == 0).then_some(())
     })
@@ -547,7 +552,7 @@ async fn nothing_but_a_move_waits_for_a_mark() {
         "begin; select from brightrun.mark for update; select from brightrun.settling for update",
     )
     .await;
-    run(&client, "set lock_timeout = '1s'").await;
+    run(&client, "set lock_timeout = '20s'").await;
     for taken in 1..=5 {
         let id = enqueue(&client, "work", 0).await;
         assert_eq!(claim(&client, "work", 1).await, [id]);
@@ -619,7 +624,7 @@ async fn racing_claims_take_every_job_once_while_marks_move() {
     for claimer in 0..4 {
         let (client, found) = (db.client().await, found.clone());
         claimers.spawn(async move {
-            eventually("all jobs are claimed", || async {
+            within(PATIENCE, "all jobs are claimed", || async {
                 let jobs = claim(&client, "work", 1 + claimer).await;
                 if claimer == 0 {
                     run(&client, "select brightrun.rescue_expired()").await;
