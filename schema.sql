@@ -699,6 +699,7 @@ end $$;
 -- ## Prefixes and places
 --   brightrun.job         what was asked, written once, and how it ended, written once; a cancel request in between
 --   brightrun.ready       one narrow row per job that waits for a worker, now (ready_seq set) or later (ready_seq null)
+--   brightrun.mark        where in the index of ready rows the claims of a group begin;  brightrun.settling  how far marks may go
 --   brightrun.lease       one row per running job: who holds it, the fencing token, when it expires, its latest progress
 --   brightrun.event       append-only history, one partition per UTC day, a default partition so that nothing is lost
 --   brightrun.brief*      lanes: jobs of milliseconds, one row each and no history; see "Lanes" below
@@ -992,6 +993,41 @@ create index if not exists ready_claim_shared on brightrun.ready (queue, kind, s
     where ready_seq is not null and share_id is not null;
 create index if not exists ready_scheduled on brightrun.ready (run_at) where ready_seq is null;
 
+-- Low-water marks: where in ready_claim_open a claim begins. While somebody holds an old snapshot, the entries of claimed jobs stay in
+-- that index, and a claim from its head would read all of them. No snapshot shows an open ready row of a mark's group whose ready_seq is
+-- below the mark it shows. A group without a mark is read from its head, so a mark may be missing but never be too high.
+--   * A mark is raised, by whoever has it locked, to the first row of its group that it then sees, and never above brightrun.settling.
+--   * Whoever puts a row with an older ready_seq into a group (ageing, widening, a hand) lowers the mark in the same transaction: the
+--     trigger ready_*_keeps_marks, so nobody can forget it.
+create table if not exists brightrun.mark (
+    queue          text not null,
+    kind           text not null,
+    requirement_id integer not null,
+    priority       smallint not null,
+    low            bigint not null default -9223372036854775808,
+    moved_at       timestamptz not null default pg_catalog.clock_timestamp(),
+    primary key (queue, kind, requirement_id, priority)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+
+-- Up to which ready_seq every transaction that drew one is over: no row can come in below any more. First the sequence is sampled; a
+-- later claim, which sees that sample before it has a transaction id, leaves its id as the horizon; the sample is settled when all
+-- transactions up to the horizon are over. One that goes on writing for long therefore holds marks where they are; an old snapshot alone
+-- does not. A step of that many jobs lies between two samples, since each leaves versions of this row behind while a snapshot is held.
+create table if not exists brightrun.settling (
+    only_row   boolean primary key default true check (only_row),
+    settled    bigint not null default 0,
+    sampled    bigint not null default 0,
+    sampled_by xid8,
+    horizon    xid8,
+    step       bigint not null default 2000 check (step > 0),
+    strays     bigint not null default 0,  -- rows ever found below their mark: a mistake in the above, see _tend_marks
+    looked_at  timestamptz not null default pg_catalog.clock_timestamp(),
+    constraint settling_in_order check (settled <= sampled)
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+insert into brightrun.settling default values on conflict do nothing;
+-- The sample again, where all see it at once, whatever their snapshot.
+create sequence if not exists brightrun.ready_sampled minvalue 0;
+
 -- One row per running job, rewritten by every heartbeat: nothing but the key is indexed, so that stays HOT. The few thousand
 -- rows this table can hold are read whole by the rescue. That its job exists is held by the baton's guards: a foreign key would write
 -- to the job's row, and to the log, at every claim.
@@ -1282,6 +1318,39 @@ begin
 end
 $$;
 
+-- Marks stay below every row. A row above the sample needs nothing: this transaction has its id already, so a horizon that is yet to be
+-- taken lies above it. One below is waited for if the id is older than the sample (as it is in every function of this file, which write
+-- before they draw). Otherwise the row is an old one that was moved: its mark is lowered, and stays locked until this commits.
+create or replace function brightrun._keep_marks() returns trigger
+language plpgsql set search_path = '' as $$
+declare
+    v_below bigint := coalesce(pg_catalog.pg_sequence_last_value('brightrun.ready_sampled'), 0);
+    v_moved record;
+begin
+    if not exists (select from fresh where ready_seq <= v_below) then
+        return null;
+    end if;
+    -- With an older snapshot than this statement's nothing can be told from the row, and a mark that has moved since is an error 40001.
+    if pg_catalog.current_setting('transaction_isolation') = 'read committed' then
+        select case when pg_catalog.pg_current_xact_id() < coalesce(horizon, sampled_by) then settled else sampled end
+        into v_below from brightrun.settling where only_row;
+    end if;
+    for v_moved in
+        select queue, kind, requirement_id, priority, min(ready_seq) as seq from fresh
+        where ready_seq <= v_below and share_id is null group by 1, 2, 3, 4 order by 1, 2, 3, 4
+    loop
+        loop
+            insert into brightrun.mark (queue, kind, requirement_id, priority)
+            values (v_moved.queue, v_moved.kind, v_moved.requirement_id, v_moved.priority) on conflict do nothing;
+            update brightrun.mark set low = least(low, v_moved.seq)
+            where queue = v_moved.queue and kind = v_moved.kind and requirement_id = v_moved.requirement_id and priority = v_moved.priority;
+            exit when found;
+        end loop;
+    end loop;
+    return null;
+end
+$$;
+
 -- A job that runs cannot be forgotten.
 create or replace function brightrun._guard_leased() returns trigger
 language plpgsql set search_path = '' as $$
@@ -1303,6 +1372,10 @@ create or replace trigger job_has_one_baton after update on brightrun.job
     referencing new table as fresh for each statement execute function brightrun._guard_baton();
 create or replace trigger ready_is_the_only_baton after insert on brightrun.ready
     referencing new table as fresh for each statement execute function brightrun._guard_baton();
+create or replace trigger ready_row_keeps_marks after insert on brightrun.ready
+    referencing new table as fresh for each statement execute function brightrun._keep_marks();
+create or replace trigger ready_move_keeps_marks after update on brightrun.ready
+    referencing new table as fresh for each statement execute function brightrun._keep_marks();
 create or replace trigger lease_is_the_only_baton after insert on brightrun.lease
     referencing new table as fresh for each statement execute function brightrun._guard_baton();
 
@@ -1797,6 +1870,138 @@ begin
 end
 $$;
 
+-- One step of the settling of ready_seq (see brightrun.settling), if one is due; returns the distance of marks. To be called before the
+-- transaction has written anything: what is read here must be older than its id. Never waits.
+create or replace function brightrun._settle() returns bigint
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_last    bigint := coalesce(pg_catalog.pg_sequence_last_value('brightrun.ready_seq'), 0);
+    v_seen    brightrun.settling;
+    v_now     brightrun.settling;
+    v_foreign boolean;
+begin
+    select * into v_seen from brightrun.settling where only_row;
+    if (v_seen.sampled = v_seen.settled and v_last - v_seen.settled < v_seen.step)
+       or pg_catalog.pg_current_xact_id_if_assigned() is not null
+       or pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
+        return v_seen.step;
+    end if;
+    -- Ids from the future are those of another server, from which this database was restored: they say nothing here.
+    v_foreign := coalesce(coalesce(v_seen.horizon, v_seen.sampled_by)
+                          >= pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot()), false);
+    if not v_foreign and v_seen.horizon >= pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot()) then
+        return v_seen.step;
+    end if;
+    select * into v_now from brightrun.settling where only_row for update skip locked;
+    if not found or v_now is distinct from v_seen then
+        return v_seen.step;
+    end if;
+    if v_seen.sampled > v_seen.settled and v_seen.horizon is null and not v_foreign then
+        update brightrun.settling set horizon = pg_catalog.pg_current_xact_id() where only_row;
+        return v_seen.step;
+    end if;
+    v_now.settled := case when v_foreign then v_seen.settled else v_seen.sampled end;
+    v_now.sampled := case when v_last - v_now.settled < v_seen.step then v_now.settled else v_last end;
+    if v_now.sampled > v_now.settled then
+        perform pg_catalog.setval('brightrun.ready_sampled', v_now.sampled);
+    end if;
+    update brightrun.settling
+    set settled = v_now.settled, sampled = v_now.sampled, sampled_by = pg_catalog.pg_current_xact_id(), horizon = null where only_row;
+    return v_seen.step;
+end
+$$;
+
+-- Raises the marks of some priorities of one kind and need, where that is worth a version of their rows; makes those that are missing,
+-- but not so many that to look at each costs a claim more than they save. Called last, so that a mark is locked for a moment only.
+create or replace function brightrun._raise_marks(p_queue text, p_kind text, p_need integer, p_priorities smallint[]) returns void
+language plpgsql volatile set search_path = '' as $$
+declare
+    v_settled  bigint;
+    v_step     bigint;
+    v_priority smallint;
+    v_low      bigint;
+    v_to       bigint;
+begin
+    -- A mark is raised by what is seen after it was locked, which an older snapshot does not show.
+    if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
+        return;
+    end if;
+    select settled, step into v_settled, v_step from brightrun.settling where only_row;
+    foreach v_priority in array p_priorities loop
+        select low into v_low from brightrun.mark
+        where queue = p_queue and kind = p_kind and requirement_id = p_need and priority = v_priority;
+        if not found then
+            continue when (select count(*) from brightrun.mark
+                           where queue = p_queue and kind = p_kind and requirement_id = p_need) >= 32;
+            begin
+                insert into brightrun.mark (queue, kind, requirement_id, priority) values (p_queue, p_kind, p_need, v_priority)
+                on conflict do nothing;
+            exception when lock_not_available then
+                continue;
+            end;
+        else
+            continue when v_low > v_settled - v_step;
+        end if;
+        select low into v_low from brightrun.mark
+        where queue = p_queue and kind = p_kind and requirement_id = p_need and priority = v_priority for update skip locked;
+        continue when not found;
+        select ready_seq into v_to from brightrun.ready
+        where queue = p_queue and kind = p_kind and requirement_id = p_need and share_id is null
+          and priority = v_priority and ready_seq >= v_low and ready_seq <= v_settled
+        order by ready_seq limit 1;
+        v_to := coalesce(v_to, v_settled + 1);
+        if v_low <= v_to - v_step then
+            update brightrun.mark set low = v_to, moved_at = brightrun.now()
+            where queue = p_queue and kind = p_kind and requirement_id = p_need and priority = v_priority;
+        end if;
+    end loop;
+end
+$$;
+
+-- What a sweep does for marks: raises those that claims have left behind, and once a minute looks below all of them for rows that cannot
+-- be there. One that is found anyway is counted, which the doctor tells, and its mark lowered. The look reads what marks spare the
+-- claims, so it is left out while that is very much.
+create or replace function brightrun._tend_marks(p_now timestamptz) returns void
+language plpgsql volatile set search_path = '' set enable_seqscan = off as $$
+declare
+    v_late  record;
+    v_state brightrun.settling;
+begin
+    if pg_catalog.current_setting('transaction_isolation') <> 'read committed' then
+        return;
+    end if;
+    select * into v_state from brightrun.settling where only_row;
+    for v_late in
+        select queue, kind, requirement_id, pg_catalog.array_agg(priority) as priorities
+        from brightrun.mark where low <= v_state.settled - v_state.step group by queue, kind, requirement_id
+    loop
+        perform brightrun._raise_marks(v_late.queue, v_late.kind, v_late.requirement_id, v_late.priorities);
+    end loop;
+    if p_now < v_state.looked_at + interval '1 minute' or pg_catalog.pg_stat_get_dead_tuples('brightrun.ready'::regclass) > 1000000 then
+        return;
+    end if;
+    perform from brightrun.settling where only_row for update skip locked;
+    if not found then
+        return;
+    end if;
+    for v_late in
+        select * from (
+            select mark.*, (select ready_seq from brightrun.ready
+                            where ready.queue = mark.queue and ready.kind = mark.kind and ready.requirement_id = mark.requirement_id
+                              and share_id is null and ready.priority = mark.priority and ready_seq < mark.low
+                            order by ready_seq limit 1) as stray
+            from brightrun.mark
+        ) looked
+        where stray is not null order by queue, kind, requirement_id, priority
+    loop
+        update brightrun.mark set low = least(low, v_late.stray)
+        where queue = v_late.queue and kind = v_late.kind and requirement_id = v_late.requirement_id and priority = v_late.priority;
+        v_state.strays := v_state.strays + 1;
+    end loop;
+    update brightrun.settling set strays = v_state.strays, looked_at = p_now where only_row;
+end
+$$;
+
 -- Moves ready rows that the caller has locked to leases, all of one kind, and tells the history. A batch is one statement.
 create or replace function brightrun._lease(p_jobs uuid[], p_worker text, p_lease interval, p_price numeric default null) returns uuid[]
 language plpgsql volatile set search_path = '' as $$
@@ -2275,7 +2480,6 @@ returns setof brightrun.claimed
 language plpgsql volatile security definer set search_path = '' set plan_cache_mode = force_generic_plan set lock_timeout = '500ms'
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off as $$
 declare
-    v_next    record;
     v_jobs    uuid[];
     v_able    uuid[];
     v_taken   uuid[];
@@ -2286,9 +2490,22 @@ declare
     v_starts  integer;
     v_shared  boolean;
     v_first   boolean;
+    v_step    bigint;
+    v_due     boolean;
+    v_paused  boolean;
+    v_kinds   text[] := p_kinds;
+    v_wants   integer[];
+    v_far     smallint[];
+    v_behind  jsonb;
 begin
-    if exists (select from brightrun.queue_setting where queue = p_queue and paused) then
+    select exists (select from brightrun.queue_setting where queue = p_queue and paused), step, sampled > settled
+           or pg_catalog.pg_sequence_last_value('brightrun.ready_seq') - settled >= step
+    into v_paused, v_step, v_due from (select) once left join brightrun.settling on only_row;
+    if v_paused then
         return;
+    end if;
+    if v_due then
+        perform brightrun._settle();
     end if;
     v_starts := brightrun._queue_starts(p_queue, brightrun.now());
     v_left := least(v_left, v_starts);
@@ -2313,29 +2530,68 @@ begin
             v_left := v_left - pg_catalog.cardinality(v_granted);
         end if;
     end if;
-    for v_next in
-        select wanted.kind, need
+    v_wants := v_needs;
+    if pg_catalog.cardinality(p_kinds) <> 1 or pg_catalog.cardinality(v_needs) <> 1 then
+        select pg_catalog.array_agg(wanted.kind order by head.priority, head.ready_seq),
+               pg_catalog.array_agg(need order by head.priority, head.ready_seq)
+        into v_kinds, v_wants
         from (select distinct kind from pg_catalog.unnest(p_kinds) as given (kind)) wanted
         cross join pg_catalog.unnest(v_needs) as need
         cross join lateral (
-            select priority, ready_seq from brightrun.ready
-            where queue = p_queue and ready.kind = wanted.kind and requirement_id = need and ready_seq is not null and share_id is null
-            order by priority, ready_seq limit 1
-        ) head
-        order by head.priority, head.ready_seq
-    loop
+            select one.priority, one.ready_seq
+            from (
+                select priority::integer as priority, low, pg_catalog.lead(priority::integer, 1, 32768) over (order by priority) as until
+                from brightrun.mark where mark.queue = p_queue and mark.kind = wanted.kind and mark.requirement_id = need
+                union all
+                select -32768, -9223372036854775808, coalesce((
+                    select min(priority) from brightrun.mark
+                    where mark.queue = p_queue and mark.kind = wanted.kind and mark.requirement_id = need), 32768)
+                order by priority, low
+            ) stretch
+            cross join lateral (
+                select ready.priority, ready.ready_seq from brightrun.ready
+                where queue = p_queue and ready.kind = wanted.kind and requirement_id = need and ready_seq is not null and share_id is null
+                  and (ready.priority, ready.ready_seq) >= (stretch.priority, stretch.low) and ready.priority < stretch.until
+                order by priority, ready_seq limit 1
+            ) one
+            limit 1
+        ) head;
+    end if;
+    for v_place in 1 .. coalesce(pg_catalog.cardinality(v_kinds), 0) loop
         loop
             exit when v_left <= 0;
-            v_jobs := array(
-                select job_id from brightrun.ready
-                where queue = p_queue and kind = v_next.kind and requirement_id = v_next.need and ready_seq is not null and share_id is null
-                order by priority, ready_seq limit v_left
-                for update skip locked
-            );
-            exit when v_jobs = '{}';
+            -- The marks cut the index into stretches, each from a mark to the next marked priority, and one before the first mark. They
+            -- are read in their order, each only if those before it did not fill the claim.
+            select pg_catalog.array_agg(best.job_id), pg_catalog.array_agg(distinct best.priority) filter (where best.far)
+            into v_jobs, v_far
+            from (
+                select one.job_id, one.priority, one.priority <> stretch.priority or stretch.low < one.ready_seq - v_step as far
+                from (
+                    select priority::integer as priority, low, pg_catalog.lead(priority::integer, 1, 32768) over (order by priority) as until
+                    from brightrun.mark where mark.queue = p_queue and mark.kind = v_kinds[v_place] and mark.requirement_id = v_wants[v_place]
+                    union all
+                    select -32768, -9223372036854775808, coalesce((
+                        select min(priority) from brightrun.mark
+                        where mark.queue = p_queue and mark.kind = v_kinds[v_place] and mark.requirement_id = v_wants[v_place]), 32768)
+                    order by priority, low
+                ) stretch
+                cross join lateral (
+                    select job_id, priority, ready_seq from brightrun.ready
+                    where queue = p_queue and kind = v_kinds[v_place] and requirement_id = v_wants[v_place] and ready_seq is not null and share_id is null
+                      and (ready.priority, ready.ready_seq) >= (stretch.priority, stretch.low) and ready.priority < stretch.until
+                    order by priority, ready_seq limit v_left
+                    for update skip locked
+                ) one
+                limit v_left
+            ) best;
+            exit when v_jobs is null;
+            if v_far is not null then
+                v_behind := coalesce(v_behind, '[]') || pg_catalog.jsonb_build_object(
+                    'kind', v_kinds[v_place], 'need', v_wants[v_place], 'priorities', v_far);
+            end if;
             v_able := brightrun._affordable(v_jobs, brightrun.now());
             if v_able <> '{}' then
-                v_taken := brightrun._grant(v_next.kind, v_able, p_worker, p_lease, v_price);
+                v_taken := brightrun._grant(v_kinds[v_place], v_able, p_worker, p_lease, v_price);
                 v_granted := v_granted || v_taken;
                 v_left := v_left - pg_catalog.cardinality(v_taken);
             end if;
@@ -2348,6 +2604,11 @@ begin
     end if;
     if v_starts is not null and v_granted <> '{}' then
         perform brightrun._take_tokens('queue', p_queue, pg_catalog.cardinality(v_granted), brightrun.now());
+    end if;
+    if v_behind is not null then
+        perform brightrun._raise_marks(p_queue, far ->> 'kind', (far ->> 'need')::integer,
+                                       array(select pg_catalog.jsonb_array_elements_text(far -> 'priorities')::smallint))
+        from pg_catalog.jsonb_array_elements(v_behind) as far;
     end if;
     return query select * from brightrun.claimed where job_id = any (v_granted) order by token;
 end
@@ -2667,6 +2928,7 @@ declare
     v_lease  brightrun.lease;
     v_error  jsonb;
 begin
+    perform brightrun._settle();
     select * into v_house from brightrun.housekeeping for update skip locked;
     if not found then
         return;
@@ -2676,8 +2938,7 @@ begin
     update brightrun.housekeeping set last_sweep_at = v_now, steady_since = v_steady;
     perform brightrun._brief_rescue(v_now, v_steady, p_limit);
     perform brightrun._run_schedules(v_now);
-    perform brightrun._age(v_now);
-    perform brightrun._widen(v_now);
+    perform brightrun._move(v_now);
     perform brightrun._stop_overspent(v_now);
     for v_lease in
         select * from brightrun.lease
@@ -2713,6 +2974,7 @@ begin
                 v_lease.attempt, v_lease.token, v_lease.worker);
         end;
     end loop;
+    perform brightrun._tend_marks(v_now);
 end
 $$;
 
@@ -2878,6 +3140,17 @@ begin
 end
 $$;
 
+-- Both. Somebody who moves rows by hand may have a mark locked that these want to lower; a sweep does not fail of that, it tries again.
+create or replace function brightrun._move(p_now timestamptz) returns void
+language plpgsql volatile set search_path = '' as $$
+begin
+    perform brightrun._age(p_now);
+    perform brightrun._widen(p_now);
+exception when lock_not_available then
+    null;
+end
+$$;
+
 -- What pg_cron calls each minute where a project has it, so that recurring jobs come into being and history gets its partitions while
 -- no process of ours lives. It judges no lease: whoever lives inside the database cannot know who is only cut off from it.
 create or replace function brightrun.tick() returns jsonb
@@ -2886,8 +3159,7 @@ declare
     v_now timestamptz := brightrun.now();
 begin
     perform brightrun._run_schedules(v_now);
-    perform brightrun._age(v_now);
-    perform brightrun._widen(v_now);
+    perform brightrun._move(v_now);
     perform brightrun._promote(v_now);
     perform brightrun._knock(v_now);
     if pg_catalog.to_regclass('cron.job_run_details') is not null then
@@ -2994,6 +3266,10 @@ begin
     delete from brightrun.job using old where job.id = old.id;
     get diagnostics v_count = row_count;
     delete from brightrun.outbox where dead_at < v_before;
+    -- A mark that nobody moves spares nothing; where its group is in use a claim makes it again.
+    delete from brightrun.mark where (queue, kind, requirement_id, priority) in (
+        select queue, kind, requirement_id, priority from brightrun.mark
+        where moved_at < brightrun.now() - interval '1 day' limit p_limit for update skip locked);
     return v_count;
 end
 $$;
@@ -3656,6 +3932,12 @@ language sql stable security definer set search_path = '' as $$
                extract(epoch from clock.now - last_sweep_at)::float8
         from brightrun.housekeeping cross join clock where last_sweep_at is not null
         union all
+        select 11, 'brightrun_queue_unsettled_places', 'Places in the queue drawn since the last that all marks may pass', 'gauge', null,
+               (coalesce(pg_catalog.pg_sequence_last_value('brightrun.ready_seq'), 0) - settled)::float8 from brightrun.settling
+        union all
+        select 12, 'brightrun_queue_strays_total', 'Waiting jobs found below the mark where claims begin', 'counter', null, strays::float8
+        from brightrun.settling
+        union all
         select 10, 'brightrun_queue_horizon_age_transactions', 'Transactions the oldest held snapshot is behind', 'gauge', null,
                coalesce(max(pg_catalog.age(backend_xmin)), 0)::float8
         from pg_catalog.pg_stat_activity
@@ -3727,6 +4009,9 @@ language sql stable security definer set search_path = '' as $$
     select 'schedule:' || name, not paused, 'next at ' || next_at, 'Its job could not be enqueued: correct it with brightrun.set_schedule().'
     from brightrun.schedule
     union all
+    select 'marks', strays = 0, pg_catalog.format('%s jobs were found below the mark where claims begin, and brought back', strays),
+           'A mistake of the engine: keep the rows of brightrun.mark and brightrun.settling, and report it.' from brightrun.settling
+    union all
     select 'dead_letters', count(*) = 0, pg_catalog.format('%s messages could not be delivered', count(*)), 'See brightrun.outbox where dead_at is set.'
     from brightrun.outbox where dead_at is not null
 $$;
@@ -3744,6 +4029,8 @@ alter table brightrun.outbox       enable row level security;
 alter table brightrun.housekeeping enable row level security;
 alter table brightrun.brief        enable row level security;
 alter table brightrun.requirement  enable row level security;
+alter table brightrun.mark         enable row level security;
+alter table brightrun.settling     enable row level security;
 alter table brightrun.share        enable row level security;
 alter table brightrun.limit_rule   enable row level security;
 alter table brightrun.queue_setting enable row level security;

@@ -49,6 +49,11 @@ async fn engine(server: &PrivateServer) -> String {
     client.batch_execute(section).await.unwrap();
     let limits = "insert into brightrun.limit_rule (scope, name, at_most) values ('key', 'a', 1), ('key', 'b', 2), ('key', 'c', 3)";
     client.batch_execute(limits).await.unwrap();
+    // Marks move with every place, instead of every few thousand.
+    client
+        .batch_execute("update brightrun.settling set step = 1")
+        .await
+        .unwrap();
     url
 }
 
@@ -235,12 +240,20 @@ async fn run(least: Least, seed: u64, actors: u64, crashes: bool, plant: Option<
     settle(&url).await;
     let remains = remains(&url, &left).await;
     let entries = world.history.entries();
+    let strays = connect(&url)
+        .await
+        .query_one("select strays from brightrun.settling", &[])
+        .await
+        .unwrap();
     let violations = connect(&url)
         .await
         .query("select job_id from brightrun.violations()", &[])
         .await
         .unwrap();
     let mut found = breaches(&entries, &remains);
+    if strays.get::<_, i64>(0) > 0 {
+        found.push("a waiting job lay below the mark where claims begin".to_owned());
+    }
     found.extend(
         violations
             .iter()

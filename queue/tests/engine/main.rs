@@ -16,6 +16,7 @@ mod lane;
 mod lease_expiry;
 mod lock_order;
 mod machines;
+mod marks;
 mod newest;
 mod operate;
 mod outbox;
