@@ -4,7 +4,7 @@ use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
     attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, loss_hopper, matmul, moe, norm,
-    optimizer, quantize, rows,
+    optimizer, quantize, random, rows,
 };
 use crate::ops::{Op, Support};
 
@@ -25,6 +25,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &rows::FAMILY,
     &optimizer::FAMILY,
     &quantize::FAMILY,
+    &random::FAMILY,
     &gate::FAMILY,
     &convolution::FAMILY,
     &delta::FAMILY,

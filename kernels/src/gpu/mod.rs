@@ -47,6 +47,7 @@ mod operands;
 mod optimizer;
 mod places;
 mod quantize;
+mod random;
 mod rows;
 mod runtime;
 mod shared;
