@@ -67,24 +67,26 @@ pub(super) fn grouped_backward(sizes: GroupedSizes, precision: Precision, decode
     [factor(precision, rows * sizes.rank), gradients.max(a + decoded)]
 }
 
-/// Rows with a label, logits, their gradients, parts of the inputs' gradients, and gathered rows. `head` is what the head takes in
-/// another form.
-pub(super) fn loss(
-    sizes: LinearSizes,
-    precision: Precision,
-    has_gradient: bool,
-    (logits_bytes, head): (usize, u64),
-) -> [u64; 6] {
-    let LossExtents { chunk, pitch, parts } = loss_extents(sizes, precision, has_gradient, logits_bytes);
-    let with_gradient = |bytes: u64| if has_gradient { bytes } else { 0 };
-    [
-        floats(sizes.tokens),
-        floats(chunk * pitch),
-        with_gradient(factor(precision, chunk * pitch)),
-        with_gradient(floats(parts * chunk * sizes.inputs)),
-        factor(precision, chunk * sizes.inputs),
-        head,
-    ]
+/// Rows with a label, and what a chunk of them takes. `head` is what the head takes in another form.
+pub(super) fn loss(sizes: LinearSizes, precision: Precision, has_gradient: bool, head: u64) -> Vec<u64> {
+    let extents = loss_extents(sizes, precision, has_gradient);
+    let LossExtents { chunk, pitch, .. } = extents;
+    let mut bytes: Vec<u64> = match precision {
+        Precision::Bf16 => extents
+            .tensor_bytes(sizes, has_gradient)
+            .map(|bytes| bytes as u64)
+            .into(),
+        Precision::F32 => vec![
+            floats(sizes.tokens),
+            floats(1),
+            floats(chunk * pitch),
+            if has_gradient { floats(chunk * pitch) } else { 0 },
+            floats(chunk * sizes.inputs),
+            floats(chunk),
+        ],
+    };
+    bytes.push(head);
+    bytes
 }
 
 /// `δ`, one number for each row of each head.

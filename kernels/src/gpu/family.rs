@@ -3,7 +3,7 @@
 use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
-    attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss, loss_hopper, matmul, moe, norm,
+    attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss_hopper, loss_kernels, matmul, moe, norm,
     optimizer, quantize, random, rows,
 };
 use crate::ops::{Op, Support};
@@ -41,7 +41,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &matmul::TENSOR_FAMILY,
     &matmul::HOPPER_FAMILY,
     &matmul::EXACT_FAMILY,
-    &loss::FAMILY,
+    &loss_kernels::FAMILY,
     &loss_hopper::FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,
