@@ -3,7 +3,7 @@
 use super::scratch::floats;
 use crate::contract::{DeltaSizes, GroupedSizes, LinearSizes};
 use crate::dtype::DType;
-use crate::gpu::{LossExtents, OUTER_PART, carries_delta, loss_extents};
+use crate::gpu::{LossExtents, OUTER_PART, carries_delta, loss_extents, parts_bytes};
 use crate::ops::{DELTA_CHUNK, Precision};
 
 /// Bytes of a factor in the precision's dtype.
@@ -23,6 +23,14 @@ fn converted(precision: Precision, elements: usize) -> u64 {
     }
 }
 
+/// Bytes of the parts that a product of few tiles is made in, of `[M, N, K]`.
+fn split(precision: Precision, sizes: [usize; 3]) -> u64 {
+    match precision {
+        Precision::F32 => 0,
+        Precision::Bf16 => parts_bytes(sizes) as u64,
+    }
+}
+
 /// `decoded`: what the layer's own weight takes for this product alone.
 pub(super) fn linear_forward(sizes: LinearSizes, precision: Precision, decoded: u64) -> [u64; 2] {
     let LinearSizes {
@@ -32,11 +40,13 @@ pub(super) fn linear_forward(sizes: LinearSizes, precision: Precision, decoded: 
         rank,
     } = sizes;
     let [a, b] = [rank * inputs, rank * outputs].map(|elements| converted(precision, elements));
-    [factor(precision, tokens * rank), a.max(b + decoded)]
+    let hidden = a + split(precision, [tokens, rank, inputs]);
+    let whole = b + decoded + split(precision, [tokens, outputs, inputs]);
+    [factor(precision, tokens * rank), hidden.max(whole)]
 }
 
-/// With the adapter's gradients; the outer products are sums over parts of tokens.
-pub(super) fn linear_backward(sizes: LinearSizes, precision: Precision, decoded: u64) -> [u64; 2] {
+/// With the adapter's gradients; the outer products are sums over parts of tokens. `decoded` as forward, where dx is wanted.
+pub(super) fn linear_backward(sizes: LinearSizes, precision: Precision, decoded: Option<u64>) -> [u64; 2] {
     let LinearSizes {
         tokens,
         inputs,
@@ -50,7 +60,9 @@ pub(super) fn linear_backward(sizes: LinearSizes, precision: Precision, decoded:
     };
     let hidden = converted(precision, tokens * rank);
     let gradients = a + b + parts(inputs).max(hidden + parts(outputs));
-    [factor(precision, tokens * rank), gradients.max(a + decoded)]
+    let v = b + split(precision, [tokens, rank, outputs]);
+    let dx = decoded.map_or(0, |decoded| a + decoded + split(precision, [tokens, inputs, outputs]));
+    [factor(precision, tokens * rank), gradients.max(v).max(dx)]
 }
 
 pub(super) fn grouped_forward(sizes: GroupedSizes, precision: Precision, decoded: u64) -> [u64; 2] {

@@ -95,13 +95,13 @@ impl MatmulOps for Counting {
                 self.did(Work::moving(Op::LinearBackward, 0), &[&always[..], &scratch].concat());
             }
         }
-        let [mut last, mut decoded] = [0; 2];
+        let (mut last, mut decoded) = (0, None);
         if let Some((dx, _)) = &call.dx {
             work.flops += product(tokens, inputs, outputs) + product(tokens, rank, inputs);
             work.bytes += bytes_of(&[dx]) + call.weight.size_bytes() as u64;
             work.decoded_bytes = decoded_bytes(call.weight);
             last = if rank > 0 { self.habits.left(tokens, rank) } else { 0 };
-            decoded = self.decoded(call.weight, call.precision, tokens);
+            decoded = Some(self.decoded(call.weight, call.precision, tokens));
         }
         match self.habits.kernels {
             Kernels::Cpu => self.did(work, &[always[0], always[1], last]),

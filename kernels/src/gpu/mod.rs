@@ -87,7 +87,7 @@ use self::layouts::Layouts;
 pub(crate) use self::loss_extents::{LossExtents, loss_extents};
 pub(crate) use self::map::Map;
 pub use self::map::{Swizzle, TensorMap};
-pub(crate) use self::matmul::{NF4_ROW, OUTER_PART};
+pub(crate) use self::matmul::{NF4_ROW, OUTER_PART, parts_bytes};
 pub use self::matmul::{PlainForm, PlainProduct};
 pub use self::memory::Buffer;
 use self::memory::Pool;
