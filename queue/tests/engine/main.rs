@@ -20,6 +20,7 @@ mod newest;
 mod operate;
 mod outbox;
 mod outside;
+mod pg_cron;
 mod projector;
 mod rates;
 mod retry;

@@ -175,13 +175,18 @@ pub fn request(worker: &str, kinds: &[&str], limit: usize) -> ClaimRequest {
 }
 
 /// Polls until `holds` gives something, for at most a minute.
-pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, mut holds: impl FnMut() -> F) -> T {
-    let deadline = Instant::now() + Duration::from_secs(60);
+pub async fn eventually<T, F: Future<Output = Option<T>>>(what: &str, holds: impl FnMut() -> F) -> T {
+    within(Duration::from_secs(60), what, holds).await
+}
+
+/// Polls until `holds` gives something, for at most `limit`.
+pub async fn within<T, F: Future<Output = Option<T>>>(limit: Duration, what: &str, mut holds: impl FnMut() -> F) -> T {
+    let deadline = Instant::now() + limit;
     loop {
         if let Some(value) = holds().await {
             return value;
         }
-        assert!(Instant::now() < deadline, "not within a minute: {what}");
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

@@ -4,13 +4,14 @@ use std::cell::RefCell;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use futures_util::{StreamExt, TryStreamExt};
-use reqwest::StatusCode;
+use futures_util::StreamExt;
 use reqwest::header::{CONTENT_RANGE, RANGE};
+use reqwest::{Response, StatusCode, Url};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
-use tokio::fs::OpenOptions;
+use tokio::fs::{File, OpenOptions};
 use tokio::io::AsyncWriteExt;
+use tokio_util::sync::CancellationToken;
 
 use super::record::Record;
 use super::{Disk, Hub, Remote, RemoteFile, check_mount, refused, unreachable};
@@ -95,12 +96,19 @@ pub async fn fetch(
         },
         downloaded: 0,
     });
-    let revision = remote.revision.as_str();
-    futures_util::stream::iter(&missing)
-        .map(|(file, _)| download(hub, request, revision, file, &meter))
+    let line = Line {
+        hub,
+        request,
+        revision: &remote.revision,
+        meter: &meter,
+        stop: CancellationToken::new(),
+    };
+    let results: Vec<Result<()>> = futures_util::stream::iter(&missing)
+        .map(|(file, _)| download_or_stop_all(&line, file))
         .buffer_unordered(AT_ONCE)
-        .try_collect::<()>()
-        .await?;
+        .collect()
+        .await;
+    results.into_iter().collect::<Result<()>>()?;
     Ok(Fetched {
         revision: remote.revision.clone(),
         files: remote.files.len(),
@@ -165,31 +173,60 @@ fn check_room(missing: &[(&RemoteFile, u64)], folder: &Path, disk: &dyn Disk) ->
     }
 }
 
+/// What the downloads of one command share.
+struct Line<'a, 'm> {
+    hub: &'a Hub,
+    request: &'a FetchRequest<'a>,
+    revision: &'a str,
+    meter: &'a RefCell<Meter<'m>>,
+    /// Cancelled by the first file that fails for good. The others are not dropped in the middle of a write: the runtime would go on
+    /// opening and writing their files after the command has answered, into the next one's beginnings. Each stops where it waits for
+    /// the hub, with all that came written.
+    stop: CancellationToken,
+}
+
+impl Line<'_, '_> {
+    fn address(&self, file: &RemoteFile) -> Result<Url> {
+        self.hub.file_address(self.request.model, self.revision, &file.name)
+    }
+
+    fn begun(&self, file: &RemoteFile) -> PathBuf {
+        begun_path(self.request.folder, self.revision, file)
+    }
+}
+
+async fn download_or_stop_all(line: &Line<'_, '_>, file: &RemoteFile) -> Result<()> {
+    if line.stop.is_cancelled() {
+        return Err(stopped());
+    }
+    let result = download(line, file).await;
+    if result.is_err() {
+        line.stop.cancel();
+    }
+    result
+}
+
 /// Downloads one file, continuing after every break as long as each attempt brings something.
-async fn download(
-    hub: &Hub,
-    request: &FetchRequest<'_>,
-    revision: &str,
-    file: &RemoteFile,
-    meter: &RefCell<Meter<'_>>,
-) -> Result<()> {
-    let begun = begun_path(request.folder, revision, file);
+async fn download(line: &Line<'_, '_>, file: &RemoteFile) -> Result<()> {
+    let begun = line.begun(file);
+    let retry = &line.hub.retry;
     let mut failures = 0;
     loop {
         let before = length(&begun);
-        let failure = match attempt(hub, request, revision, file, &begun, meter).await {
+        let failure = match attempt(line, file, &begun).await {
             Ok(()) => break,
             Err(Attempt::Stop(failure)) => return Err(failure),
             Err(Attempt::Again(failure, _)) => failure,
         };
         failures = if length(&begun) > before { 0 } else { failures + 1 };
-        if failures >= hub.retry.attempts {
+        if failures >= retry.attempts {
             return Err(failure);
         }
         tracing::info!(%failure, "the download is continued");
-        tokio::time::sleep(hub.retry.first_pause.min(hub.retry.longest_pause)).await;
+        let pause = tokio::time::sleep(retry.first_pause.min(retry.longest_pause));
+        line.stop.run_until_cancelled(pause).await.ok_or_else(stopped)?;
     }
-    accept(file, &begun, &request.folder.join(&file.name)).await
+    accept(file, &begun, &line.request.folder.join(&file.name)).await
 }
 
 fn length(path: &Path) -> u64 {
@@ -197,15 +234,9 @@ fn length(path: &Path) -> u64 {
 }
 
 /// One request for what is missing of a file.
-async fn attempt(
-    hub: &Hub,
-    request: &FetchRequest<'_>,
-    revision: &str,
-    file: &RemoteFile,
-    begun: &Path,
-    meter: &RefCell<Meter<'_>>,
-) -> Result<(), Attempt> {
-    let url = hub.file_address(request.model, revision, &file.name)?;
+async fn attempt(line: &Line<'_, '_>, file: &RemoteFile, begun: &Path) -> Result<(), Attempt> {
+    let Line { hub, meter, stop, .. } = line;
+    let url = line.address(file)?;
     let place = shown(&url);
     let mut done = length(begun);
     if done > file.bytes {
@@ -219,7 +250,10 @@ async fn attempt(
     if done > 0 {
         call = call.header(RANGE, format!("bytes={done}-"));
     }
-    let response = call.send().await.map_err(|error| unreachable(error, &place))?;
+    let response = match stop.run_until_cancelled(call.send()).await {
+        None => return Err(Attempt::Stop(stopped())),
+        Some(response) => response.map_err(|error| unreachable(error, &place))?,
+    };
     let continues = response
         .headers()
         .get(CONTENT_RANGE)
@@ -248,27 +282,10 @@ async fn attempt(
         .open(begun)
         .await
         .map_err(write)?;
-    let mut body = response.bytes_stream();
-    while let Some(chunk) = body.next().await {
-        let chunk = match chunk {
-            Ok(chunk) => chunk,
-            Err(error) => {
-                target.flush().await.map_err(write)?;
-                return Err(unreachable(error, &place));
-            }
-        };
-        done += chunk.len() as u64;
-        if done > file.bytes {
-            return Err(Attempt::Stop(wrong(file, "it is longer than the hub's list says")));
-        }
-        target.write_all(&chunk).await.map_err(write)?;
-        let mut meter = meter.borrow_mut();
-        meter.state.bytes += chunk.len() as u64;
-        meter.downloaded += chunk.len() as u64;
-        let state = meter.state;
-        (meter.progress)(state);
-    }
+    let received = receive(line, file, &mut target, response, done).await;
+    // Whatever ended it, what came is in the file when this returns.
     target.flush().await.map_err(write)?;
+    let done = received?;
     target.sync_all().await.map_err(write)?;
     if done == file.bytes {
         return Ok(());
@@ -285,6 +302,42 @@ async fn attempt(
         .hint("Run the same command again to continue"),
         None,
     ))
+}
+
+/// Appends an answer to the file's beginning of `done` bytes; its length afterwards.
+async fn receive(
+    line: &Line<'_, '_>,
+    file: &RemoteFile,
+    target: &mut File,
+    response: Response,
+    mut done: u64,
+) -> Result<u64, Attempt> {
+    let place = shown(&line.address(file)?);
+    let mut body = response.bytes_stream();
+    loop {
+        let chunk = match line.stop.run_until_cancelled(body.next()).await {
+            None => return Err(Attempt::Stop(stopped())),
+            Some(None) => return Ok(done),
+            Some(Some(chunk)) => chunk.map_err(|error| unreachable(error, &place))?,
+        };
+        done += chunk.len() as u64;
+        if done > file.bytes {
+            return Err(Attempt::Stop(wrong(file, "it is longer than the hub's list says")));
+        }
+        let written = target.write_all(&chunk).await;
+        written.map_err(|error| Attempt::Stop(write_failure(&line.begun(file), &error)))?;
+        let mut meter = line.meter.borrow_mut();
+        meter.state.bytes += chunk.len() as u64;
+        meter.downloaded += chunk.len() as u64;
+        let state = meter.state;
+        (meter.progress)(state);
+    }
+}
+
+/// What a file says whose download another one's failure ended; never the first failure of a command.
+fn stopped() -> Failure {
+    Failure::platform("FETCH_UNREACHABLE", "The download ended because another file's failed")
+        .hint("Run the same command again to continue")
 }
 
 /// Gives a file its name, if it is right.

@@ -17,6 +17,7 @@ use brightrun_worker::storage::retry::RetryPolicy;
 use futures_util::StreamExt;
 use serde_json::json;
 use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
 
 const MODEL: &str = "Org/Model-1B";
 const TOKEN: &str = "hub-canary-not-a-real-token";
@@ -34,11 +35,14 @@ struct Behaviour {
     token: Option<&'static str>,
     /// Ignores `Range`.
     no_ranges: bool,
+    /// The first file of the weights stands still after these bytes; the second is missing, said once `arrived` is notified.
+    stands_still_after: Option<usize>,
 }
 
 struct Shared {
     files: BTreeMap<&'static str, Vec<u8>>,
     behaviour: Mutex<Behaviour>,
+    arrived: Notify,
     requests: Mutex<Vec<(String, Option<String>)>>,
 }
 
@@ -63,6 +67,7 @@ impl FakeHub {
                 ("sub/other.json", b"{}".to_vec()),
             ]),
             behaviour: Mutex::new(behaviour),
+            arrived: Notify::new(),
             requests: Mutex::default(),
         });
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -98,8 +103,13 @@ async fn answer(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap,
         .lock()
         .unwrap()
         .push((uri.path().to_owned(), range.clone()));
-    let mut behaviour = shared.behaviour.lock().unwrap();
     let status = |code| Response::builder().status(code).body(Body::empty()).unwrap();
+    let stands_still_after = shared.behaviour.lock().unwrap().stands_still_after;
+    if stands_still_after.is_some() && uri.path().ends_with(WANTED[2]) {
+        shared.arrived.notified().await;
+        return status(StatusCode::NOT_FOUND);
+    }
+    let mut behaviour = shared.behaviour.lock().unwrap();
     if let Some(token) = behaviour.token
         && header("authorization") != Some(format!("Bearer {token}"))
     {
@@ -129,6 +139,11 @@ async fn answer(State(shared): State<Arc<Shared>>, uri: Uri, headers: HeaderMap,
             .header("content-range", range);
     }
     let rest = bytes[from..].to_vec();
+    if let Some(after) = stands_still_after.filter(|after| rest.len() > *after) {
+        let part: Result<Bytes, std::io::Error> = Ok(Bytes::copy_from_slice(&rest[..after]));
+        let parts = futures_util::stream::iter([part]).chain(futures_util::stream::pending());
+        return response.body(Body::from_stream(parts)).unwrap();
+    }
     match behaviour
         .cut_after
         .filter(|after| rest.len() > *after && behaviour.cuts > 0)
@@ -284,6 +299,45 @@ async fn a_later_command_continues_what_an_earlier_one_began() {
     fetched(&server.hub(None), &folder, &ROOMY, false).await.unwrap();
     let ranges: Vec<_> = server.requests().into_iter().filter_map(|(_, range)| range).collect();
     assert_eq!(ranges, ["bytes=123456-"]);
+    assert_eq!(std::fs::read(folder.join(WANTED[1])).unwrap(), weights());
+}
+
+#[tokio::test]
+async fn a_file_that_fails_stops_the_others_where_they_are() {
+    let server = FakeHub::start(Behaviour {
+        stands_still_after: Some(100_000),
+        ..Behaviour::default()
+    })
+    .await;
+    let (_volume, folder) = target();
+    let hub = server.hub(None);
+    let request = FetchRequest {
+        model: MODEL,
+        revision: "main",
+        folder: &folder,
+        volumes: &[],
+        verify: false,
+    };
+    let config = server.shared.files[WANTED[0]].len();
+    let arrived = &server.shared.arrived;
+    let failure = fetch(&hub, &request, &ROOMY, &mut |progress| {
+        if progress.bytes == (config + 100_000) as u64 {
+            arrived.notify_one();
+        }
+    })
+    .await
+    .unwrap_err();
+    assert!(failure.place.ends_with(WANTED[2]), "{failure:?}");
+    *server.shared.behaviour.lock().unwrap() = Behaviour::default();
+    server.requests();
+    let again = fetched(&hub, &folder, &ROOMY, false).await.unwrap();
+    let ranges: Vec<_> = server.requests().into_iter().filter_map(|(_, range)| range).collect();
+    assert_eq!(
+        ranges,
+        ["bytes=100000-"],
+        "what had come was kept, and nothing was written after the answer"
+    );
+    assert_eq!(again.downloaded, again.bytes - (config + 100_000) as u64);
     assert_eq!(std::fs::read(folder.join(WANTED[1])).unwrap(), weights());
 }
 
