@@ -20,10 +20,10 @@ DEVICE f32 reference_of(f32 largest) {
     return plain ? 0.0f : 64.0f * rintf(largest * STEPS_OF_E);
 }
 
-// e^z / 2^reference. A reference times the first part of ln 2, which has ten bits, is exact.
+// e^z / 2^reference, in two instructions; −∞ gives 0. Its error is that of z · log₂ e in f32, as large as that of z itself.
 DEVICE f32 exponential(f32 z, f32 reference) {
-    if (reference != 0.0f) z = __fmaf_rn(-reference, -2.12194440e-4f, __fmaf_rn(-reference, 0.693359375f, z));
-    return expf(z);
+    constexpr f32 LOG2_E = 1.44269504088896341f;
+    return power_of_two(__fmaf_rn(z, LOG2_E, -reference));
 }
 
 // What a chunk's logits leave: they are in registers only.
@@ -38,22 +38,31 @@ struct Exponentials {
     // Eight columns of a row. The lanes of a run call it together, whether the row exists or not.
     DEVICE void store(i64 row, i32 column, bool exists, Pack& pack) const {
         f32 largest = -infinity();
+        if (column + PACK > vocabulary) {
 #pragma unroll
-        for (i32 i = 0; i < PACK; i++)
-            largest = column + i < vocabulary && pack.at[i] > largest ? pack.at[i] : largest;
+            for (i32 i = 0; i < PACK; i++) pack.at[i] = column + i < vocabulary ? pack.at[i] : -infinity();
+        }
+#pragma unroll
+        for (i32 i = 0; i < PACK; i++) largest = fmaxf(largest, pack.at[i]);
         f32 reference = reference_of(lanes_max<RUN / PACK>(largest));
         exists = exists && column < pitch;
         i32 label = exists ? labels[row] - column : -1;
-        f32 sum = 0.0f, label_logit = 0.0f;
+        if (label >= 0 && label < PACK) {
+#pragma unroll
+            for (i32 i = 0; i < PACK; i++) {
+                if (i != label) continue;
+                label_logits[row] = pack.at[i];
+                pack.at[i] = -infinity();
+            }
+        }
+        f32 sum = 0.0f;
 #pragma unroll
         for (i32 i = 0; i < PACK; i++) {
-            label_logit = i == label ? pack.at[i] : label_logit;
-            pack.at[i] = column + i < vocabulary && i != label ? exponential(pack.at[i], reference) : 0.0f;
+            pack.at[i] = exponential(pack.at[i], reference);
             sum += pack.at[i];
         }
         sum = lanes_sum<RUN / PACK>(sum);
         if (!exists) return;
-        if (label >= 0 && label < PACK) label_logits[row] = label_logit;
         if (powers != nullptr) store_wide(powers + row * pitch + column, pack);
         if (column % RUN == 0) {
             f32* run = runs + (row * pitch + column) / RUN * 2;
