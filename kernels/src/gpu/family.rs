@@ -3,8 +3,8 @@
 use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
-    attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss_hopper, loss_kernels, matmul, moe, norm,
-    optimizer, quantize, random, rows,
+    attention_kernels, convolution, delta, delta_inputs, elementwise, gate, loss_hopper, loss_kernels, matmul, moe,
+    norm, optimizer, quantize, random, rows,
 };
 use crate::ops::{Op, Support};
 
