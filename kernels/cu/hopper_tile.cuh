@@ -37,6 +37,9 @@ constexpr i32 HOPPER_DEPTH = 64;
 // Of the copying and of the multiplying threads: 128 · 56 + 256 · 224 are what 384 threads of 168 have.
 constexpr i32 COPY_REGISTERS = 56;
 constexpr i32 MULTIPLY_REGISTERS = 224;
+// Who asks for more than the block has waits for ever.
+constexpr i32 BLOCK_REGISTERS = 65536 / HOPPER_THREADS / 8 * 8 * HOPPER_THREADS;
+static_assert(WARP_GROUP * COPY_REGISTERS + 2 * WARP_GROUP * MULTIPLY_REGISTERS <= BLOCK_REGISTERS, "more registers than given back");
 // Tokens of a piece of the result, and the length of one's row in the staging area: 64 outputs, and four that spread rows over banks.
 constexpr i32 PIECE = 32;
 constexpr i32 PIECE_PITCH = 68;

@@ -42,9 +42,11 @@ constexpr size_t STACK_BYTES = 64 * 1024;
 constexpr size_t GUARD_BYTES = 4096;
 constexpr size_t SIGNAL_STACK_BYTES = 64 * 1024;
 constexpr unsigned MOST_THREADS = 1024;
-// Shared memory of a block: what sm_90 offers it, and what a kernel may have without asking for more.
+// Shared memory of a block: what sm_90 offers it, and what its own arrays may have.
 constexpr size_t SHARED_BYTES = 227 * 1024;
 constexpr size_t STATIC_SHARED_BYTES = 48 * 1024;
+// What memory that the launch sizes is aligned to (DYNAMIC_SHARED). It lies behind the kernel's own arrays.
+constexpr size_t DYNAMIC_ALIGNMENT = 1024;
 // Between shared arrays, to see writes past their ends.
 constexpr size_t MARGIN = 64;
 constexpr unsigned char MARGIN_BYTE = 0xA5;
@@ -92,7 +94,7 @@ struct Block {
     const void* scheduler_bottom;
     size_t scheduler_bytes;
     unsigned char* shared;
-    size_t shared_used, dynamic_bytes, static_bytes;
+    size_t shared_used, dynamic_bytes, static_bytes, shared_limit;
     std::vector<SharedArray> arrays;
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
@@ -113,7 +115,7 @@ struct Range {
 struct Launch {
     const char* kernel;
     unsigned grid[3], block[3];
-    size_t shared_bytes;
+    size_t shared_bytes, shared_limit;  // what the launch adds, and what a block may have
     unsigned workers;
     const Range* ranges;
     size_t range_count;
@@ -312,8 +314,10 @@ unsigned char (*warp_exchange(unsigned mask, const void* value, unsigned bytes, 
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
+static size_t rounded(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
 static unsigned char* place(Block* block, const void* key, size_t bytes, size_t alignment) {
-    size_t offset = (block->shared_used + alignment - 1) & ~(alignment - 1);
+    size_t offset = rounded(block->shared_used, alignment);
     ASAN_UNPOISON_MEMORY_REGION(block->shared + block->shared_used, offset - block->shared_used + bytes + MARGIN);
     memset(block->shared + block->shared_used, MARGIN_BYTE, offset - block->shared_used);
     memset(block->shared + offset, POISON, bytes);
@@ -328,10 +332,10 @@ void* shared_array(const void* key, size_t bytes, size_t alignment) {
     Block* block = self->block;
     for (const SharedArray& array : block->arrays)
         if (array.key == key) return block->shared + array.offset;
-    block->static_bytes += bytes;
+    block->static_bytes = rounded(block->static_bytes, alignment) + bytes;
     if (block->static_bytes > STATIC_SHARED_BYTES) fail("static shared memory of %zu bytes exceeds 48 KB", block->static_bytes);
-    if (block->static_bytes + block->dynamic_bytes > SHARED_BYTES)
-        fail("shared memory of %zu bytes exceeds 227 KB", block->static_bytes + block->dynamic_bytes);
+    size_t all = rounded(block->static_bytes, DYNAMIC_ALIGNMENT) + block->dynamic_bytes;
+    if (all > block->shared_limit) fail("shared memory of %zu bytes exceeds %zu KB", all, block->shared_limit / 1024);
     return place(block, key, bytes, alignment);
 }
 
@@ -501,7 +505,7 @@ static void prepare(Block* block, const Launch& launch, size_t index) {
     block->at_barrier = block->phase = 0;
     block->arrays.clear();
     block->shared_used = block->static_bytes = 0;
-    if (block->dynamic_bytes) place(block, nullptr, block->dynamic_bytes, 1024);
+    if (block->dynamic_bytes) place(block, nullptr, block->dynamic_bytes, DYNAMIC_ALIGNMENT);
     for (NamedBarrier& barrier : block->named) {
         barrier.arrived = 0;
         barrier.waiting.clear();
@@ -662,6 +666,7 @@ static void set_up(Block* block, const Launch& launch, void (*entry)(void**), vo
     block->arguments = arguments;
     block->kernel = launch.kernel;
     block->dynamic_bytes = launch.shared_bytes;
+    block->shared_limit = launch.shared_limit;
     block->failed = false;
     block->warps.resize((block->threads + WARP - 1) / WARP);
     block->fibers.assign(block->threads, Fiber{});
@@ -750,8 +755,14 @@ extern "C" int emu_launch(void (*entry)(void**), void** arguments, const Launch*
     static std::once_flag handled;
     std::call_once(handled, handle_faults);
     size_t threads = size_t(launch->block[0]) * launch->block[1] * launch->block[2];
-    if (threads == 0 || threads > MOST_THREADS || launch->shared_bytes > SHARED_BYTES || launch->grid[1] > 65535 ||
-        launch->grid[2] > 65535 || launch->block[2] > 64) {
+    size_t blocks = size_t(launch->grid[0]) * launch->grid[1] * launch->grid[2];
+    if (blocks == 0 || launch->grid[0] > INT32_MAX || launch->grid[1] > 65535 || launch->grid[2] > 65535) {
+        snprintf(message, message_bytes, "a grid of %u × %u × %u blocks cannot be launched", launch->grid[0], launch->grid[1],
+                 launch->grid[2]);
+        return 1;
+    }
+    if (threads == 0 || threads > MOST_THREADS || launch->shared_bytes > launch->shared_limit ||
+        launch->shared_limit > SHARED_BYTES || launch->block[2] > 64) {
         snprintf(message, message_bytes, "%zu threads a block with %zu bytes of shared memory cannot be launched", threads,
                  launch->shared_bytes);
         return 1;

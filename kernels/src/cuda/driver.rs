@@ -20,9 +20,6 @@ use crate::gpu::{Gpu, Launch, Machine, PlainProduct, Runtime, Source, Span, Valu
 /// made it.
 pub const SYNCHRONOUS_VARIABLE: &str = "BRIGHTRUN_CUDA_SYNCHRONOUS";
 
-/// Dynamic shared memory that a kernel may have without being asked for more, on every device.
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
-
 /// An NVIDIA device. Everything runs on one stream, in the order of the calls.
 pub struct Driver {
     info: DeviceInfo,
@@ -135,6 +132,9 @@ impl Driver {
     }
 
     /// The function of an entry, allowed that much dynamic shared memory.
+    ///
+    /// It is asked for from the first byte on. Nobody need ask for 48 KiB, but these have a kernel's own arrays in them, in units of
+    /// the 1 KiB that its dynamic memory is aligned to: a tile of exactly 48 KiB beside a table of 64 bytes is more.
     fn function(&self, source: &'static Source, entry: &str, shared_bytes: u32) -> Result<CudaFunction> {
         let mut code = self.code();
         let loaded = code.functions.entry(source.name).or_default();
@@ -148,7 +148,7 @@ impl Driver {
         let function = module
             .load_function(entry)
             .map_err(|error| failure(&format!("finding {}", what()), error))?;
-        if shared_bytes > SHARED_WITHOUT_ASKING {
+        if shared_bytes > 0 {
             let wanted = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             function
                 .set_attribute(wanted, shared_bytes.cast_signed())
@@ -161,7 +161,7 @@ impl Driver {
         }
         let known = Function {
             function: function.clone(),
-            shared_bytes: shared_bytes.max(SHARED_WITHOUT_ASKING),
+            shared_bytes,
         };
         code.functions
             .entry(source.name)
@@ -278,16 +278,26 @@ impl Runtime for Driver {
         }
     }
 
+    /// Memory that was freed counts as taken until the host has seen the device pass the freeing, so a refusal is one only after a
+    /// wait (CUDA driver API, `cuMemPoolTrimTo`): the old arena's room is the new one's.
     fn allocate(&self, bytes: usize) -> Result<Memory> {
         self.uncaptured(&format!("allocating {bytes} bytes"))?;
-        let slice = launch::allocate(&self.compute, bytes).map_err(|error| match error.0 {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory {
+        let refused = |error: &DriverError| error.0 == CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        let slice = launch::allocate(&self.compute, bytes).or_else(|error| match refused(&error) {
+            true => {
+                self.compute.synchronize()?;
+                launch::allocate(&self.compute, bytes)
+            }
+            false => Err(error),
+        });
+        let slice = slice.map_err(|error| match refused(&error) {
+            true => Error::OutOfMemory {
                 backend: "cuda",
                 wanted: WORKING_MEMORY.to_owned(),
                 requested_bytes: bytes as u64,
                 in_use_bytes: 0,
             },
-            _ => failure(&format!("allocating {bytes} bytes"), error),
+            false => failure(&format!("allocating {bytes} bytes"), error),
         })?;
         Ok(Memory { slice })
     }
@@ -353,6 +363,9 @@ impl Runtime for Driver {
     }
 
     fn plain_product(&self, product: &PlainProduct<'_, Memory>) -> Result<bool> {
+        // The library opens itself for the device whose context this thread has, not for ours.
+        let bound = self.context.bind_to_thread();
+        bound.map_err(|error| failure("choosing the device", error))?;
         if self.library.get().is_none() {
             // Its workspace is memory, which a capture cannot have; the first micro-batch is not captured.
             self.uncaptured("opening cuBLASLt")?;
@@ -374,7 +387,6 @@ impl Runtime for Driver {
             op: "cuda",
             message: format!("{form:?} by cuBLASLt: {error}"),
         };
-        self.context.bind_to_thread().map_err(|error| failed(&error))?;
         let done = library
             .product(&self.compute, product)
             .map_err(|error| failed(&error))?;

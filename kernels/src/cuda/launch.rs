@@ -115,9 +115,13 @@ pub(super) fn upload(
     unsafe { result::memcpy_htod_async(address, bytes, stream.cu_stream()) }
 }
 
-/// Makes of everything queued on the stream from here on, by this thread, a graph instead of running it.
+/// Makes of everything queued on the stream from here on a graph instead of running it.
+///
+/// Relaxed, because a kernel may be met for the first time in a capture: the stricter modes make the driver refuse what loading it
+/// might do, and end the capture. They guard against work on other streams that a capture would miss, of which there is none:
+/// `Driver` refuses copies and allocations, and `Tape` launches of another thread.
 pub(super) fn begin_capture(stream: &CudaStream) -> Result<(), DriverError> {
-    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
 }
 
 /// What was captured, ready to be launched.
@@ -126,22 +130,36 @@ pub(super) fn end_capture(stream: &Arc<CudaStream>) -> Result<Captured, DriverEr
     if let Some(graph) = &graph {
         graph.upload()?;
     }
-    Ok(Captured(Mutex::new(graph)))
+    Ok(Captured {
+        graph: Mutex::new(graph),
+        context: Arc::clone(stream.context()),
+    })
 }
 
 /// A graph of launches; `None` when nothing was captured. The lock is what makes it shareable.
-pub(super) struct Captured(Mutex<Option<CudaGraph>>);
+pub(super) struct Captured {
+    graph: Mutex<Option<CudaGraph>>,
+    context: Arc<CudaContext>,
+}
 
-// SAFETY: the driver's graphs belong to a context, not to a thread: cudarc binds the context before every call, and its type
-// lacks `Send` only for the raw handles in it. Calls for one graph must not overlap, which the lock sees to.
+// SAFETY: the driver's graphs belong to a context, not to a thread: cudarc binds the context before every call but the destroying
+// ones, `Drop` before these, and its type lacks `Send` only for the raw handles in it. Calls for one graph must not overlap, which the
+// lock sees to.
 unsafe impl Send for Captured {}
 // SAFETY: as above.
 unsafe impl Sync for Captured {}
 
 impl Captured {
     pub(super) fn launch(&self) -> Result<(), DriverError> {
-        let graph = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let graph = self.graph.lock().unwrap_or_else(PoisonError::into_inner);
         graph.as_ref().map_or(Ok(()), CudaGraph::launch)
+    }
+}
+
+impl Drop for Captured {
+    /// Recordings are dropped on any thread.
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
     }
 }
 

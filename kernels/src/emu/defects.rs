@@ -2,10 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use super::{Emulated, emulated};
+use super::{Emulated, emulated, emulated_as};
 use crate::dtype::DType;
 use crate::error::Error;
-use crate::gpu::{Argument, Element, Family, Geometry, Kernel, Parameter, Source};
+use crate::gpu::{Argument, Element, Family, Geometry, Kernel, Launch, Parameter, Runtime, Source};
 use crate::ops::Device;
 use crate::tensor::Tensor;
 
@@ -201,6 +201,40 @@ fn a_misaligned_access_and_an_index_outside_an_array_are_found() {
     let arguments = [Argument::Out(&mut x), Argument::Size(9)];
     let launched = device.launch(&INDEX_OUTSIDE, &[], Geometry::cover(1, 1), &arguments);
     assert!(launched.unwrap_err().to_string().contains("index outside an array"));
+}
+
+#[test]
+fn a_launch_that_no_device_accepts_is_refused() {
+    // A kernel's own 256 bytes and what the launch adds, which begins at 1 KiB.
+    let launched = |device: &Emulated, kib: usize| {
+        let mut x = device.alloc(DType::F32, [64]).unwrap();
+        let geometry = Geometry::cover(1, 1).with_shared(kib << 10);
+        device.launch(&UNWRITTEN_SHARED, &[], geometry, &[Argument::Out(&mut x)])
+    };
+    let Some((device, _)) = device() else { return };
+    launched(&device, 98).unwrap();
+    let message = launched(&device, 99).unwrap_err().to_string();
+    assert!(message.contains("102400 bytes exceeds 99 KB"), "{message}");
+    let message = launched(&device, 100).unwrap_err().to_string();
+    assert!(message.contains("cannot be launched"), "{message}");
+    let hopper = emulated_as(Some(1), (9, 0)).unwrap();
+    launched(&hopper, 226).unwrap();
+    let message = launched(&hopper, 227).unwrap_err().to_string();
+    assert!(message.contains("exceeds 227 KB"), "{message}");
+
+    // `Gpu::launch` leaves out grids without blocks and refuses larger ones, so neither comes here by it.
+    for grid in [[0, 1, 1], [1, 0, 1], [1, 65_536, 1], [1 << 31, 1, 1]] {
+        let launched = device.runtime().launch(&Launch {
+            source: &SOURCE,
+            entry: "reverse",
+            grid,
+            threads: 64,
+            shared_bytes: 0,
+            values: &[], // refused before anybody looks
+        });
+        let message = launched.unwrap_err().to_string();
+        assert!(message.contains("blocks cannot be launched"), "{message}");
+    }
 }
 
 #[test]

@@ -27,6 +27,7 @@ struct Geometry {
     grid: [u32; 3],
     block: [u32; 3],
     shared_bytes: usize,
+    shared_limit: usize,
     workers: u32,
     ranges: *const Range,
     range_count: usize,
@@ -84,12 +85,13 @@ impl Engine {
         Ok(engine)
     }
 
-    /// Runs a grid to its end: of each `period` blocks the last ones.
+    /// Runs a grid, whose blocks may have so many bytes of shared memory, to its end: of each `period` blocks the last ones.
     pub(super) fn launch(
         &self,
         library: &Library,
         launch: &Launch<'_, Memory>,
         workers: u32,
+        shared_limit: usize,
         (period, last): (usize, usize),
     ) -> Result<()> {
         let entry: Entry = symbol(&library.handle, &format!("emu_entry_{}", launch.entry))?;
@@ -116,6 +118,7 @@ impl Engine {
             grid: launch.grid,
             block: [launch.threads, 1, 1],
             shared_bytes: launch.shared_bytes as usize,
+            shared_limit,
             workers,
             ranges: ranges.as_ptr(),
             range_count: ranges.len(),

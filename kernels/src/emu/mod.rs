@@ -48,6 +48,10 @@ struct Queue {
 
 /// The compute capability that [`emulated`] claims: the first with what the portable kernels need.
 const PORTABLE: (u32, u32) = (8, 0);
+/// Shared memory that a block may have: on compute capability 9.0, and what the least of the others has (8.6, 8.9, 12.0), since all
+/// of them run the portable kernels (CUDA programming guide, "Technical Specifications per Compute Capability").
+const SHARED_ON_HOPPER: usize = 227 << 10;
+const SHARED_ELSEWHERE: usize = 99 << 10;
 /// Few, so that the blocks of a grid that stays have several tiles even of small products.
 const MULTIPROCESSORS: u32 = 3;
 
@@ -133,8 +137,12 @@ impl Emulation {
                 let blocks: usize = launch.grid.iter().map(|extent| *extent as usize).product();
                 let (last, period) = self.last_blocks.unwrap_or((1, 1));
                 let period = period.min(blocks).max(1);
+                let shared = match self.machine.is_hopper() {
+                    true => SHARED_ON_HOPPER,
+                    false => SHARED_ELSEWHERE,
+                };
                 self.engine
-                    .launch(library, launch, self.threads, (period, last.min(period)))
+                    .launch(library, launch, self.threads, shared, (period, last.min(period)))
             }
             None => Ok(()),
         }

@@ -161,20 +161,21 @@ impl<R: Runtime> Gpu<R> {
         let capture = self.tape().end();
         let graph = self.runtime().end_capture();
         let problem = capture.as_ref().and_then(|capture| capture.problem.clone());
-        match (done, problem, capture) {
-            (Ok(()), None, Some(capture)) => {
-                let recording = self.taped(graph?, capture);
+        let problem = match (done, problem, capture, graph) {
+            (Ok(()), None, Some(capture), Ok(graph)) => {
+                let recording = self.taped(graph, capture);
                 recording.replay(documents)?;
-                Ok(Recorded::Yes(Box::new(recording)))
+                return Ok(Recorded::Yes(Box::new(recording)));
             }
-            (_, Some(problem), _) => {
-                // Nothing of it has run.
-                work()?;
-                Ok(Recorded::Not(problem))
-            }
-            (Err(error), _, _) => Err(error),
-            (Ok(()), None, None) => Ok(Recorded::Not("the recording was lost".to_owned())),
-        }
+            (_, Some(problem), ..) => problem,
+            (Err(error), ..) => return Err(error),
+            // Of a device without memory for a graph, say. One that does nothing any more says so when the work is done.
+            (Ok(()), None, _, Err(error)) => error.to_string(),
+            (Ok(()), None, None, Ok(_)) => "the recording was lost".to_owned(),
+        };
+        // Nothing of it has run.
+        work()?;
+        Ok(Recorded::Not(problem))
     }
 
     fn taped(&self, graph: R::Graph, capture: Capture) -> Taped<R> {

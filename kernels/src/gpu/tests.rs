@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::{Gpu, PlainForm, SharedRows};
+use super::{Gpu, PlainForm, Runtime, SharedRows};
 use crate::dtype::DType;
 use crate::emu::Emulation;
 use crate::error::{Error, Result};
@@ -231,6 +231,30 @@ fn an_error_of_the_work_is_told_and_ends_the_recording() {
     let failed = device.step(|| device.record(&documents, || device.copy(&other, &mut small)));
     assert!(matches!(failed, Err(Error::Shape { .. })));
     assert_eq!(device.read_f32(&small).unwrap(), [0.0], "nothing is captured any more");
+}
+
+#[test]
+fn work_of_which_the_device_makes_no_graph_is_done_all_the_same() {
+    let Some(device) = device() else { return };
+    let documents = Segments::from_lengths([70]);
+    let x = numbers(&device, SHAPE, 1);
+    let mut sum = device.zeros(DType::BF16, SHAPE).unwrap();
+    device.step(|| attend(&device, &x, &documents, &mut sum)).unwrap();
+    let mut times = 0;
+    let work = || {
+        times += 1;
+        attend(&device, &x, &documents, &mut sum)?;
+        // Takes the capture away before it is asked for, the first time.
+        match times {
+            1 => device.runtime().end_capture().map(|_| ()),
+            _ => Ok(()),
+        }
+    };
+    match device.step(|| device.record(&documents, work)).unwrap() {
+        Recorded::Not(reason) => assert!(reason.contains("a capture that never began"), "{reason}"),
+        Recorded::Yes(_) => panic!("there was nothing to record"),
+    }
+    assert_eq!(device.read(&sum).unwrap(), eager(&device, &documents, 2));
 }
 
 #[test]

@@ -190,6 +190,10 @@ pub fn launched_bytes(entry: &str, kernel: &str) -> usize {
     line.map_or(0, |matrix| matrix.shared_bytes)
 }
 
+/// What a block may have on every target (8.6, 8.9 and 12.0 have the least), and on Hopper.
+const LEAST_SHARED_BYTES: usize = 99 << 10;
+const HOPPER_SHARED_BYTES: usize = 227 << 10;
+
 /// What is wrong with an entry of this kernel.
 pub fn judge(entry: &str, kernel: &str, read: &Read) -> Option<String> {
     let whole = &read.code.whole;
@@ -201,6 +205,17 @@ pub fn judge(entry: &str, kernel: &str, read: &Read) -> Option<String> {
         Some(Tensor::Group) if whole.hgmma == 0 => return Some("has lost its HGMMA".to_owned()),
         Some(Tensor::Group) if whole.copies == 0 => return Some("has lost its copies by TMA".to_owned()),
         _ => {}
+    }
+    if let Some(matrix) = matrix(entry, kernel) {
+        // Its own arrays, in the units that launches' memory is aligned to, and what launches add.
+        let shared = read.resources.shared_bytes.next_multiple_of(1024) + matrix.shared_bytes;
+        let most = match matrix.tensor {
+            Tensor::Warp => LEAST_SHARED_BYTES,
+            Tensor::Group => HOPPER_SHARED_BYTES,
+        };
+        if shared > most {
+            return Some(format!("takes {shared} bytes of shared memory of {most}"));
+        }
     }
     let frame = read.resources.stack_bytes + read.resources.local_bytes;
     let explained = LOCAL_MEMORY
