@@ -1,7 +1,7 @@
 // The products of cross_entropy.cu by Hopper's tensor cores, for sm_90a.
 //
-//   hopper_logits     out [R, P] = left [R, C] · W [V, C]ᵀ                               z of a chunk of rows
-//   hopper_head_dx    out [S, R, C] = left [R, P] · W [V, C], V cut into S parts         dz · W, to be added in the parts' order
+//   hopper_logits     z [R, V] = left [R, C] · W [V, C]ᵀ, of which exponentials are left       as cross_entropy.cuh says
+//   hopper_head_dx    out [S, R, C] = left [R, P] · W [V, C], V cut into S parts              to be added in the parts' order
 //
 // Tensors: left bf16 by a map; W bf16 or NF4 codes by a map, codes with scales as in nf4.cuh; out f32. `count` has the number of
 // supervised rows, of which the chunk's begin with `first`: tiles of rows that do not exist are passed over. V and C are multiples of
@@ -17,15 +17,14 @@
 #include "cross_entropy.cuh"
 #include "hopper_tile.cuh"
 
-// All tiles of a chunk.
-template <class T>
+// All tiles of a chunk. OUT takes what they leave.
+template <class T, class OUT>
 struct HeadTiles {
     const i32* supervised;
     i64 first;
     i32 chunk, columns, depth, part;
     Nf4Scales of_head;
-    f32* out;
-    i64 pitch;  // of a row of `out`
+    OUT out;
 
     DEVICE i64 row_tiles() const { return (chunk + T::N - 1) / T::N; }
     DEVICE i64 column_tiles() const { return (columns + HOPPER_OUTPUTS - 1) / HOPPER_OUTPUTS; }
@@ -41,23 +40,47 @@ struct HeadTiles {
     DEVICE Nf4Scales scales(const HopperJob&, i32) const { return of_head; }
     DEVICE bool gathers() const { return false; }
     DEVICE i32 gathered(const HopperJob&, i32) const { return -1; }
-    DEVICE void store(const HopperJob& job, i32 token, i32 column, const Pack& pack) const {
+    // The lanes of 64 columns come together.
+    DEVICE void store(const HopperJob& job, i32 token, i32 column, Pack& pack) const {
         i64 row = job.row + token;
-        if (row < job.end && column < columns) store_wide(out + (i64(job.part) * chunk + row) * pitch + column, pack);
+        out.store(i64(job.part) * chunk + row, column, row < job.end, pack);
     }
 };
 
-#define HOPPER_HEAD(name, COLUMNS, W)                                                                                      \
-    ENTRY(HOPPER_THREADS, 1)                                                                                               \
-    hopper_##name##_##W(MAP left, MAP head, const f32* __restrict__ absmax, const u8* __restrict__ nested_codes,           \
-                        const f32* __restrict__ nested_map, f32 offset, const i32* __restrict__ count,                     \
-                        f32* __restrict__ out, i64 first, i32 chunk, i32 columns, i32 depth, i32 part, i64 pitch) {        \
-        using T = HopperTile<256, COLUMNS, W>;                                                                             \
-        Nf4Scales scales{absmax, nested_codes, nested_map, offset};                                                        \
-        HeadTiles<T> tiles{count, first, chunk, columns, depth, part, scales, out, pitch};                                 \
-        hopper_product<T>({&left, &head, &left, nullptr, columns, depth, 0}, tiles);                                       \
+// Parts of dx [S, R, C].
+struct Parts {
+    f32* parts;
+    i32 width;
+
+    DEVICE void store(i64 row, i32 column, bool exists, const Pack& pack) const {
+        if (exists && column < width) store_wide(parts + row * width + column, pack);
     }
-HOPPER_HEAD(logits, false, bf16)
-HOPPER_HEAD(logits, false, u8)
-HOPPER_HEAD(head_dx, true, bf16)
-HOPPER_HEAD(head_dx, true, u8)
+};
+
+#define HOPPER_LOGITS(W)                                                                                                   \
+    ENTRY(HOPPER_THREADS, 1)                                                                                               \
+    hopper_logits_##W(MAP left, MAP head, const f32* __restrict__ absmax, const u8* __restrict__ nested_codes,             \
+                      const f32* __restrict__ nested_map, f32 offset, const i32* __restrict__ count,                       \
+                      const i32* __restrict__ labels, bf16* __restrict__ powers, f32* __restrict__ runs,                   \
+                      f32* __restrict__ label_logits, i64 first, i32 chunk, i32 width, i32 vocabulary, i64 pitch) {        \
+        using T = HopperTile<256, false, W>;                                                                               \
+        Nf4Scales scales{absmax, nested_codes, nested_map, offset};                                                        \
+        HeadTiles<T, Exponentials> tiles{                                                                                  \
+            count, first, chunk, vocabulary, width, width, scales, {labels, powers, runs, label_logits, vocabulary, pitch}}; \
+        hopper_product<T>({&left, &head, &left, nullptr, vocabulary, width, 0}, tiles);                                    \
+    }
+HOPPER_LOGITS(bf16)
+HOPPER_LOGITS(u8)
+
+#define HOPPER_HEAD_DX(W)                                                                                                  \
+    ENTRY(HOPPER_THREADS, 1)                                                                                               \
+    hopper_head_dx_##W(MAP left, MAP head, const f32* __restrict__ absmax, const u8* __restrict__ nested_codes,            \
+                       const f32* __restrict__ nested_map, f32 offset, const i32* __restrict__ count,                      \
+                       f32* __restrict__ parts, i64 first, i32 chunk, i32 width, i32 vocabulary, i32 part) {               \
+        using T = HopperTile<256, true, W>;                                                                                \
+        Nf4Scales scales{absmax, nested_codes, nested_map, offset};                                                        \
+        HeadTiles<T, Parts> tiles{count, first, chunk, width, vocabulary, part, scales, {parts, width}};                   \
+        hopper_product<T>({&left, &head, &left, nullptr, width, vocabulary, 0}, tiles);                                    \
+    }
+HOPPER_HEAD_DX(bf16)
+HOPPER_HEAD_DX(u8)

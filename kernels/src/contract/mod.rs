@@ -14,6 +14,7 @@ mod moe;
 mod moe_fused;
 mod norm;
 mod quantize;
+mod random;
 mod rows;
 
 pub(crate) use self::attention::{AttentionSizes, attention_backward, attention_forward};
@@ -36,6 +37,7 @@ pub(crate) use self::moe::{
 pub(crate) use self::moe_fused::{combine_residual, grouped_pair_backward, grouped_swiglu_forward};
 pub(crate) use self::norm::{NormSizes, add_rms_norm_forward, rms_norm_backward, rms_norm_forward};
 pub(crate) use self::quantize::{dequantize, quantize_nf4, quantize_nf4_fp8, weight_shape};
+pub(crate) use self::random::fill_random;
 pub(crate) use self::rows::{copy_rows, gather_rows, rope};
 
 use crate::dtype::DType;

@@ -6,7 +6,7 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{
     ActivationOps, AdamW, BlockMoment, Columns, Device, EmbeddingOps, GateOps, GatedNormBackward, GatedNormForward,
-    NormBackward, NormForward, NormOps, Op, OptimizerOps, QuantizeOps, SigmoidGateBackward, Write,
+    Noise, NormBackward, NormForward, NormOps, Op, OptimizerOps, QuantizeOps, RandomOps, SigmoidGateBackward, Write,
 };
 use crate::tensor::Tensor;
 use crate::weight::{NF4_BLOCK, NF4_NESTED_BLOCK, Nf4Scales, Nf4Weight, Weight};
@@ -170,6 +170,14 @@ impl OptimizerOps for Counting {
         let moments = (m.size_bytes() + v.size_bytes()) as u64;
         let bytes = 2 * (bytes_of(&[parameter]) + moments) + bytes_of(&[gradient]);
         self.did(Work::moving(Op::Adamw8bitStep, bytes), &[]);
+        Ok(())
+    }
+}
+
+impl RandomOps for Counting {
+    fn fill_random(&self, tensor: &mut Tensor<Self>, _key: u64, noise: Noise) -> Result<()> {
+        contract::fill_random(tensor, noise)?;
+        self.moved(Op::FillRandom, &[tensor]);
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use super::scratch::floats;
 use crate::contract::{DeltaSizes, GroupedSizes, LinearSizes};
 use crate::dtype::DType;
-use crate::gpu::{LossExtents, OUTER_PART, carries_delta, loss_extents};
+use crate::gpu::{LossExtents, OUTER_PART, carries_delta, loss_extents, parts_bytes};
 use crate::ops::{DELTA_CHUNK, Precision};
 
 /// Bytes of a factor in the precision's dtype.
@@ -23,6 +23,14 @@ fn converted(precision: Precision, elements: usize) -> u64 {
     }
 }
 
+/// Bytes of the parts that a product of few tiles is made in, of `[M, N, K]`.
+fn split(precision: Precision, sizes: [usize; 3]) -> u64 {
+    match precision {
+        Precision::F32 => 0,
+        Precision::Bf16 => parts_bytes(sizes) as u64,
+    }
+}
+
 /// `decoded`: what the layer's own weight takes for this product alone.
 pub(super) fn linear_forward(sizes: LinearSizes, precision: Precision, decoded: u64) -> [u64; 2] {
     let LinearSizes {
@@ -32,11 +40,13 @@ pub(super) fn linear_forward(sizes: LinearSizes, precision: Precision, decoded: 
         rank,
     } = sizes;
     let [a, b] = [rank * inputs, rank * outputs].map(|elements| converted(precision, elements));
-    [factor(precision, tokens * rank), a.max(b + decoded)]
+    let hidden = a + split(precision, [tokens, rank, inputs]);
+    let whole = b + decoded + split(precision, [tokens, outputs, inputs]);
+    [factor(precision, tokens * rank), hidden.max(whole)]
 }
 
-/// With the adapter's gradients; the outer products are sums over parts of tokens.
-pub(super) fn linear_backward(sizes: LinearSizes, precision: Precision, decoded: u64) -> [u64; 2] {
+/// With the adapter's gradients; the outer products are sums over parts of tokens. `decoded` as forward, where dx is wanted.
+pub(super) fn linear_backward(sizes: LinearSizes, precision: Precision, decoded: Option<u64>) -> [u64; 2] {
     let LinearSizes {
         tokens,
         inputs,
@@ -50,7 +60,9 @@ pub(super) fn linear_backward(sizes: LinearSizes, precision: Precision, decoded:
     };
     let hidden = converted(precision, tokens * rank);
     let gradients = a + b + parts(inputs).max(hidden + parts(outputs));
-    [factor(precision, tokens * rank), gradients.max(a + decoded)]
+    let v = b + split(precision, [tokens, rank, outputs]);
+    let dx = decoded.map_or(0, |decoded| a + decoded + split(precision, [tokens, inputs, outputs]));
+    [factor(precision, tokens * rank), gradients.max(v).max(dx)]
 }
 
 pub(super) fn grouped_forward(sizes: GroupedSizes, precision: Precision, decoded: u64) -> [u64; 2] {
@@ -67,24 +79,26 @@ pub(super) fn grouped_backward(sizes: GroupedSizes, precision: Precision, decode
     [factor(precision, rows * sizes.rank), gradients.max(a + decoded)]
 }
 
-/// Rows with a label, logits, their gradients, parts of the inputs' gradients, and gathered rows. `head` is what the head takes in
-/// another form.
-pub(super) fn loss(
-    sizes: LinearSizes,
-    precision: Precision,
-    has_gradient: bool,
-    (logits_bytes, head): (usize, u64),
-) -> [u64; 6] {
-    let LossExtents { chunk, pitch, parts } = loss_extents(sizes, precision, has_gradient, logits_bytes);
-    let with_gradient = |bytes: u64| if has_gradient { bytes } else { 0 };
-    [
-        floats(sizes.tokens),
-        floats(chunk * pitch),
-        with_gradient(factor(precision, chunk * pitch)),
-        with_gradient(floats(parts * chunk * sizes.inputs)),
-        factor(precision, chunk * sizes.inputs),
-        head,
-    ]
+/// Rows with a label, and what a chunk of them takes. `head` is what the head takes in another form.
+pub(super) fn loss(sizes: LinearSizes, precision: Precision, has_gradient: bool, head: u64) -> Vec<u64> {
+    let extents = loss_extents(sizes, precision, has_gradient);
+    let LossExtents { chunk, pitch, .. } = extents;
+    let mut bytes: Vec<u64> = match precision {
+        Precision::Bf16 => extents
+            .tensor_bytes(sizes, has_gradient)
+            .map(|bytes| bytes as u64)
+            .into(),
+        Precision::F32 => vec![
+            floats(sizes.tokens),
+            floats(1),
+            floats(chunk * pitch),
+            if has_gradient { floats(chunk * pitch) } else { 0 },
+            floats(chunk * sizes.inputs),
+            floats(chunk),
+        ],
+    };
+    bytes.push(head);
+    bytes
 }
 
 /// `δ`, one number for each row of each head.

@@ -5,6 +5,7 @@ use super::{Counting, Work, bytes_of, decoded_bytes, gpu};
 use crate::contract::{self, GroupedSizes, LinearSizes};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::gpu::loss_extents;
 use crate::ops::{
     GroupedLinearBackward, GroupedLinearForward, LinearBackward, LinearCrossEntropy, LinearForward, LossOps, MatmulOps,
     MoeOps, Op, Precision, RouteBackward, RoutedSwigluBackward, Routing, Write,
@@ -94,13 +95,13 @@ impl MatmulOps for Counting {
                 self.did(Work::moving(Op::LinearBackward, 0), &[&always[..], &scratch].concat());
             }
         }
-        let [mut last, mut decoded] = [0; 2];
+        let (mut last, mut decoded) = (0, None);
         if let Some((dx, _)) = &call.dx {
             work.flops += product(tokens, inputs, outputs) + product(tokens, rank, inputs);
             work.bytes += bytes_of(&[dx]) + call.weight.size_bytes() as u64;
             work.decoded_bytes = decoded_bytes(call.weight);
             last = if rank > 0 { self.habits.left(tokens, rank) } else { 0 };
-            decoded = self.decoded(call.weight, call.precision, tokens);
+            decoded = Some(self.decoded(call.weight, call.precision, tokens));
         }
         match self.habits.kernels {
             Kernels::Cpu => self.did(work, &[always[0], always[1], last]),
@@ -120,22 +121,23 @@ impl LossOps for Counting {
             ..
         } = sizes;
         let products = if call.dx.is_some() { 2 } else { 1 };
-        let rows = (self.habits.logits_bytes as usize / (4 * outputs.max(1))).clamp(1, tokens.max(1));
+        let rows = match self.habits.kernels {
+            Kernels::Cpu => (self.habits.logits_bytes as usize / (4 * outputs.max(1))).clamp(1, tokens.max(1)),
+            Kernels::Gpu => loss_extents(sizes, call.precision, call.dx.is_some()).chunk.max(1),
+        };
         let work = Work {
             op: Op::LinearCrossEntropy,
             flops: products * product(tokens, inputs, outputs),
-            // The head passes once for each chunk of rows.
-            bytes: products * bytes_of(&[call.x]) + tokens.div_ceil(rows) as u64 * call.head.size_bytes() as u64,
+            // The head passes once in each product of a chunk of rows.
+            bytes: products * (bytes_of(&[call.x]) + tokens.div_ceil(rows) as u64 * call.head.size_bytes() as u64),
             decoded_bytes: decoded_bytes(call.head),
         };
         let always = [floats(rows * outputs), floats(rows * inputs)];
         let decoded = self.habits.decoded(inputs, call.precision, work.decoded_bytes);
         let largest = self.habits.left(rows, inputs).max(floats(rows));
-        let logits_bytes = self.habits.logits_bytes as usize;
-        let room = (logits_bytes, decoded);
         match self.habits.kernels {
             Kernels::Cpu => self.did(work, &[always[0], always[1], largest]),
-            Kernels::Gpu => self.did(work, &gpu::loss(sizes, call.precision, call.dx.is_some(), room)),
+            Kernels::Gpu => self.did(work, &gpu::loss(sizes, call.precision, call.dx.is_some(), decoded)),
         }
         Ok(())
     }

@@ -28,7 +28,7 @@ pub struct Habits {
     pub shares_from: Option<SharedRows>,
     /// Whose working memory attention, convolution and the delta rule have.
     pub kernels: Kernels,
-    /// Bytes of logits that exist at once.
+    /// Bytes of logits that exist at once on the CPU; a GPU's follow from the shape.
     pub logits_bytes: u64,
 }
 
@@ -64,7 +64,7 @@ impl Habits {
             factors: Factors::Exact,
             shares_from: Some(SHARED_ROWS),
             kernels: Kernels::Gpu,
-            logits_bytes: 256 << 20,
+            logits_bytes: 0,
         }
     }
 

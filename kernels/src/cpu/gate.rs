@@ -1,10 +1,13 @@
 //! Gates, gated and l2 norms, and columns.
 
+use bytemuck::{cast_slice, cast_slice_mut};
+
 use super::Cpu;
 use super::scratch::with_local;
 use super::simd::{Simd, gates, rows};
 use super::view::{floats, floats_mut, widened};
 use crate::contract::{self, GateSizes};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::{Columns, GateOps, GatedNormBackward, GatedNormForward, SigmoidGateBackward, Write};
 use crate::tensor::Tensor;
@@ -141,21 +144,38 @@ impl GateOps for Cpu {
     }
 
     fn copy_columns(&self, source: &Tensor<Self>, target: &mut Tensor<Self>, columns: Columns) -> Result<()> {
-        const OP: &str = "copy_columns";
-        let (length, target_length) = contract::copy_columns(source, target, columns)?;
-        let source = floats(OP, "source", source)?;
+        let lengths = contract::copy_columns(source, target, columns)?;
+        let dtype = source.dtype();
+        let (source, target) = (source.buffer().bytes(), target.buffer_mut().bytes_mut());
+        // Frozen tables are moved so too, and those are bf16.
+        match dtype {
+            DType::BF16 => self.columns::<u16>(cast_slice(source), cast_slice_mut(target), lengths, columns),
+            _ => self.columns::<u32>(cast_slice(source), cast_slice_mut(target), lengths, columns),
+        }
+        Ok(())
+    }
+}
+
+impl Cpu {
+    /// The columns of elements that are so wide; rows have these lengths.
+    fn columns<T: Copy + Send + Sync>(
+        &self,
+        source: &[T],
+        target: &mut [T],
+        (length, target_length): (usize, usize),
+        columns: Columns,
+    ) {
         let (stride, target_stride) = (length / columns.groups, target_length / columns.groups);
         if columns.width == 0 {
-            return Ok(());
+            return;
         }
-        self.for_rows(floats_mut(OP, "target", target)?, target_length, |first, target| {
+        self.for_rows(target, target_length, |first, target| {
             for (group, target) in target.chunks_exact_mut(target_stride).enumerate() {
                 let group = first * columns.groups + group;
                 let source = &source[group * stride + columns.source..][..columns.width];
                 target[columns.target..][..columns.width].copy_from_slice(source);
             }
         });
-        Ok(())
     }
 }
 

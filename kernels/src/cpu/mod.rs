@@ -23,6 +23,7 @@ mod norm;
 mod optimizer;
 mod products;
 mod quantize;
+mod random;
 mod rope;
 mod scratch;
 mod simd;

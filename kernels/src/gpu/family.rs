@@ -4,7 +4,7 @@ use super::kernel::Kernel;
 use super::sources::Source;
 use super::{
     attention_hopper, attention_hopper_backward, attention_kernels, convolution, delta, delta_inputs, elementwise,
-    gate, loss, loss_hopper, matmul, moe, norm, optimizer, quantize, rows,
+    gate, loss_hopper, loss_kernels, matmul, moe, norm, optimizer, quantize, random, rows,
 };
 use crate::ops::{Op, Support};
 
@@ -25,6 +25,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &rows::FAMILY,
     &optimizer::FAMILY,
     &quantize::FAMILY,
+    &random::FAMILY,
     &gate::FAMILY,
     &convolution::FAMILY,
     &delta::FAMILY,
@@ -42,7 +43,7 @@ pub(crate) static FAMILIES: &[&Family] = &[
     &matmul::TENSOR_FAMILY,
     &matmul::HOPPER_FAMILY,
     &matmul::EXACT_FAMILY,
-    &loss::FAMILY,
+    &loss_kernels::FAMILY,
     &loss_hopper::FAMILY,
     #[cfg(test)]
     &crate::emu::defects::FAMILY,

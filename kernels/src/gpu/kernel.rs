@@ -63,6 +63,7 @@ pub(crate) enum Argument<'a, R: Runtime> {
     Size(usize),
     Flag(bool),
     I32(i32),
+    I64(i64),
     F32(f32),
     Map(Map<'a, R>),
     Addresses(&'a Addresses<'a, R>),
@@ -230,6 +231,7 @@ impl<R: Runtime> Gpu<R> {
                 .map_err(|_| format!("is {size}, more than a 64-bit count holds")),
             (Parameter::I32, Argument::Flag(flag)) => Ok(Value::I32(i32::from(*flag))),
             (Parameter::I32, Argument::I32(value)) => Ok(Value::I32(*value)),
+            (Parameter::I64, Argument::I64(value)) => Ok(Value::I64(*value)),
             (Parameter::F32, Argument::F32(value)) => Ok(Value::F32(*value)),
             (Parameter::Map, Argument::Map(map)) => map.checked().map(Value::Map),
             (Parameter::Addresses(row), Argument::Addresses(addresses)) if std::ptr::eq(row, addresses.row()) => {

@@ -2,161 +2,20 @@
 //!
 //! The number of supervised rows stays on the device. On tensor cores the products pass over rows that are not, also where
 //! `cross_entropy_hopper.cu` does them (`loss_hopper.rs`); in the reference precision they are those of linear layers, which compute
-//! them all.
+//! them all. `loss_extents.rs` says how many rows are done at once.
 
-use super::elementwise::ACTIVATION;
-use super::family::Family;
 use super::faults::Fault;
-use super::kernel::Parameter::{F32, I32, I64, In, Out};
-use super::loss_hopper::{self, HeadProduct};
+use super::loss_extents::{LossExtents, loss_extents};
+use super::loss_hopper;
+use super::loss_kernels::{COLLECT, GATHER, GRADIENT, LOGITS, SCATTER, SOFTMAX, SUMS, SUPERVISED_ROWS, THREADS};
 use super::matmul::tensor::{LARGE, weight_arguments, weight_type};
 use super::matmul::{Product, Reads, Right};
-use super::sources::CROSS_ENTROPY;
-use super::{Argument, Element, Geometry, Gpu, Kernel, Runtime};
+use super::{Argument, Geometry, Gpu, Runtime};
 use crate::contract::{self, LinearSizes};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::ops::{Device, LinearCrossEntropy, LossOps, Op, Precision, Write};
+use crate::ops::{Device, LinearCrossEntropy, LossOps, Precision, Write};
 use crate::tensor::Tensor;
-
-pub(super) static FAMILY: Family = Family {
-    source: &CROSS_ENTROPY,
-    kernels: &[&SUPERVISED_ROWS, &LOGITS, &SOFTMAX, &GRADIENT, &SCATTER, &GATHER],
-    ops: &[Op::LinearCrossEntropy],
-};
-
-/// Bytes of logits and their gradients that exist at once: 294 rows of 151 936 entries, of which 256 are used.
-const CHUNK_BYTES: usize = 256 << 20;
-/// A chunk on tensor cores is a multiple of so many rows, and a part of the vocabulary of so many entries.
-const CHUNK_ROWS: usize = LARGE.rows;
-const PART_ENTRIES: usize = 64;
-/// Blocks of the product with the head's columns, for each tile of rows: two waves of a large device at two tiles of rows.
-const GRADIENT_BLOCKS: usize = 256;
-/// The most parts of the vocabulary: their sums take `4 · parts · C` bytes a row.
-const MOST_PARTS: usize = 16;
-
-const THREADS: u32 = 256;
-const SOFTMAX_THREADS: u32 = 512;
-const SCAN_THREADS: u32 = 1024;
-const A: Element = Element::Type(0);
-const INTEGER: Element = Element::Is(DType::I32);
-const SINGLE: Element = Element::Is(DType::F32);
-const HALF: Element = Element::Is(DType::BF16);
-const BYTE: Element = Element::Is(DType::U8);
-
-static SUPERVISED_ROWS: Kernel = Kernel {
-    source: &CROSS_ENTROPY,
-    stem: "supervised_rows",
-    types: &[],
-    threads: SCAN_THREADS,
-    parameters: &[
-        ("labels", In(INTEGER)),
-        ("rows", Out(INTEGER)),
-        ("count", Out(INTEGER)),
-        ("tokens", I64),
-        ("vocabulary", I32),
-        ("faults", Out(INTEGER)),
-        ("fault", I32),
-    ],
-};
-
-static LOGITS: Kernel = Kernel {
-    source: &CROSS_ENTROPY,
-    stem: "cross_entropy_logits",
-    types: &[&[DType::BF16, DType::U8]],
-    threads: LARGE.threads(),
-    parameters: &[
-        ("hidden", In(HALF)),
-        ("head", In(A)),
-        ("absmax", In(SINGLE)),
-        ("nested_codes", In(BYTE)),
-        ("nested_map", In(SINGLE)),
-        ("offset", F32),
-        ("count", In(INTEGER)),
-        ("out", Out(SINGLE)),
-        ("first", I64),
-        ("chunk", I32),
-        ("width", I32),
-        ("vocabulary", I32),
-        ("pitch", I64),
-    ],
-};
-
-static SOFTMAX: Kernel = Kernel {
-    source: &CROSS_ENTROPY,
-    stem: "cross_entropy_softmax",
-    types: &[ACTIVATION],
-    threads: SOFTMAX_THREADS,
-    parameters: &[
-        ("logits", In(SINGLE)),
-        ("labels", In(INTEGER)),
-        ("rows", In(INTEGER)),
-        ("count", In(INTEGER)),
-        ("losses", Out(SINGLE)),
-        ("gradient", Out(A)),
-        ("first", I64),
-        ("chunk", I32),
-        ("vocabulary", I32),
-        ("pitch", I64),
-        ("scale", In(SINGLE)),
-    ],
-};
-
-static GRADIENT: Kernel = Kernel {
-    source: &CROSS_ENTROPY,
-    stem: "cross_entropy_gradient",
-    types: &[&[DType::BF16, DType::U8]],
-    threads: LARGE.threads(),
-    parameters: &[
-        ("dz", In(HALF)),
-        ("head", In(A)),
-        ("absmax", In(SINGLE)),
-        ("nested_codes", In(BYTE)),
-        ("nested_map", In(SINGLE)),
-        ("offset", F32),
-        ("count", In(INTEGER)),
-        ("parts", Out(SINGLE)),
-        ("first", I64),
-        ("chunk", I32),
-        ("width", I32),
-        ("vocabulary", I32),
-        ("pitch", I64),
-        ("part", I32),
-    ],
-};
-
-static SCATTER: Kernel = Kernel {
-    source: &CROSS_ENTROPY,
-    stem: "cross_entropy_scatter",
-    types: &[ACTIVATION],
-    threads: THREADS,
-    parameters: &[
-        ("parts", In(SINGLE)),
-        ("rows", In(INTEGER)),
-        ("count", In(INTEGER)),
-        ("dx", Out(A)),
-        ("first", I64),
-        ("chunk", I32),
-        ("width", I32),
-        ("parts_count", I32),
-    ],
-};
-
-static GATHER: Kernel = Kernel {
-    source: &CROSS_ENTROPY,
-    stem: "cross_entropy_gather",
-    types: &[ACTIVATION, ACTIVATION],
-    threads: THREADS,
-    parameters: &[
-        ("x", In(A)),
-        ("rows", In(INTEGER)),
-        ("count", In(INTEGER)),
-        ("hidden", Out(Element::Type(1))),
-        ("first", I64),
-        ("chunk", I32),
-        ("width", I32),
-    ],
-};
 
 /// Supervised positions in rising order `[T]`, and how many `[1]`, on the device.
 struct Supervised<R: Runtime> {
@@ -164,71 +23,48 @@ struct Supervised<R: Runtime> {
     count: Tensor<Gpu<R>>,
 }
 
-/// Logits `[R, P]` of a chunk and, if wanted, their gradients.
-struct Workspace<R: Runtime> {
-    logits: Tensor<Gpu<R>>,
-    gradient: Option<Tensor<Gpu<R>>>,
-    /// `R`.
-    chunk: usize,
-    /// `P`.
-    pitch: usize,
+/// What the first product of a chunk of `R` rows leaves; see `cross_entropy.cu`.
+pub(super) struct Chunk<R: Runtime> {
+    /// bf16 `[R, C]`.
+    pub(super) hidden: Tensor<Gpu<R>>,
+    /// i32 `[R]`.
+    pub(super) labels: Tensor<Gpu<R>>,
+    /// f32 `[R]`.
+    pub(super) label_logits: Tensor<Gpu<R>>,
+    /// f32 `[R, P / 64, 2]`.
+    pub(super) runs: Tensor<Gpu<R>>,
+    /// What there is for the gradient only.
+    pub(super) gradient: Option<ChunkGradient<R>>,
+    /// `R`, `P` and the parts.
+    pub(super) extents: LossExtents,
+    pub(super) sizes: LinearSizes,
 }
 
-/// Entries of a part of the vocabulary; a function of `V` and `C` alone, because it decides the order of sums.
-fn part_entries(vocabulary: usize, width: usize) -> usize {
-    let parts = (GRADIENT_BLOCKS / width.div_ceil(LARGE.columns).max(1)).clamp(1, MOST_PARTS);
-    vocabulary.div_ceil(parts).next_multiple_of(PART_ENTRIES)
+/// Beside a chunk, for its gradient.
+pub(super) struct ChunkGradient<R: Runtime> {
+    /// bf16 `[R, P]`.
+    pub(super) powers: Tensor<Gpu<R>>,
+    /// f32 `[R, 2]`.
+    factors: Tensor<Gpu<R>>,
+    /// f32 `[S, R, C]`.
+    pub(super) parts: Tensor<Gpu<R>>,
 }
 
-/// How a loss is cut up.
-#[derive(Clone, Copy)]
-pub(crate) struct LossExtents {
-    /// Rows of logits at once.
-    pub(crate) chunk: usize,
-    /// Entries of a row of logits.
-    pub(crate) pitch: usize,
-    /// Parts of the vocabulary whose products with the head's columns are added afterwards; 0 where there are none.
-    pub(crate) parts: usize,
-}
-
-/// The extents of a loss with or without its gradient.
-pub(crate) fn loss_extents(
-    sizes: LinearSizes,
-    precision: Precision,
-    has_gradient: bool,
-    chunk_bytes: usize,
-) -> LossExtents {
-    let (pitch, parts, dtype) = match precision {
-        Precision::F32 => (sizes.outputs, 0, DType::F32),
-        Precision::Bf16 => {
-            let pitch = sizes.outputs.next_multiple_of(PART_ENTRIES);
-            let part = part_entries(sizes.outputs, sizes.inputs);
-            (pitch, pitch.div_ceil(part), DType::BF16)
-        }
-    };
-    let gradient = has_gradient.then_some(dtype);
-    LossExtents {
-        chunk: rows_at_once((sizes.tokens, pitch), gradient, chunk_bytes),
-        pitch,
-        parts,
-    }
-}
-
-/// As many of `rows` rows as the bytes of their logits, and of the gradients of these, allow.
-fn rows_at_once((rows, pitch): (usize, usize), gradient: Option<DType>, chunk_bytes: usize) -> usize {
-    let row_bytes = pitch * (DType::F32.size_bytes() + gradient.map_or(0, DType::size_bytes));
-    let fitting = chunk_bytes / row_bytes.max(1) / CHUNK_ROWS * CHUNK_ROWS;
-    fitting.clamp(CHUNK_ROWS, rows.next_multiple_of(CHUNK_ROWS)).min(rows)
+/// Where a chunk begins among the supervised rows, and their number `[1]`.
+pub(super) struct Place<'a, R: Runtime> {
+    pub(super) first: usize,
+    pub(super) count: &'a Tensor<Gpu<R>>,
 }
 
 impl<R: Runtime> LossOps for Gpu<R> {
     fn linear_cross_entropy(&self, call: LinearCrossEntropy<'_, Self>) -> Result<()> {
-        self.cross_entropy(call, CHUNK_BYTES)
+        self.cross_entropy(call, None)
     }
 }
 
 impl<R: Runtime> Gpu<R> {
-    fn cross_entropy(&self, mut call: LinearCrossEntropy<'_, Self>, chunk_bytes: usize) -> Result<()> {
+    /// `chunk` rows at once, or as many as `loss_extents` says.
+    fn cross_entropy(&self, mut call: LinearCrossEntropy<'_, Self>, chunk: Option<usize>) -> Result<()> {
         let sizes = contract::linear_cross_entropy(&call)?;
         self.fill_zero(call.losses)?;
         if let Some((dx, _)) = &mut call.dx {
@@ -237,10 +73,12 @@ impl<R: Runtime> Gpu<R> {
         if sizes.tokens == 0 {
             return Ok(());
         }
+        let mut extents = loss_extents(sizes, call.precision, call.dx.is_some());
+        extents.chunk = chunk.unwrap_or(extents.chunk);
         let supervised = self.supervised(call.labels, sizes)?;
         match call.precision {
-            Precision::F32 => self.exact_cross_entropy(call, &supervised, sizes, chunk_bytes),
-            Precision::Bf16 => self.tensor_cross_entropy(call, &supervised, sizes, chunk_bytes),
+            Precision::F32 => self.exact_cross_entropy(call, &supervised, (sizes, extents)),
+            Precision::Bf16 => self.tensor_cross_entropy(call, &supervised, (sizes, extents)),
         }
     }
 
@@ -260,173 +98,181 @@ impl<R: Runtime> Gpu<R> {
         Ok(Supervised { rows, count })
     }
 
-    /// Room for as many of `rows` rows as the bytes allow.
-    fn workspace(
-        &self,
-        (rows, pitch): (usize, usize),
-        gradient: Option<DType>,
-        chunk_bytes: usize,
-    ) -> Result<Workspace<R>> {
-        let chunk = rows_at_once((rows, pitch), gradient, chunk_bytes);
-        Ok(Workspace {
-            logits: self.alloc(DType::F32, [chunk, pitch])?,
-            gradient: gradient.map(|dtype| self.alloc(dtype, [chunk, pitch])).transpose()?,
-            chunk,
-            pitch,
-        })
-    }
-
     /// Any encoding of the head, products on tensor cores, no wait for the device.
     fn tensor_cross_entropy(
         &self,
         mut call: LinearCrossEntropy<'_, Self>,
         supervised: &Supervised<R>,
-        sizes: LinearSizes,
-        chunk_bytes: usize,
+        (sizes, extents): (LinearSizes, LossExtents),
     ) -> Result<()> {
-        let extents = loss_extents(sizes, Precision::Bf16, call.dx.is_some(), chunk_bytes);
-        let (pitch, parts_count) = (extents.pitch, extents.parts);
-        let gradient = call.dx.is_some().then_some(DType::BF16);
-        let mut workspace = self.workspace((sizes.tokens, pitch), gradient, chunk_bytes)?;
-        let part = part_entries(sizes.outputs, sizes.inputs);
-        let parts_rows = if call.dx.is_some() { workspace.chunk } else { 0 };
-        let mut parts = self.alloc(DType::F32, [parts_count, parts_rows, sizes.inputs])?;
-        let mut hidden = self.alloc(DType::BF16, [workspace.chunk, sizes.inputs])?;
+        let mut chunk = self.chunk(sizes, extents, call.dx.is_some())?;
         let head = self.right(call.head, Precision::Bf16)?;
-        let factor = call.dx.as_ref().map(|(_, factor)| *factor);
-        for first in (0..sizes.tokens).step_by(workspace.chunk) {
-            self.gather(call.x, supervised, &mut hidden, [first, workspace.chunk, sizes.inputs])?;
-            let product = HeadProduct {
-                left: &hidden,
-                head: &head,
-                reads: Reads::Rows,
-                count: &supervised.count,
+        let is_hopper = loss_hopper::does(self.runtime().machine(), &head, sizes.outputs, sizes.inputs);
+        let scale = call.dx.as_ref().map(|(_, scale)| *scale);
+        for first in (0..sizes.tokens).step_by(extents.chunk) {
+            let place = Place {
                 first,
-                out: &mut workspace.logits,
-                chunk: workspace.chunk,
-                columns: sizes.outputs,
-                depth: sizes.inputs,
-                part: sizes.inputs,
-                pitch: workspace.pitch,
+                count: &supervised.count,
             };
-            self.head_product(product, workspace.pitch)?;
-            self.softmax(
-                (call.labels, factor),
+            let into = (&mut chunk.hidden, &mut chunk.labels);
+            self.gather(
+                (call.x, call.labels),
                 supervised,
-                (first, sizes),
-                &mut workspace,
-                call.losses,
+                into,
+                [first, extents.chunk, sizes.inputs],
             )?;
-            if let (Some((dx, _)), Some(dz)) = (&mut call.dx, &workspace.gradient) {
-                let product = HeadProduct {
-                    left: dz,
-                    head: &head,
-                    reads: Reads::Columns,
-                    count: &supervised.count,
-                    first,
-                    out: &mut parts,
-                    chunk: workspace.chunk,
-                    columns: sizes.inputs,
-                    depth: sizes.outputs,
-                    part,
-                    pitch: sizes.inputs,
-                };
-                self.head_product(product, workspace.pitch)?;
-                self.scatter(
-                    &parts,
-                    supervised,
-                    dx,
-                    [first, workspace.chunk, sizes.inputs, parts_count],
-                )?;
+            match is_hopper {
+                true => self.hopper_logits(&head, &mut chunk, &place)?,
+                false => self.logits(&head, &mut chunk, &place)?,
+            }
+            self.sums(&mut chunk, supervised, first, (call.losses, scale))?;
+            if let Some((dx, _)) = &mut call.dx {
+                match is_hopper {
+                    true => self.hopper_head_dx(&head, &mut chunk, &place)?,
+                    false => self.head_dx(&head, &mut chunk, &place)?,
+                }
+                self.collect(&head, &chunk, supervised, first, dx)?;
             }
         }
         Ok(())
     }
 
-    /// A chunk's logits, or the parts of its dx. `pitch` is that of logits and their gradients.
-    fn head_product(&self, product: HeadProduct<'_, R>, pitch: usize) -> Result<()> {
-        let (reads, head) = (product.reads, product.head);
-        let (width, vocabulary) = match reads {
-            Reads::Rows => (product.depth, product.columns),
-            Reads::Columns => (product.columns, product.depth),
+    /// Memory for one chunk after another, as [`LossExtents::tensor_bytes`] counts it.
+    fn chunk(&self, sizes: LinearSizes, extents: LossExtents, has_gradient: bool) -> Result<Chunk<R>> {
+        let (rows, width) = (extents.chunk, sizes.inputs);
+        let gradient = || {
+            Ok(ChunkGradient {
+                powers: self.alloc(DType::BF16, [rows, extents.pitch])?,
+                factors: self.alloc(DType::F32, [rows, 2])?,
+                parts: self.alloc(DType::F32, [extents.parts, rows, width])?,
+            })
         };
-        if loss_hopper::does(self.runtime().machine(), head, vocabulary, width) {
-            return self.hopper_head(product);
-        }
+        Ok(Chunk {
+            hidden: self.alloc(DType::BF16, [rows, width])?,
+            labels: self.alloc(DType::I32, [rows])?,
+            label_logits: self.alloc(DType::F32, [rows])?,
+            runs: self.alloc(DType::F32, [rows, extents.runs(), 2])?,
+            gradient: has_gradient.then(gradient).transpose()?,
+            extents,
+            sizes,
+        })
+    }
+
+    /// A chunk's exponentials and their sums.
+    fn logits(&self, head: &Right<'_, R>, chunk: &mut Chunk<R>, place: &Place<'_, R>) -> Result<()> {
         let [weight, absmax, nested, map, offset] = weight_arguments(head);
-        let mut arguments = vec![
-            Argument::In(product.left),
+        let (rows, sizes) = (chunk.extents.chunk, chunk.sizes);
+        let arguments = [
+            Argument::In(&chunk.hidden),
             weight,
             absmax,
             nested,
             map,
             offset,
-            Argument::In(product.count),
-            Argument::Out(product.out),
-            Argument::Size(product.first),
-            Argument::Size(product.chunk),
-            Argument::Size(width),
-            Argument::Size(vocabulary),
-            Argument::Size(pitch),
+            Argument::In(place.count),
+            Argument::In(&chunk.labels),
+            Argument::OptionalOut(chunk.gradient.as_mut().map(|gradient| &mut gradient.powers)),
+            Argument::Out(&mut chunk.runs),
+            Argument::Out(&mut chunk.label_logits),
+            Argument::Size(place.first),
+            Argument::Size(rows),
+            Argument::Size(sizes.inputs),
+            Argument::Size(sizes.outputs),
+            Argument::Size(chunk.extents.pitch),
         ];
-        let (kernel, parts) = match reads {
-            Reads::Rows => (&LOGITS, 1),
-            Reads::Columns => {
-                arguments.push(Argument::Size(product.part));
-                (&GRADIENT, product.depth.div_ceil(product.part))
-            }
-        };
-        let geometry = LARGE.geometry(product.chunk, product.columns, parts);
-        self.launch(kernel, &[weight_type(head)], geometry, &arguments)
+        let geometry = LARGE.geometry(rows, sizes.outputs, 1);
+        self.launch(&LOGITS, &[weight_type(head)], geometry, &arguments)
     }
 
-    /// Losses of a chunk of logits, and their gradients.
-    fn softmax(
+    /// Losses of a chunk, and what its gradient is multiplied by.
+    fn sums(
         &self,
-        (labels, factor): (&Tensor<Self>, Option<&Tensor<Self>>),
+        chunk: &mut Chunk<R>,
         supervised: &Supervised<R>,
-        (first, sizes): (usize, LinearSizes),
-        workspace: &mut Workspace<R>,
-        losses: &mut Tensor<Self>,
+        first: usize,
+        (losses, scale): (&mut Tensor<Self>, Option<&Tensor<Self>>),
     ) -> Result<()> {
-        let dtype = workspace.gradient.as_ref().map_or(DType::F32, Tensor::dtype);
+        let (powers, factors) = match &mut chunk.gradient {
+            None => (None, None),
+            Some(gradient) => (Some(&mut gradient.powers), Some(&mut gradient.factors)),
+        };
+        let rows = chunk.extents.chunk;
         let arguments = [
-            Argument::In(&workspace.logits),
-            Argument::In(labels),
+            Argument::In(&chunk.runs),
             Argument::In(&supervised.rows),
             Argument::In(&supervised.count),
+            Argument::In(&chunk.label_logits),
+            Argument::OptionalOut(powers),
             Argument::Out(losses),
-            Argument::OptionalOut(workspace.gradient.as_mut()),
+            Argument::OptionalOut(factors),
             Argument::Size(first),
-            Argument::Size(workspace.chunk),
-            Argument::Size(sizes.outputs),
-            Argument::Size(workspace.pitch),
-            Argument::Optional(factor),
+            Argument::Size(rows),
+            Argument::Size(chunk.extents.pitch),
+            Argument::Optional(scale),
         ];
-        self.launch(&SOFTMAX, &[dtype], Geometry::cover(workspace.chunk, 1), &arguments)
+        self.launch(&SUMS, &[], Geometry::cover(rows, 1), &arguments)
     }
 
-    /// `sizes` are the chunk's first row, its rows, `C`, and the number of parts.
-    fn scatter(
-        &self,
-        parts: &Tensor<Self>,
-        supervised: &Supervised<R>,
-        dx: &mut Tensor<Self>,
-        [first, chunk, width, count]: [usize; 4],
-    ) -> Result<()> {
-        let dtype = dx.dtype();
+    /// The parts of a chunk's product with the head's columns.
+    fn head_dx(&self, head: &Right<'_, R>, chunk: &mut Chunk<R>, place: &Place<'_, R>) -> Result<()> {
+        let Some(gradient) = &mut chunk.gradient else {
+            return Ok(());
+        };
+        let [weight, absmax, nested, map, offset] = weight_arguments(head);
+        let (extents, sizes) = (chunk.extents, chunk.sizes);
         let arguments = [
-            Argument::In(parts),
+            Argument::In(&gradient.powers),
+            weight,
+            absmax,
+            nested,
+            map,
+            offset,
+            Argument::In(place.count),
+            Argument::Out(&mut gradient.parts),
+            Argument::Size(place.first),
+            Argument::Size(extents.chunk),
+            Argument::Size(sizes.inputs),
+            Argument::Size(sizes.outputs),
+            Argument::Size(extents.pitch),
+            Argument::Size(extents.part),
+        ];
+        let geometry = LARGE.geometry(extents.chunk, sizes.inputs, extents.parts);
+        self.launch(&GRADIENT, &[weight_type(head)], geometry, &arguments)
+    }
+
+    /// The parts, added, and the label's own row of the head, to the rows of dx.
+    fn collect(
+        &self,
+        head: &Right<'_, R>,
+        chunk: &Chunk<R>,
+        supervised: &Supervised<R>,
+        first: usize,
+        dx: &mut Tensor<Self>,
+    ) -> Result<()> {
+        let Some(gradient) = &chunk.gradient else {
+            return Ok(());
+        };
+        let [weight, absmax, nested, map, offset] = weight_arguments(head);
+        let (rows, width, types) = (chunk.extents.chunk, chunk.sizes.inputs, [dx.dtype(), weight_type(head)]);
+        let arguments = [
+            Argument::In(&gradient.parts),
+            Argument::In(&gradient.factors),
+            Argument::In(&chunk.labels),
+            weight,
+            absmax,
+            nested,
+            map,
+            offset,
             Argument::In(&supervised.rows),
             Argument::In(&supervised.count),
             Argument::Out(dx),
             Argument::Size(first),
-            Argument::Size(chunk),
+            Argument::Size(rows),
             Argument::Size(width),
-            Argument::Size(count),
+            Argument::Size(chunk.extents.parts),
         ];
-        let geometry = Geometry::cover(chunk * width, THREADS as usize);
-        self.launch(&SCATTER, &[dtype], geometry, &arguments)
+        let geometry = Geometry::cover(rows * width, THREADS as usize);
+        self.launch(&COLLECT, &types, geometry, &arguments)
     }
 
     /// The reference: products in f32. Rows beyond the supervised ones are computed from what happens to be there and used by nobody:
@@ -435,54 +281,84 @@ impl<R: Runtime> Gpu<R> {
         &self,
         mut call: LinearCrossEntropy<'_, Self>,
         supervised: &Supervised<R>,
-        sizes: LinearSizes,
-        chunk_bytes: usize,
+        (sizes, extents): (LinearSizes, LossExtents),
     ) -> Result<()> {
-        let (rows, width, vocabulary) = (sizes.tokens, sizes.inputs, sizes.outputs);
-        let gradient = call.dx.is_some().then_some(DType::F32);
-        let mut workspace = self.workspace((rows, vocabulary), gradient, chunk_bytes)?;
-        let mut hidden = self.alloc(DType::F32, [workspace.chunk, width])?;
+        let (rows, width, vocabulary, chunk) = (sizes.tokens, sizes.inputs, sizes.outputs, extents.chunk);
+        let mut logits = self.alloc(DType::F32, [chunk, vocabulary])?;
+        let gradient = call.dx.is_some().then(|| self.alloc(DType::F32, [chunk, vocabulary]));
+        let mut gradient = gradient.transpose()?;
+        let mut hidden = self.alloc(DType::F32, [chunk, width])?;
+        let mut labels = self.alloc(DType::I32, [chunk])?;
         let head = self.right(call.head, Precision::F32)?;
         let factor = call.dx.as_ref().map(|(_, factor)| *factor);
-        for first in (0..rows).step_by(workspace.chunk) {
-            let here = workspace.chunk.min(rows - first);
-            self.gather(call.x, supervised, &mut hidden, [first, workspace.chunk, width])?;
-            let product = plain(
-                &hidden,
-                (&head, Reads::Rows),
-                &mut workspace.logits,
-                [here, vocabulary, width, 0],
-            );
-            self.product(Precision::F32, product)?;
-            self.softmax(
-                (call.labels, factor),
-                supervised,
-                (first, sizes),
-                &mut workspace,
-                call.losses,
-            )?;
-            if let (Some((dx, _)), Some(dz)) = (&mut call.dx, &workspace.gradient) {
+        for first in (0..rows).step_by(chunk) {
+            let here = chunk.min(rows - first);
+            let into = (&mut hidden, &mut labels);
+            self.gather((call.x, call.labels), supervised, into, [first, chunk, width])?;
+            let sizes = [here, vocabulary, width, 0];
+            self.product(Precision::F32, plain(&hidden, (&head, Reads::Rows), &mut logits, sizes))?;
+            let arguments = [
+                Argument::In(&logits),
+                Argument::In(call.labels),
+                Argument::In(&supervised.rows),
+                Argument::In(&supervised.count),
+                Argument::Out(call.losses),
+                Argument::OptionalOut(gradient.as_mut()),
+                Argument::Size(first),
+                Argument::Size(chunk),
+                Argument::Size(vocabulary),
+                Argument::Size(vocabulary),
+                Argument::Optional(factor),
+            ];
+            self.launch(&SOFTMAX, &[], Geometry::cover(chunk, 1), &arguments)?;
+            if let (Some((dx, _)), Some(dz)) = (&mut call.dx, &gradient) {
                 let product = plain(dz, (&head, Reads::Columns), &mut hidden, [here, width, vocabulary, 0]);
                 self.product(Precision::F32, product)?;
-                self.scatter(&hidden, supervised, dx, [first, workspace.chunk, width, 1])?;
+                self.scatter(&hidden, supervised, dx, [first, chunk, width])?;
             }
         }
         Ok(())
     }
 
+    /// `extents` are the chunk's first row, its rows, and `C`.
+    fn scatter(
+        &self,
+        sums: &Tensor<Self>,
+        supervised: &Supervised<R>,
+        dx: &mut Tensor<Self>,
+        [first, chunk, width]: [usize; 3],
+    ) -> Result<()> {
+        let dtype = dx.dtype();
+        let arguments = [
+            Argument::In(sums),
+            Argument::In(&supervised.rows),
+            Argument::In(&supervised.count),
+            Argument::Out(dx),
+            Argument::Size(first),
+            Argument::Size(chunk),
+            Argument::Size(width),
+            Argument::Size(1),
+        ];
+        let geometry = Geometry::cover(chunk * width, THREADS as usize);
+        self.launch(&SCATTER, &[dtype], geometry, &arguments)
+    }
+
+    /// The rows of a chunk and their labels.
     fn gather(
         &self,
-        x: &Tensor<Self>,
+        (x, labels): (&Tensor<Self>, &Tensor<Self>),
         supervised: &Supervised<R>,
-        hidden: &mut Tensor<Self>,
+        (hidden, of_rows): (&mut Tensor<Self>, &mut Tensor<Self>),
         [first, chunk, width]: [usize; 3],
     ) -> Result<()> {
         let types = [x.dtype(), hidden.dtype()];
         let arguments = [
             Argument::In(x),
+            Argument::In(labels),
             Argument::In(&supervised.rows),
             Argument::In(&supervised.count),
             Argument::Out(hidden),
+            Argument::Out(of_rows),
             Argument::Size(first),
             Argument::Size(chunk),
             Argument::Size(width),
@@ -524,7 +400,7 @@ mod tests {
     const WIDTH: usize = 8;
     const VOCABULARY: usize = 72;
 
-    fn bits(device: &Emulated, precision: Precision, chunk_bytes: usize) -> [Vec<u8>; 2] {
+    fn bits(device: &Emulated, precision: Precision, chunk: Option<usize>) -> [Vec<u8>; 2] {
         let mut random = Random::new(3);
         let x = device
             .upload_f32([TOKENS, WIDTH], &random.normal(TOKENS * WIDTH))
@@ -547,7 +423,7 @@ mod tests {
             losses: &mut losses,
             dx: Some((&mut dx, &half)),
         };
-        device.cross_entropy(call, chunk_bytes).unwrap();
+        device.cross_entropy(call, chunk).unwrap();
         [device.read(&losses).unwrap(), device.read(&dx).unwrap()]
     }
 
@@ -559,21 +435,11 @@ mod tests {
                 return;
             };
             for precision in [Precision::F32, Precision::Bf16] {
-                let [losses, dx] = bits(&device, precision, 0);
-                assert_eq!([losses, dx], bits(&device, precision, CHUNK_BYTES), "{precision:?}");
+                let whole = bits(&device, precision, None);
+                for rows in [128, 256, 330] {
+                    assert_eq!(bits(&device, precision, Some(rows)), whole, "{precision:?} {rows}");
+                }
             }
-        }
-    }
-
-    #[test]
-    fn parts_of_the_vocabulary_cover_it() {
-        for (vocabulary, width) in [(1, 1), (151_936, 2_048), (151_936, 5_120), (70, 8), (32_000, 100_000)] {
-            let part = part_entries(vocabulary, width);
-            let parts = vocabulary.next_multiple_of(PART_ENTRIES).div_ceil(part);
-            assert!(
-                part.is_multiple_of(PART_ENTRIES) && (1..=MOST_PARTS).contains(&parts),
-                "{vocabulary} × {width}"
-            );
         }
     }
 }

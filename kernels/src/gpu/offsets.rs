@@ -12,7 +12,7 @@ use crate::emu::{Emulated, Emulation, emulated};
 use crate::error::Error;
 use crate::ops::{
     Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, LinearBackward, LinearForward, MatmulOps,
-    MoeOps, Precision, QuantizeOps, Routing, RowOrder, Write,
+    MoeOps, Noise, Precision, QuantizeOps, RandomOps, Routing, RowOrder, Write, random_bits,
 };
 use crate::stack::{Nf4Stack, Nf4StackScales, WeightStack};
 use crate::tensor::{Shape, Tensor};
@@ -45,6 +45,20 @@ fn rows_beyond_two_to_the_31_elements_are_found_where_they_were_put() {
     let mut found = device.alloc(DType::BF16, [1, WIDTH]).unwrap();
     device.gather_rows(&Weight::Dense(table), &ids, &mut found).unwrap();
     assert_eq!(device.read(&found).unwrap(), bytemuck::cast_slice::<u16, u8>(&bits));
+}
+
+#[test]
+fn random_contents_beyond_two_to_the_31_elements_have_counters_of_64_bits() {
+    let Some(device) = device((8, 0), usize::MAX) else {
+        return;
+    };
+    let count = (1usize << 32) + 5_003;
+    let mut codes = untouched(&device, DType::U8, [count]);
+    device.fill_random(&mut codes, 3, Noise::Bytes).unwrap();
+    let mut end = [0; 5_003];
+    device.read_at(&codes, 1 << 32, &mut end).unwrap();
+    let byte = |i: usize| random_bits(3, i as u64 / 8).to_le_bytes()[i % 8];
+    assert!((0..end.len()).all(|i| end[i] == byte((1 << 32) + i)));
 }
 
 /// What a frozen matrix is kept in.

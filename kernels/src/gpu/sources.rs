@@ -43,6 +43,7 @@ const HOPPER: Option<&str> = Some("sm_90a");
 pub(crate) static ELEMENTWISE: Source = source!("elementwise");
 pub(crate) static NORM: Source = source!("norm");
 pub(crate) static ROWS: Source = source!("rows");
+pub(crate) static RANDOM: Source = source!("random");
 pub(crate) static OPTIMIZER: Source = source!("optimizer");
 pub(crate) static NF4: Source = source!("nf4");
 pub(crate) static CONVOLUTION: Source = source!("convolution");

@@ -56,6 +56,7 @@ pub enum Op {
     L2NormForward,
     L2NormBackward,
     CopyColumns,
+    FillRandom,
 }
 
 /// Whether a backend can do an op. Absence is a value: reported, never passed over in silence.

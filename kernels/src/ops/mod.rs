@@ -30,6 +30,7 @@ pub(crate) mod moe_parts;
 mod norm;
 mod optimizer;
 mod quantize;
+pub(crate) mod random;
 mod recording;
 mod rope;
 
@@ -52,6 +53,7 @@ pub use self::moe::{
 pub use self::norm::{AddNormForward, NormBackward, NormForward, NormOps, NormWeight};
 pub use self::optimizer::{AdamW, BlockMoment, MOMENT_BLOCK, MomentsMut, OptimizerOps, Trained};
 pub use self::quantize::QuantizeOps;
+pub use self::random::{Noise, RandomOps, random_bits};
 pub use self::recording::{Recorded, Recording};
 pub use self::rope::{RopeDirection, RopeOps, RopeTable};
 
@@ -66,6 +68,7 @@ pub trait Backend:
     + LossOps
     + OptimizerOps
     + QuantizeOps
+    + RandomOps
     + MoeOps
     + DeltaOps
     + ConvolutionOps
@@ -83,6 +86,7 @@ impl<D> Backend for D where
         + LossOps
         + OptimizerOps
         + QuantizeOps
+        + RandomOps
         + MoeOps
         + DeltaOps
         + ConvolutionOps

@@ -193,20 +193,24 @@ fn columns_go_from_group_to_group_and_leave_the_rest_alone() {
     on_every_backend!("copy_columns", [CopyColumns], |run| {
         let device = run.backend;
         // Two heads of (query, gate), each two wide; take the gates behind a first column.
-        let source = device
-            .upload_f32([2, 8], &(0..16).map(|i| i as f32).collect::<Vec<_>>())
-            .unwrap();
-        let mut target = device.upload_f32([2, 2, 3], &[-1.0; 12]).unwrap();
         let columns = Columns {
             groups: 2,
             source: 2,
             target: 1,
             width: 2,
         };
-        device.copy_columns(&source, &mut target, columns).unwrap();
-        let expected = [-1.0, 2.0, 3.0, -1.0, 6.0, 7.0, -1.0, 10.0, 11.0, -1.0, 14.0, 15.0];
-        run.case("copy_columns", 0)
-            .compare("target", &target, &expected, &expected);
+        // Activations, and frozen tables, which are bf16 on the CPU too.
+        for dtype in [DType::F32, DType::BF16] {
+            let mut numbers: Vec<f32> = (0..16).map(|i| i as f32).collect();
+            let source = run.upload(dtype, [2, 8], &mut numbers);
+            let mut target = run.upload(dtype, [2, 2, 3], &mut [-1.0; 12]);
+            device.copy_columns(&source, &mut target, columns).unwrap();
+            let expected = [-1.0, 2.0, 3.0, -1.0, 6.0, 7.0, -1.0, 10.0, 11.0, -1.0, 14.0, 15.0];
+            run.case(format_args!("copy_columns {dtype}"), 0)
+                .compare("target", &target, &expected, &expected);
+        }
+        let source = device.zeros(DType::F32, [2, 8]).unwrap();
+        let mut target = device.zeros(DType::F32, [2, 2, 3]).unwrap();
         for columns in [
             Columns { groups: 3, ..columns },
             Columns { groups: 0, ..columns },

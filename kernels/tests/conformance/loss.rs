@@ -14,11 +14,29 @@ type Shape = (usize, usize, usize, usize);
 
 const FACTOR: f32 = 0.125;
 
+/// The deviation of the head's elements where logits are of ordinary size.
+const ORDINARY: f32 = 0.3;
+
 fn check<B: Traits>(run: &mut Run<'_, B>, dtype: DType, shape: Shape, encoding: Encoding, precision: Precision) {
+    check_sized(run, dtype, shape, (encoding, ORDINARY), precision);
+}
+
+/// As [`check`], with a head whose elements have this deviation.
+fn check_sized<B: Traits>(
+    run: &mut Run<'_, B>,
+    dtype: DType,
+    shape: Shape,
+    (encoding, deviation): (Encoding, f32),
+    precision: Precision,
+) {
     let (tokens, width, vocabulary, one_in) = shape;
     let mut random = Random::new(vocabulary as u64);
     let mut x = random.normal(tokens * width);
-    let values: Vec<f32> = random.normal(vocabulary * width).into_iter().map(|v| 0.3 * v).collect();
+    let values: Vec<f32> = random
+        .normal(vocabulary * width)
+        .into_iter()
+        .map(|v| deviation * v)
+        .collect();
     let label = |random: &mut Random| {
         if random.below(one_in) == 0 {
             random.below(vocabulary) as i32
@@ -52,7 +70,7 @@ fn check<B: Traits>(run: &mut Run<'_, B>, dtype: DType, shape: Shape, encoding: 
         vec![wide(losses), wide(dx)]
     });
     let mut case = run.case(
-        format_args!("linear_cross_entropy {shape:?} {encoding:?} {dtype} {precision:?}"),
+        format_args!("linear_cross_entropy {shape:?} {encoding:?} {deviation} {dtype} {precision:?}"),
         width + vocabulary,
     );
     case.compare("losses", &losses, &plain[0], &oracle[0]);
@@ -96,6 +114,22 @@ fn linear_cross_entropy_agrees_with_the_oracle() {
     });
 }
 
+/// Logits whose exponentials are no numbers of f32, with others in the same row that are.
+#[test]
+fn logits_far_beyond_the_exponent_of_f32_are_those_of_the_oracle() {
+    on_every_backend!("large logits", [LinearCrossEntropy], |run| {
+        for (dtype, precision) in run
+            .activations()
+            .iter()
+            .flat_map(|dtype| PRECISIONS.map(|p| (*dtype, p)))
+        {
+            for (shape, deviation) in [((20, 64, 264, 2), 8.0), ((9, 8, 400, 1), 30.0), ((9, 64, 72, 1), 1.0)] {
+                check_sized(run, dtype, shape, (Encoding::Bf16, deviation), precision);
+            }
+        }
+    });
+}
+
 #[test]
 fn extreme_logits_give_finite_losses() {
     on_every_backend!("extreme logits", [LinearCrossEntropy], |run| {
@@ -103,18 +137,27 @@ fn extreme_logits_give_finite_losses() {
         let (head, _) = weight(device, Encoding::F32, [2, 1], &[200.0, -200.0]);
         let x = device.upload_f32([2, 1], &[1.0, 1.0]).unwrap();
         let labels = device.upload_i32([2], &[0, 1]).unwrap();
-        let mut losses = device.alloc(DType::F32, [2]).unwrap();
-        let call = LinearCrossEntropy {
-            x: &x,
-            head: &head,
-            labels: &labels,
-            precision: Precision::F32,
-            losses: &mut losses,
-            dx: None,
-        };
-        device.linear_cross_entropy(call).unwrap();
-        run.case("extreme logits", 1)
-            .compare("losses", &losses, &[0.0, 400.0], &[0.0, 400.0]);
+        let one = device.upload_f32([1], &[1.0]).unwrap();
+        for precision in PRECISIONS {
+            let mut losses = device.alloc(DType::F32, [2]).unwrap();
+            let mut dx = device.alloc(DType::F32, [2, 1]).unwrap();
+            let call = LinearCrossEntropy {
+                x: &x,
+                head: &head,
+                labels: &labels,
+                precision,
+                losses: &mut losses,
+                dx: Some((&mut dx, &one)),
+            };
+            device.linear_cross_entropy(call).unwrap();
+            let mut case = run.case("extreme logits", 1);
+            case.compare("losses", &losses, &[0.0, 400.0], &[0.0, 400.0]);
+            // A share of 1 has no rounding; the exponential that it comes from may have one.
+            let mut case = run
+                .case("extreme logits, dx", 1)
+                .rounding(usize::from(precision == Precision::Bf16));
+            case.compare("dx", &dx, &[0.0, 400.0], &[0.0, 400.0]);
+        }
     });
 }
 

@@ -16,5 +16,6 @@ mod loss;
 mod memory;
 mod moe;
 mod moe_fused;
+mod random;
 mod rows;
 mod weights;

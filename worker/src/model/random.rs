@@ -4,10 +4,8 @@
 //! the same seed gives the same adapter and the same order of examples for ever, which is what lets a resumed run be
 //! bit-equal without saving a generator's state.
 
+use brightrun_kernels::ops::random_bits;
 use sha2::{Digest, Sha256};
-
-/// 2⁶⁴ / φ, the increment of SplitMix64 (Steele, Lea & Flood 2014, doi 10.1145/2660193.2660195).
-const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// A stream of numbers, addressed by a counter.
 #[derive(Clone, Copy, Debug)]
@@ -26,12 +24,14 @@ impl CounterRandom {
         Self { key }
     }
 
-    /// 64 random bits at `counter`: SplitMix64's finaliser over its counter.
+    /// What a device fills a tensor by, to have this stream's bits.
+    pub fn key(&self) -> u64 {
+        self.key
+    }
+
+    /// 64 random bits at `counter`, by [`random_bits`].
     pub fn bits(&self, counter: u64) -> u64 {
-        let mut z = self.key.wrapping_add(counter.wrapping_add(1).wrapping_mul(GAMMA));
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
+        random_bits(self.key, counter)
     }
 
     /// Uniform in `[0, 1)`, 24 bits: every value is exact in f32.

@@ -125,7 +125,7 @@ impl<B: Backend> Model<B> {
     }
 
     /// The residual stream after all layers, without traces.
-    fn hidden(&self, pass: &Pass<'_, B>, inputs: &Inputs<B>) -> Result<Tensor<B>> {
+    pub(crate) fn hidden(&self, pass: &Pass<'_, B>, inputs: &Inputs<B>) -> Result<Tensor<B>> {
         let mut x = self.embed(pass, inputs)?;
         for layer in &self.layers {
             layer.forward(pass, &mut x)?;

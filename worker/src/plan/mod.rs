@@ -4,7 +4,7 @@
 //!
 //! | file | what it knows |
 //! |---|---|
-//! | `skeleton.rs` | a model without weights, from a configuration |
+//! | `skeleton.rs`, `contents.rs` | a model without weights, from a configuration; random weights for it |
 //! | `memory.rs` | one step of it on a counting backend: bytes by component, and the work of each op |
 //! | `search.rs` | the largest micro-batch and the longest sequence that fit |
 //! | `parameters.rs` | parameters by group, in total and per token |
@@ -19,6 +19,7 @@
 //! the CPU backend and on the emulated GPU and compare the peaks they report with the plans for them, also of the weights that a layer
 //! decodes once for its recomputation and backward pass. Speed is a range.
 
+mod contents;
 mod gpu;
 mod memory;
 mod parameters;

@@ -4,13 +4,12 @@
 //! It mirrors [`load`](crate::model::load), which a test of every family and encoding guards: the same bytes by encoding, the
 //! same modules in the same order.
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 
-use brightrun_kernels::ops::NormWeight;
+use brightrun_kernels::ops::{Columns, NormWeight};
 use brightrun_kernels::{Backend, DType, Tensor, Weight, WeightStack};
-use half::bf16;
 
+use super::contents::{Filler, unfilled_nf4};
 use crate::error::Result;
 use crate::model::attention::Attention;
 use crate::model::config::{DeltaConfig, Mixing, ModelConfig, MoeConfig};
@@ -25,7 +24,6 @@ use crate::model::mixer::Mixer;
 use crate::model::mlp::Mlp;
 use crate::model::moe::{Moe, SharedExpert};
 use crate::model::norm::Norm;
-use crate::model::random::CounterRandom;
 use crate::model::rope::RopeCache;
 use crate::model::transformer::Model;
 
@@ -34,32 +32,21 @@ use crate::model::transformer::Model;
 pub enum Contents {
     /// Nothing in particular.
     None,
-    /// Seeded small random numbers, others in every tensor; experts of a stack take a few matrices in turn. For measuring without a
-    /// checkpoint.
+    /// Random numbers of this seed, as `contents.rs` makes them, other ones in every matrix, for measuring without a checkpoint.
+    /// Routers choose as unevenly as trained ones in every layer: the residual stream, which all layers together leave about as the
+    /// embedding made it, has one constant element, by which a router sees its experts' popularity.
     Random(u64),
-    /// The same, but such that routers choose as unevenly as trained ones in every layer: a residual stream that all layers leave
-    /// nearly as the embedding made it has one constant element, by which a router sees its experts' popularity.
-    Skewed(u64),
 }
 
-/// Numbers that a tensor repeats: a prime, so that the rows of no matrix are alike.
-const CYCLE: u64 = 8191;
-
-/// Elements of seeded contents.
-const SMALL: f64 = 0.02;
-
-/// Different matrices of a stack of experts, which are taken in turn: neighbours differ, and making them takes little.
-const DIFFERENT: usize = 8;
-
-/// What keeps the residual stream nearly as it was: a projection of 2048 such elements gives a tenth of its input.
-const SMALLER: f64 = 0.002;
-
-/// The constant element of each row of a skewed model's embedding, whose others are normal.
+/// The constant element of each row of a filled embedding, whose others have deviation 1.
 const CONSTANT: f32 = 8.0;
 
 /// How popularity falls with an expert's rank: its logit by this times the rank's logarithm, a Zipf-like law. With normal noise
 /// beside it, 512 experts and 10 choices, the busiest gets several times the mean and some get nothing.
 const SKEW: f32 = 0.8;
+
+/// The deviation of biases and of norms' weights.
+const SMALL: f32 = 0.02;
 
 /// A model of `config` on `device`, as loading a checkpoint with tensors of dtype `stored` leaves it; `positions` is the longest
 /// document's length.
@@ -90,12 +77,15 @@ pub fn skeleton_with<B: Backend>(
 ) -> Result<Model<B>> {
     let mut builder = Builder {
         device,
-        noise: match contents {
-            Contents::None => None,
-            Contents::Random(seed) | Contents::Skewed(seed) => Some(CounterRandom::new(seed, "skeleton")),
-        },
-        drawn: Cell::new(0),
-        is_skewed: matches!(contents, Contents::Skewed(_)),
+        filler: Filler::new(
+            device,
+            match contents {
+                Contents::None => None,
+                Contents::Random(seed) => Some(seed),
+            },
+        ),
+        // Half of the writers to the residual stream are in front of the feed-forward parts.
+        writer: 1.0 / (2.0 * config.layers as f32).sqrt(),
         encoding: options.encoding,
         // Block-scaled FP8 is decoded to f32 when it is read.
         projections: match config.fp8_block {
@@ -125,9 +115,7 @@ pub fn skeleton_with<B: Backend>(
         rope: match contents {
             Contents::None => RopeCache::uncomputed(config.rotary, device, positions)?,
             // What a step computes with must be numbers.
-            Contents::Random(_) | Contents::Skewed(_) => {
-                RopeCache::new(config.rope_theta, config.rotary, options.rope_frequencies)
-            }
+            Contents::Random(_) => RopeCache::new(config.rope_theta, config.rotary, options.rope_frequencies),
         },
         modules: builder.modules,
         weight_bytes: builder.weight_bytes,
@@ -139,10 +127,9 @@ pub fn skeleton_with<B: Backend>(
 struct Builder<'a, B: Backend> {
     device: &'a B,
     /// What fills the tensors, if anything.
-    noise: Option<CounterRandom>,
-    /// How many of its numbers tensors have had.
-    drawn: Cell<u64>,
-    is_skewed: bool,
+    filler: Filler<'a, B>,
+    /// By how much what writes to the residual stream is smaller.
+    writer: f32,
     encoding: Encoding,
     /// What projections are after they were read.
     projections: DType,
@@ -201,19 +188,23 @@ impl<B: Backend> Builder<'_, B> {
             ba: self.kept_linear(&format!("{prefix}.in_proj_ba"), [2 * delta.value_heads, config.hidden])?,
             out: self.linear(&format!("{prefix}.out_proj"), [config.hidden, values], false)?,
             taps: [
-                self.small(&[keys, delta.taps])?,
-                self.small(&[keys, delta.taps])?,
-                self.small(&[values, delta.taps])?,
+                self.taps(keys, delta.taps)?,
+                self.taps(keys, delta.taps)?,
+                self.taps(values, delta.taps)?,
             ],
-            a_log: self.small(&[delta.value_heads])?,
-            dt_bias: self.small(&[delta.value_heads])?,
-            norm: self.small(&[delta.value_dim])?,
+            a_log: self.small(&[delta.value_heads], 0.0)?,
+            dt_bias: self.small(&[delta.value_heads], 0.0)?,
+            norm: self.small(&[delta.value_dim], 1.0)?,
             norm_eps: config.rms_norm_eps,
             key_heads: delta.key_heads,
             value_heads: delta.value_heads,
             key_dim: delta.key_dim,
             value_dim: delta.value_dim,
         })
+    }
+
+    fn taps(&mut self, channels: usize, taps: usize) -> Result<Tensor<B>> {
+        self.vector(&[channels, taps], 0.0, 1.0 / (taps as f32).sqrt())
     }
 
     fn mlp(&mut self, prefix: &str, hidden: usize, width: usize) -> Result<Mlp<B>> {
@@ -244,9 +235,9 @@ impl<B: Backend> Builder<'_, B> {
     fn experts(&mut self, config: &ModelConfig, moe: &MoeConfig, prefix: &str) -> Result<Experts<B>> {
         let (wide, narrow) = ([moe.intermediate, config.hidden], [config.hidden, moe.intermediate]);
         Ok(Experts {
-            gate: self.stack(moe.experts, wide)?,
-            up: self.stack(moe.experts, wide)?,
-            down: self.stack(moe.experts, narrow)?,
+            gate: self.stack(moe.experts, wide, "gate_proj")?,
+            up: self.stack(moe.experts, wide, "up_proj")?,
+            down: self.stack(moe.experts, narrow, "down_proj")?,
             gate_up_module: self.module(
                 &format!("{prefix}.gate_up_proj"),
                 [2 * moe.intermediate, config.hidden],
@@ -256,28 +247,22 @@ impl<B: Backend> Builder<'_, B> {
         })
     }
 
-    fn stack(&mut self, experts: usize, shape: [usize; 2]) -> Result<WeightStack<B>> {
+    fn stack(&mut self, experts: usize, shape: [usize; 2], path: &str) -> Result<WeightStack<B>> {
         let is_quantised = matches!(self.encoding, Encoding::Nf4 | Encoding::Nf4Experts);
-        let first = self.encoded(shape, is_quantised)?;
+        let first = self.unfilled(shape, is_quantised)?;
         let mut stack = WeightStack::alloc_like(self.device, experts, &first)?;
-        if self.noise.is_some() {
-            let others = (1..DIFFERENT.min(experts)).map(|_| self.encoded(shape, is_quantised));
-            let others = others.collect::<Result<Vec<_>>>()?;
-            let in_turn = std::iter::once(&first).chain(&others).cycle();
-            for (expert, matrix) in in_turn.take(experts).enumerate() {
-                self.device.stack_expert(matrix, expert, &mut stack)?;
-            }
-        }
         drop(first);
+        self.filler.stack(&mut stack, self.deviation(path, shape))?;
         self.count(stack.encoding(), stack.size_bytes());
         Ok(stack)
     }
 
     fn linear(&mut self, path: &str, shape: [usize; 2], has_bias: bool) -> Result<Linear<B>> {
-        let weight = self.encoded(shape, self.encoding == Encoding::Nf4)?;
+        let mut weight = self.unfilled(shape, self.encoding == Encoding::Nf4)?;
+        self.filler.weight(&mut weight, self.deviation(path, shape))?;
         self.count(weight.encoding(), weight.size_bytes());
         let bias = match has_bias {
-            true => Some(self.small(&shape[..1])?),
+            true => Some(self.small(&shape[..1], 0.0)?),
             false => None,
         };
         let module = self.module(path, shape, None);
@@ -304,21 +289,36 @@ impl<B: Backend> Builder<'_, B> {
         ModuleId(self.modules.len() - 1)
     }
 
-    fn encoded(&self, shape: [usize; 2], is_quantised: bool) -> Result<Weight<B>> {
+    /// The deviation of a matrix's elements.
+    fn deviation(&self, path: &str, [_, inputs]: [usize; 2]) -> f32 {
+        let writes = ["o_proj", "out_proj", "down_proj"]
+            .iter()
+            .any(|name| path.ends_with(name));
+        let all = 1.0 / (inputs as f32).sqrt();
+        if writes { all * self.writer } else { all }
+    }
+
+    /// A matrix of unspecified contents.
+    fn unfilled(&self, shape: [usize; 2], is_quantised: bool) -> Result<Weight<B>> {
         if is_quantised {
-            let source = self.tensor(self.projections, &shape)?;
-            return Ok(Weight::Nf4(self.device.quantize_nf4(&source, true)?));
+            return unfilled_nf4(self.device, shape);
         }
         let dtype = match self.encoding {
             Encoding::Bf16 | Encoding::Nf4Experts => DType::BF16,
             Encoding::Nf4 | Encoding::Stored => self.projections,
         };
-        Ok(Weight::Dense(self.tensor(dtype, &shape)?))
+        Ok(Weight::Dense(self.device.alloc(dtype, shape)?))
     }
 
     fn table(&mut self, shape: [usize; 2]) -> Result<Weight<B>> {
-        let tensor = self.tensor(self.table_dtype(), &shape)?;
-        Ok(self.counted(tensor))
+        let table = self.filled(shape, 1.0 / (shape[1] as f32).sqrt())?;
+        Ok(self.counted(table))
+    }
+
+    fn filled(&self, shape: [usize; 2], deviation: f32) -> Result<Tensor<B>> {
+        let mut table = self.device.alloc(self.table_dtype(), shape)?;
+        self.filler.normal(&mut table, 0.0, deviation)?;
+        Ok(table)
     }
 
     fn table_dtype(&self) -> DType {
@@ -335,40 +335,40 @@ impl<B: Backend> Builder<'_, B> {
     }
 
     fn embedding(&mut self, vocabulary: usize, hidden: usize) -> Result<Weight<B>> {
-        if !self.is_skewed {
-            return self.table([vocabulary, hidden]);
-        }
         self.special([vocabulary, hidden], 1.0, |_| CONSTANT)
     }
 
     fn router(&mut self, experts: usize, hidden: usize) -> Result<Weight<B>> {
-        if !self.is_skewed {
-            return self.table([experts, hidden]);
-        }
         // What the norm before the router makes of the constant element.
         let width = hidden as f32;
         let seen = CONSTANT / ((CONSTANT * CONSTANT + width - 1.0) / width).sqrt();
         // Ranks in an order without a pattern: 193 is prime to the number of experts or only reorders part of them.
         let popularity = |expert: usize| -SKEW * ((193 * expert % experts + 1) as f32).ln() / seen;
-        self.special([experts, hidden], 1.0 / f64::from(width).sqrt(), popularity)
+        self.special([experts, hidden], 1.0 / width.sqrt(), popularity)
     }
 
     /// Rows of noise whose first element is `first` of the row.
-    fn special(&mut self, shape: [usize; 2], scale: f64, first: impl Fn(usize) -> f32) -> Result<Weight<B>> {
-        let mut values = self.values(shape[0] * shape[1], scale);
-        for (row, elements) in values.chunks_exact_mut(shape[1]).enumerate() {
-            elements[0] = first(row);
+    fn special(&mut self, shape: [usize; 2], deviation: f32, first: impl Fn(usize) -> f32) -> Result<Weight<B>> {
+        let mut table = self.filled(shape, deviation)?;
+        if self.filler.seed.is_some() {
+            let column: Vec<f32> = (0..shape[0]).map(first).collect();
+            let exact = self.device.upload_f32([shape[0], 1], &column)?;
+            let mut column = self.device.alloc(table.dtype(), [shape[0], 1])?;
+            self.device.copy(&exact, &mut column)?;
+            let columns = Columns {
+                groups: 1,
+                source: 0,
+                target: 0,
+                width: 1,
+            };
+            self.device.copy_columns(&column, &mut table, columns)?;
         }
-        let tensor = self.converted(self.table_dtype(), &shape, &values)?;
-        Ok(self.counted(tensor))
+        Ok(self.counted(table))
     }
 
     fn norm(&mut self, config: &ModelConfig, width: usize) -> Result<Norm<B>> {
-        // A plain norm's weight is near 1; a zero-centred one's near 0, as all contents are.
-        let weight = match self.is_skewed && !config.zero_centred_norms {
-            true => self.ones(width)?,
-            false => self.small(&[width])?,
-        };
+        let mean = if config.zero_centred_norms { 0.0 } else { 1.0 };
+        let weight = self.small(&[width], mean)?;
         Ok(Norm {
             weight,
             style: match config.zero_centred_norms {
@@ -379,17 +379,15 @@ impl<B: Backend> Builder<'_, B> {
         })
     }
 
-    /// A norm's weight, a bias or the like: f32 or bf16, as stored.
-    fn small(&mut self, shape: &[usize]) -> Result<Tensor<B>> {
-        let (dtype, name) = self.small_dtype();
-        let tensor = self.tensor(dtype, shape)?;
-        self.count(name, tensor.size_bytes());
-        Ok(tensor)
+    /// A norm's weight, a bias or the like, near `mean`: f32 or bf16, as stored.
+    fn small(&mut self, shape: &[usize], mean: f32) -> Result<Tensor<B>> {
+        self.vector(shape, mean, SMALL)
     }
 
-    fn ones(&mut self, width: usize) -> Result<Tensor<B>> {
+    fn vector(&mut self, shape: &[usize], mean: f32, deviation: f32) -> Result<Tensor<B>> {
         let (dtype, name) = self.small_dtype();
-        let tensor = self.converted(dtype, &[width], &vec![1.0; width])?;
+        let mut tensor = self.device.alloc(dtype, brightrun_kernels::Shape::new(shape))?;
+        self.filler.normal(&mut tensor, mean, deviation)?;
         self.count(name, tensor.size_bytes());
         Ok(tensor)
     }
@@ -399,43 +397,6 @@ impl<B: Backend> Builder<'_, B> {
             DType::BF16 => (DType::BF16, "bf16"),
             _ => (DType::F32, "f32"),
         }
-    }
-
-    fn tensor(&self, dtype: DType, shape: &[usize]) -> Result<Tensor<B>> {
-        let shape = brightrun_kernels::Shape::new(shape);
-        if self.noise.is_none() {
-            return Ok(self.device.alloc(dtype, shape)?);
-        }
-        let scale = if self.is_skewed { SMALLER } else { SMALL };
-        self.converted(dtype, shape.extents(), &self.values(shape.elements(), scale))
-    }
-
-    /// A short cycle of numbers, others for every tensor: what they are does not matter, that they are not zero and not alike does.
-    fn values(&self, count: usize, scale: f64) -> Vec<f32> {
-        let Some(noise) = &self.noise else {
-            return vec![0.0; count];
-        };
-        let begin = self.drawn.get();
-        self.drawn.set(begin + CYCLE);
-        let places = begin..begin + CYCLE;
-        let cycle: Vec<f32> = places.map(|place| (scale * noise.normal(place)) as f32).collect();
-        cycle.iter().copied().cycle().take(count).collect()
-    }
-
-    fn converted(&self, dtype: DType, shape: &[usize], values: &[f32]) -> Result<Tensor<B>> {
-        let shape = brightrun_kernels::Shape::new(shape);
-        if dtype == DType::BF16 {
-            // As they will lie: a copy in f32 on the device would count among the memory of what is measured.
-            let halves: Vec<u8> = values
-                .iter()
-                .flat_map(|value| bf16::from_f32(*value).to_le_bytes())
-                .collect();
-            return Ok(self.device.upload(dtype, shape, &halves)?);
-        }
-        let exact = self.device.upload_f32(shape, values)?;
-        let mut tensor = self.device.alloc(dtype, shape)?;
-        self.device.copy(&exact, &mut tensor)?;
-        Ok(tensor)
     }
 
     fn count(&mut self, encoding: &'static str, bytes: usize) {
@@ -449,21 +410,29 @@ mod tests {
     use std::collections::HashSet;
 
     use brightrun_kernels::cpu::Cpu;
-    use brightrun_kernels::ops::Device;
+    use brightrun_kernels::emu::emulated;
+    use brightrun_kernels::ops::{Device, QuantizeOps};
+    use brightrun_kernels::{Error, Nf4StackScales};
 
+    use super::super::contents::nested_offset;
     use super::*;
-    use crate::model::Family;
     use crate::model::feed_forward::FeedForward;
+    use crate::model::{Batch, Family};
     use crate::spec::BaseDtype;
+
+    fn filled(device: &Cpu, config: ModelConfig, dtype: BaseDtype) -> Model<Cpu> {
+        let options = LoadOptions::from(dtype);
+        skeleton_with(device, config, options, DType::BF16, 64, Contents::Random(1)).unwrap()
+    }
 
     /// Measured memory and caches would mean little if layers shared their weights.
     #[test]
-    fn every_layer_and_every_neighbouring_expert_has_weights_of_its_own() {
+    fn every_expert_of_every_layer_has_weights_of_its_own() {
         let device = Cpu::new(Some(1)).unwrap();
         let before = device.memory().in_use_bytes;
         let config = ModelConfig::miniature(Family::Qwen3Next, 320);
-        let options = LoadOptions::from(BaseDtype::Nf4Experts);
-        let model = skeleton_with(&device, config, options, DType::BF16, 64, Contents::Skewed(1)).unwrap();
+        let experts = config.moe.as_ref().unwrap().experts;
+        let model = filled(&device, config, BaseDtype::Nf4Experts);
         let weights: u64 = model.weight_bytes().values().sum();
         assert!(
             device.memory().in_use_bytes - before >= weights,
@@ -484,5 +453,97 @@ mod tests {
                 }
             }
         }
+        assert_eq!(seen.len(), 3 * experts * model.layers.len());
+    }
+
+    #[test]
+    fn a_matrix_in_four_bits_has_positive_scales_and_elements_of_the_size_of_a_trained_one() {
+        let device = Cpu::new(Some(1)).unwrap();
+        let filler = Filler::new(&device, Some(5));
+        let (shape, deviation) = ([256, 512], 1.0 / 512f32.sqrt());
+        let mut weight = unfilled_nf4(&device, shape).unwrap();
+        filler.weight(&mut weight, deviation).unwrap();
+        let mut decoded = device.alloc(DType::F32, shape).unwrap();
+        device.dequantize(&weight, &mut decoded).unwrap();
+        let values = device.read_f32(&decoded).unwrap();
+        let square = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len() as f64;
+        let ratio = square.sqrt() / f64::from(deviation);
+        // 2048 scales of a deviation of some 15 %, and 131 072 codes: half a percent of sampling.
+        assert!((ratio - 1.0).abs() < 0.03, "{ratio}");
+        // The largest code is 1: what it decodes to is the block's scale.
+        let scales = values.chunks(64).map(|block| block.iter().copied().fold(0.0, f32::max));
+        let offset = nested_offset(deviation);
+        assert!(
+            scales
+                .clone()
+                .all(|scale| (0.1 * offset..1.7 * offset).contains(&scale))
+        );
+        assert!(scales.clone().any(|scale| scale > 1.3 * offset), "scales do not vary");
+    }
+
+    /// As many layers as the largest model has, in the encoding in which it is measured.
+    #[test]
+    fn activations_of_48_layers_stay_finite_and_near_what_the_embedding_made_them() {
+        let device = Cpu::new(Some(2)).unwrap();
+        let mut config = ModelConfig::miniature(Family::Qwen3Next, 320);
+        config.layers = 48;
+        if let Some(delta) = &mut config.delta {
+            delta.layers = (0..48).filter(|layer| layer % 4 != 3).collect();
+        }
+        let model = filled(&device, config, BaseDtype::Nf4);
+        let batch = Batch::prompt(&(0..60).map(|t| 5 * t).collect::<Vec<_>>());
+        let inputs = model.inputs(&batch, 0.0).unwrap();
+        let pass = model.pass(None, &inputs);
+        let square = |x: Tensor<Cpu>| {
+            let values = device.read_f32(&x).unwrap();
+            values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / values.len() as f64
+        };
+        let first = square(model.embed(&pass, &inputs).unwrap());
+        let last = square(model.hidden(&pass, &inputs).unwrap());
+        // Every layer adds something, and all together less than there was.
+        assert!((1.05..2.0).contains(&(last / first)), "{first} {last}");
+    }
+    #[test]
+    fn the_same_seed_gives_the_same_weights_on_the_kernels() {
+        let cpu = Cpu::new(Some(1)).unwrap();
+        let device = match emulated(Some(2)) {
+            Ok(device) => device,
+            Err(Error::Unsupported { reason, .. }) => return println!("emulated: absent ({reason})"),
+            Err(error) => panic!("{error}"),
+        };
+        let ours = weights(&device);
+        assert!(ours == weights(&cpu), "a backend fills weights otherwise");
+        let seen: HashSet<_> = ours.iter().collect();
+        assert_eq!(seen.len(), ours.len(), "two tensors are alike");
+    }
+
+    /// The bits of a matrix in bf16, one in NF4, a stack of experts and an embedding.
+    fn weights<B: Backend>(device: &B) -> Vec<Vec<u8>> {
+        let filler = Filler::new(device, Some(9));
+        let shape = [24, 128];
+        let mut quantised = unfilled_nf4(device, shape).unwrap();
+        let mut stack = WeightStack::alloc_like(device, 5, &quantised).unwrap();
+        filler.weight(&mut quantised, 0.1).unwrap();
+        filler.stack(&mut stack, 0.1).unwrap();
+        let config = ModelConfig::miniature(Family::Qwen3Next, 320);
+        let options = LoadOptions::from(BaseDtype::Nf4Experts);
+        let model = skeleton_with(device, config, options, DType::BF16, 64, Contents::Random(1)).unwrap();
+        let (Weight::Nf4(quantised), WeightStack::Nf4(stack), Weight::Dense(embedding)) =
+            (&quantised, &stack, &model.embedding)
+        else {
+            panic!("encodings are others");
+        };
+        let Nf4StackScales::Nested {
+            codes,
+            nested_absmax,
+            offsets,
+            ..
+        } = &stack.scales
+        else {
+            panic!("scales are not nested");
+        };
+        [&quantised.codes, &stack.codes, codes, nested_absmax, offsets, embedding]
+            .map(|tensor| device.read(tensor).unwrap())
+            .into()
     }
 }

@@ -109,6 +109,20 @@ pub(super) fn path<R: Runtime>(machine: Machine, product: &Product<'_, R>) -> Pa
     look_up(machine.is_hopper() && is_within_limits(product), rows, columns)
 }
 
+/// The most bytes that the parts of a product of `[M, N, K]` take: on one machine or the other, which a plan does not know. At most
+/// `full` tiles of f32: 17 MB.
+pub(crate) fn parts_bytes([rows, columns, depth]: [usize; 3]) -> usize {
+    let on = |hopper| {
+        let count = depth.div_ceil(look_up(hopper, rows, columns).part([rows, columns, depth]));
+        if count < 2 {
+            0
+        } else {
+            count * rows * columns * DType::F32.size_bytes()
+        }
+    };
+    on(false).max(on(true))
+}
+
 fn look_up(hopper: bool, rows: usize, columns: usize) -> Path {
     let fits = LINES
         .iter()
@@ -172,6 +186,25 @@ mod tests {
         // Too shallow to be worth another launch.
         assert_eq!(count(Path::Small, [32, 64, 511]), 1);
         assert_eq!(count(Path::Large, [64, 128, 0]), 0);
+    }
+
+    #[test]
+    fn parts_take_at_most_what_the_tiles_of_a_full_device_do() {
+        assert_eq!(
+            parts_bytes([64, 12_288, 2_048]),
+            4 * 64 * 12_288 * 2,
+            "two parts by large tiles, one by Hopper's"
+        );
+        assert_eq!(parts_bytes([4_096, 12_288, 2_048]), 0);
+        assert_eq!(parts_bytes([4_096, 0, 2_048]), 0, "an adapter of rank 0");
+        for rows in [1, 33, 64, 65, 200, 512, 513, 4_096] {
+            for (columns, depth) in [(16, 12_288), (2_048, 4_096), (2_048, 12_288), (12_288, 2_048)] {
+                assert!(
+                    parts_bytes([rows, columns, depth]) <= 18_000_000,
+                    "{rows} × {columns} × {depth}"
+                );
+            }
+        }
     }
 
     #[test]

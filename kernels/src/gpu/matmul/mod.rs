@@ -12,6 +12,7 @@ pub(super) mod hopper;
 mod library;
 pub(super) mod tensor;
 
+pub(crate) use self::choice::parts_bytes;
 pub use self::library::{PlainForm, PlainProduct};
 pub(super) use self::tensor::Tile;
 pub(crate) use self::tensor::{NF4_ROW, PART as OUTER_PART};
@@ -237,6 +238,7 @@ impl<R: Runtime> MatmulOps for Gpu<R> {
                 sizes: [tokens, rank, inputs, 0],
             };
             self.product(precision, down)?;
+            drop(a);
             low_rank = Some((scaled, self.held(lora.b, dtype)?));
         }
         let right = self.right_of_rows(call.weight, precision, tokens)?;
