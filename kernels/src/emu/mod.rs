@@ -80,7 +80,11 @@ impl Emulation {
         Self::of(threads, PORTABLE)
     }
 
-    pub(crate) fn of(threads: Option<usize>, capability: (u32, u32)) -> Result<Self> {
+    /// The same of a device that claims to be of this compute capability, as [`emulated_as`] has it.
+    ///
+    /// # Errors
+    /// As [`Emulation::new`].
+    pub fn of(threads: Option<usize>, capability: (u32, u32)) -> Result<Self> {
         let available = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = threads.unwrap_or_else(available).clamp(1, 256) as u32;
         let compiler = Compiler::find()?;

@@ -3,8 +3,9 @@
 
 use std::path::Path;
 
+use brightrun_kernels::Backend;
 use brightrun_kernels::cpu::Cpu;
-use brightrun_kernels::ops::{Device, Precision};
+use brightrun_kernels::ops::Precision;
 use brightrun_worker::artifact::input::BaseModel;
 use brightrun_worker::artifact::{
     AdapterConfig, AdapterDtype, AdapterLayout, encode_tensors, tensors_of, write_adapter,
@@ -77,7 +78,7 @@ pub fn load(folder: &Path, threads: usize, options: LoadOptions) -> Model<Cpu> {
     Model::load(&Cpu::new(Some(threads)).unwrap(), folder, options, &mut |_| {}).unwrap()
 }
 
-pub fn lora(model: &Model<Cpu>, spec: &TrainSpec) -> LoraSet<Cpu> {
+pub fn lora<B: Backend>(model: &Model<B>, spec: &TrainSpec) -> LoraSet<B> {
     let config = LoraConfig {
         rank: spec.rank,
         alpha: spec.lora_alpha(),
@@ -87,7 +88,7 @@ pub fn lora(model: &Model<Cpu>, spec: &TrainSpec) -> LoraSet<Cpu> {
 }
 
 /// An adapter whose B is not zero, so that every gradient has something to say.
-pub fn stirred_lora(model: &Model<Cpu>, spec: &TrainSpec) -> LoraSet<Cpu> {
+pub fn stirred_lora<B: Backend>(model: &Model<B>, spec: &TrainSpec) -> LoraSet<B> {
     let mut set = lora(model, spec);
     for pair in set.pairs_mut() {
         let random = CounterRandom::new(spec.seed, &format!("b {}", pair.path));
