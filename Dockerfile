@@ -16,10 +16,10 @@ ARG BUILD_IMAGE=docker.io/library/rust:1.95.0-bookworm
 ARG RUNTIME_IMAGE=docker.io/library/debian:bookworm-slim
 ARG PYTHON_IMAGE=docker.io/library/python:3.13-slim-bookworm
 
-# The CUDA compiler, which is a library and needs no GPU. Kernels by 13.0 run on drivers from 580 on; for older ones give
-# NVRTC=nvidia-cuda-nvrtc-cu12==12.9.86.
+# The CUDA compiler, which is a library and needs no GPU. Kernels by 12.9 run on drivers from 525 on, those by 13.0
+# (NVRTC=nvidia-cuda-nvrtc==13.0.88, of which docs/reference/kernels.md tells) from 580 on only, which not every host has.
 FROM ${PYTHON_IMAGE} AS compiler
-ARG NVRTC=nvidia-cuda-nvrtc==13.0.88
+ARG NVRTC=nvidia-cuda-nvrtc-cu12==12.9.86
 # The argument names the version.
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir --no-deps --target /wheel "${NVRTC}" \

@@ -34,8 +34,9 @@
 // the C deep multiplications.
 //
 // Numerics: logits, sums and parts in f32; e_v is rounded to bf16 as a factor, as softmax would be. e_v is divided by a power of two
-// where a run's logits are beyond ±44, and brought to the row's largest such power by `sums`, both exact, so no logit overflows. The
-// label's own share is f32 throughout, and nothing near 1 is ever taken from 1. A row's bits depend on the row, V and C.
+// where a run's logits are beyond ±44, and brought to the row's largest such power by `sums`, so no logit overflows; both cost what the
+// device's power of two is wrong by, at most 2 units in the last place of f32. The label's own share is f32 throughout, and nothing near
+// 1 is ever taken from 1. A row's bits depend on the row, V and C.
 
 #include "cross_entropy.cuh"
 #include "tile.cuh"
