@@ -5,14 +5,14 @@
 use brightrun_kernels::cpu::{Cpu, SimdLevel};
 use brightrun_kernels::emu::{Emulated, emulated, emulated_as};
 use brightrun_kernels::ops::{
-    ActivationOps, AdamW, AttentionBackward, AttentionForward, AttentionOps, DELTA_CHUNK, DeltaBackward, DeltaForward,
-    DeltaOps, Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward,
-    GroupedLoraForward, GroupedPairBackward, GroupedSwigluForward, LinearBackward, LinearCrossEntropy, LinearForward,
-    LoraBackward, LoraForward, LossOps, MatmulOps, MoeOps, NormBackward, NormForward, NormOps, NormWeight,
-    OptimizerOps, Precision, QuantizeOps, RopeDirection, RopeOps, RopeTable, Routing, RowOrder, Write,
+    ActivationOps, AdamW, AttentionBackward, AttentionForward, DELTA_CHUNK, DeltaBackward, DeltaForward, DeltaOps,
+    Device, EmbeddingOps, GroupedLinearBackward, GroupedLinearForward, GroupedLoraBackward, GroupedLoraForward,
+    GroupedPairBackward, GroupedSwigluForward, LinearBackward, LinearCrossEntropy, LinearForward, LoraBackward,
+    LoraForward, LossOps, MatmulOps, MoeOps, NormBackward, NormForward, NormOps, NormWeight, OptimizerOps, Precision,
+    QuantizeOps, RopeDirection, RopeOps, RopeTable, Routing, RowOrder, Write,
 };
 use brightrun_kernels::testing::Random;
-use brightrun_kernels::{DType, Error, Nf4Scales, Segments, Shape, Tensor, Weight, WeightStack};
+use brightrun_kernels::{Backend, DType, Error, Nf4Scales, Segments, Shape, Tensor, Weight, WeightStack};
 
 const THREADS: [usize; 5] = [1, 2, 3, 5, 2];
 
@@ -364,50 +364,54 @@ fn linear_layers() {
     });
 }
 
+/// Both passes of attention over q and dout `[T, H, D]` and k and v `[T, K, D]`: out, lse, dq, dk and dv.
+fn attention_both_ways<B: Backend>(
+    device: &B,
+    segments: &Segments,
+    [q, k, v, dout]: [&Tensor<B>; 4],
+    precision: Precision,
+) -> Vec<Vec<u8>> {
+    let mut out = device.alloc(q.dtype(), q.shape()).unwrap();
+    let mut lse = device.alloc(DType::F32, Shape::new(&q.shape().extents()[..2])).unwrap();
+    let call = AttentionForward {
+        q,
+        k,
+        v,
+        query_segments: segments,
+        key_segments: segments,
+        scale: 0.2,
+        precision,
+        out: &mut out,
+        lse: &mut lse,
+    };
+    device.attention_forward(call).unwrap();
+    let [mut dq, mut dk, mut dv] = [q, k, v].map(|like| device.alloc(q.dtype(), like.shape()).unwrap());
+    let call = AttentionBackward {
+        q,
+        k,
+        v,
+        out: &out,
+        lse: &lse,
+        dout,
+        segments,
+        scale: 0.2,
+        precision,
+        dq: &mut dq,
+        dk: &mut dk,
+        dv: &mut dv,
+    };
+    device.attention_backward(call).unwrap();
+    read(device, [&out, &lse, &dq, &dk, &dv])
+}
+
 #[test]
 fn attention() {
     let segments = Segments::from_lengths([130, 1, 0, 300]);
     let (tokens, heads, kv_heads, dim) = (segments.tokens(), 4, 2, 32);
     same_bits_everywhere!("attention", |cpu, precision| {
-        let (q, dout) = (
-            activation(cpu, precision, &[tokens, heads, dim], 1),
-            activation(cpu, precision, &[tokens, heads, dim], 4),
-        );
-        let (k, v) = (
-            activation(cpu, precision, &[tokens, kv_heads, dim], 2),
-            activation(cpu, precision, &[tokens, kv_heads, dim], 3),
-        );
-        let mut out = cpu.alloc(q.dtype(), q.shape()).unwrap();
-        let mut lse = cpu.alloc(DType::F32, [tokens, heads]).unwrap();
-        let call = AttentionForward {
-            q: &q,
-            k: &k,
-            v: &v,
-            query_segments: &segments,
-            key_segments: &segments,
-            scale: 0.2,
-            precision,
-            out: &mut out,
-            lse: &mut lse,
-        };
-        cpu.attention_forward(call).unwrap();
-        let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|like| cpu.alloc(q.dtype(), like.shape()).unwrap());
-        let call = AttentionBackward {
-            q: &q,
-            k: &k,
-            v: &v,
-            out: &out,
-            lse: &lse,
-            dout: &dout,
-            segments: &segments,
-            scale: 0.2,
-            precision,
-            dq: &mut dq,
-            dk: &mut dk,
-            dv: &mut dv,
-        };
-        cpu.attention_backward(call).unwrap();
-        read(cpu, [&out, &lse, &dq, &dk, &dv])
+        let of = |heads, seed| activation(cpu, precision, &[tokens, heads, dim], seed);
+        let (q, k, v, dout) = (of(heads, 1), of(kv_heads, 2), of(kv_heads, 3), of(heads, 4));
+        attention_both_ways(cpu, &segments, [&q, &k, &v, &dout], precision)
     });
 }
 
@@ -417,39 +421,9 @@ fn attention_on_hopper_has_the_same_bits_in_any_order_of_blocks() {
     let (tokens, heads, kv_heads) = (segments.tokens(), 6, 2);
     for dim in [32, 256] {
         same_bits_on_hopper(|device| {
-            let [q, dout] = [1, 4].map(|seed| half(device, &[tokens, heads, dim], seed));
-            let [k, v] = [2, 3].map(|seed| half(device, &[tokens, kv_heads, dim], seed));
-            let mut out = device.alloc(DType::BF16, q.shape()).unwrap();
-            let mut lse = device.alloc(DType::F32, [tokens, heads]).unwrap();
-            let call = AttentionForward {
-                q: &q,
-                k: &k,
-                v: &v,
-                query_segments: &segments,
-                key_segments: &segments,
-                scale: 0.2,
-                precision: Precision::Bf16,
-                out: &mut out,
-                lse: &mut lse,
-            };
-            device.attention_forward(call).unwrap();
-            let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|like| device.alloc(DType::BF16, like.shape()).unwrap());
-            let call = AttentionBackward {
-                q: &q,
-                k: &k,
-                v: &v,
-                out: &out,
-                lse: &lse,
-                dout: &dout,
-                segments: &segments,
-                scale: 0.2,
-                precision: Precision::Bf16,
-                dq: &mut dq,
-                dk: &mut dk,
-                dv: &mut dv,
-            };
-            device.attention_backward(call).unwrap();
-            read(device, [&out, &lse, &dq, &dk, &dv])
+            let of = |heads, seed| half(device, &[tokens, heads, dim], seed);
+            let (q, k, v, dout) = (of(heads, 1), of(kv_heads, 2), of(kv_heads, 3), of(heads, 4));
+            attention_both_ways(device, &segments, [&q, &k, &v, &dout], Precision::Bf16)
         });
     }
 }

@@ -2,11 +2,15 @@
 //! CPU: what conformance checks op by op must also come together.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+#[path = "golden/bounds.rs"]
+#[allow(dead_code)] // one of its measures is used here
+mod bounds;
 mod train_support;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use bounds::relative_norm;
 use brightrun_kernels::cpu::Cpu;
 use brightrun_kernels::emu::Emulation;
 use brightrun_kernels::gpu::Gpu;
@@ -75,13 +79,6 @@ fn micro_batch<B: Backend>(device: &B, folder: &Path, family: Family, options: L
         .flatten()
         .collect();
     Found { losses, gradients }
-}
-
-/// ‖found − expected‖ / ‖expected‖.
-fn distance(found: &[f32], expected: &[f32]) -> f64 {
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|value| value * value).sum::<f64>().sqrt();
-    let pairs = found.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b));
-    norm(&mut pairs.into_iter()) / norm(&mut expected.iter().map(|value| f64::from(*value)))
 }
 
 /// The same on an emulated device of this compute capability, and what was launched there.
@@ -161,7 +158,7 @@ fn a_micro_batch_by_hoppers_kernels_is_as_near_to_f32_as_one_by_the_portable_ker
             ("losses", (|found| &found.losses) as fn(&Found) -> &Vec<f32>),
             ("gradients", |found| &found.gradients),
         ] {
-            let error = |found| distance(of(found), of(&exact));
+            let error = |found| relative_norm(of(found), of(&exact));
             let (hopper, portable) = (error(&hopper), error(&portable));
             assert!(
                 portable > 0.0 && hopper <= AS_NEAR * portable,

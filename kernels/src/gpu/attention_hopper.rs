@@ -26,7 +26,7 @@ const fn forward(stem: &'static str) -> Kernel {
         source: &ATTENTION_HOPPER,
         stem,
         types: &[&[DType::BF16]],
-        threads: 384,
+        threads: THREADS,
         parameters: &[
             ("q", MapOf),
             ("k", MapOf),
@@ -50,6 +50,8 @@ static HEAD96: Kernel = forward("hopper_attention_forward_head96");
 static HEAD128: Kernel = forward("hopper_attention_forward_head128");
 static HEAD256: Kernel = forward("hopper_attention_forward_head256");
 
+/// Of a block: a warp group that copies and two that multiply.
+pub(super) const THREADS: u32 = 384;
 /// Rows of a tile, each of them one query head of one token.
 pub(super) const ROWS: usize = 128;
 /// Elements of a row of a box: what the swizzle spans.

@@ -1,6 +1,6 @@
 //! The backward pass of attention on Hopper's tensor cores: `attention_hopper_backward.cu`.
 
-use super::attention_hopper::{ROWS, SPAN, map};
+use super::attention_hopper::{ROWS, SPAN, THREADS, map};
 use super::family::Family;
 use super::kernel::Parameter::{F32, I32, In, Map as MapOf, Out};
 use super::layouts::Table;
@@ -41,7 +41,7 @@ const fn backward(stem: &'static str) -> Kernel {
         source: &ATTENTION_HOPPER_BACKWARD,
         stem,
         types: &[&[DType::BF16]],
-        threads: 384,
+        threads: THREADS,
         parameters: &[
             ("staying", MapOf),
             ("other_staying", MapOf),
